@@ -1,0 +1,134 @@
+"""Train the embedded reasoner from scratch: ``python data/reasoner/train.py`` (about an hour on two cores).
+
+Writes config.json, model.safetensors, tokenizer files, train_log.jsonl and training.json beside this file.
+The curriculum goes from short programs to the evaluation mix; the learning rate is constant, then decays
+to zero.  ``--resume`` goes on from state.pt after an interruption and gives the same weights.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from dms_core.tasks.programs import make_problem
+from dms_core.tasks.reasoner import REASONER_DIR, encode_problem, make_model, make_tokenizer
+
+TOKENS_PER_STEP = 8192
+PROMPT_WEIGHT = 0.1  # the prompt is mostly random; learning to parse it helps a little
+POOL = 8  # batches drawn together and sorted by length, so that padding stays small
+CURRICULUM = ((0.0, (1, 5)), (0.06, (2, 8)), (0.2, (2, 14)))  # from this share of steps on: needed variables
+
+
+def stage_range(step: int, steps: int) -> tuple[int, int]:
+    """Needed variables at ``step``."""
+    return [sizes for share, sizes in CURRICULUM if step >= share * steps][-1]
+
+
+def batches(tokenizer, steps: int, seed: int, start: int):
+    """(ids, weights), both (B, T), for steps ``start`` .. ``steps`` - 1; a pure function of seed and step."""
+    for first in range(start - start % POOL, steps, POOL):
+        sizes = stage_range(first, steps)
+        pool, tokens, index = [], 0, 0
+        while tokens < POOL * TOKENS_PER_STEP:
+            ids, prompt = encode_problem(tokenizer, make_problem("train", seed, first * 10_000 + index, sizes))
+            pool.append((ids, prompt))
+            tokens, index = tokens + len(ids), index + 1
+        pool.sort(key=lambda item: len(item[0]))
+        cuts = [0]
+        for number in range(1, POOL):  # equal tokens, not equal documents
+            target, total, at = number * tokens / POOL, sum(len(i[0]) for i in pool[: cuts[-1]]), cuts[-1]
+            while total < target:
+                total, at = total + len(pool[at][0]), at + 1
+            cuts.append(at)
+        cuts.append(len(pool))
+        order = torch.randperm(POOL, generator=torch.Generator().manual_seed(seed + first)).tolist()
+        for offset, part in enumerate(order):
+            if first + offset >= start and first + offset < steps:
+                yield collate(pool[cuts[part] : cuts[part + 1]])
+
+
+def collate(items) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(ids) for ids, _ in items)
+    ids = torch.zeros(len(items), width, dtype=torch.long)
+    weights = torch.zeros(len(items), width)
+    for row, (tokens, prompt) in enumerate(items):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        weights[row, :prompt] = PROMPT_WEIGHT
+        weights[row, prompt : len(tokens)] = 1.0
+    return ids, weights
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """100 steps of warm-up, constant, linear decay to zero over the last 40 %."""
+    return peak * min(1.0, (step + 1) / 100, (steps - step) / (0.4 * steps))
+
+
+def make_optimizers(model, rate: float, kind: str) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers and AdamW for embedding and norms, or AdamW for all."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and kind == "muon"]
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    optimizers = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.1)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=REASONER_DIR)
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer), args.seed)
+    optimizers = make_optimizers(model, args.lr, args.optimizer)
+    state_file, log_file, start = args.out / "state.pt", args.out / "train_log.jsonl", 0
+    if args.resume:
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        start = state["step"]
+        kept = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] < start]
+        log_file.write_text("".join(line + "\n" for line in kept))
+    elif log_file.exists():
+        log_file.unlink()
+    began, tokens = time.time(), 0
+    steps = tqdm(batches(tokenizer, args.steps, args.seed, start), initial=start, total=args.steps, mininterval=5)
+    for step, (ids, weights) in enumerate(steps, start):
+        rate = learning_rate(step, args.steps, args.lr)
+        logits = model(input_ids=ids[:, :-1]).logits
+        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        tokens += int((weights > 0).sum())
+        if step % 50 == 0:
+            trace = weights[:, 1:].flatten() == 1
+            row = {"step": step, "loss": round(loss.item(), 5), "trace_loss": round(losses[trace].mean().item(), 5),
+                   "lr": round(rate, 6), "tokens": tokens, "seconds": round(time.time() - began, 1)}  # fmt: skip
+            with log_file.open("a") as log:
+                log.write(json.dumps(row) + "\n")
+        if (step + 1) % 250 == 0 or step + 1 == args.steps:
+            model.save_pretrained(args.out)
+            saved = [optimizer.state_dict() for optimizer in optimizers]
+            torch.save({"model": model.state_dict(), "optimizers": saved, "step": step + 1}, state_file)
+    tokenizer.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The ``dms`` attention function, registered with transformers beside ``sdpa`` and ``flash_attention_2``.
+
+Per layer: the gate's logits, put down by a hook just before, become biases (training), hard decisions on a full
+sequence, or decisions that the cache acts on.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from dms_kernels import train_attention
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from dms_core.cache import DMSCache
+from dms_core.gate import hard_decisions, sample_noise, soft_decisions
+from dms_core.visibility import align_decisions
+
+NAME = "dms"
+
+
+@dataclass
+class Step:
+    """What one forward pass of the model knows: the cache or the documents, and what the gates said so far."""
+
+    cache: DMSCache | None
+    valid: Tensor  # (B, T): not padding
+    segment_ids: Tensor | None  # (B, T): packed documents, padding -1; None for one document a row
+    soft: bool  # sampled decisions with gradients (training), or hard ones
+    logits: dict[int, Tensor] = field(default_factory=dict)  # layer -> z (B, H, T)
+    evicted: dict[int, Tensor] = field(default_factory=dict)  # layer -> decisions about each token (B, H, T)
+
+
+def dms_attention(module, query, key, value, attention_mask, scaling=None, **kwargs) -> tuple[Tensor, None]:
+    """transformers' attention interface: query (B, Hq, T, D), key and value (B, H, T, D) -> (B, T, Hq, D)."""
+    dms = module.__dict__.get("dms")
+    if dms is None or dms.step is None:
+        raise ValueError("attention implementation 'dms' needs dms_core.attach(model, config) first")
+    step, layer, config = dms.step, module.layer_idx, dms.config
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    z = step.logits.get(layer)
+    if z is not None and config.gate == "neuron":
+        query = dms.silence_neuron(query, key.shape[1])
+    if step.cache is not None:
+        evict = torch.zeros(key.shape[:3], dtype=torch.bool, device=key.device) if z is None else hard_decisions(z)
+        out = step.cache.layers[layer].attend(query, key, value, evict, step.valid, scale)
+    else:
+        log_keep = _log_keep(step, layer, z, config, key)
+        out = train_attention(query, key, value, log_keep, config.window, step.segment_ids, scale)
+    return out.transpose(1, 2), None
+
+
+def _log_keep(step: Step, layer: int, z: Tensor | None, config, key: Tensor) -> Tensor:
+    """beta (B, H, T) at the token it is about; the decisions are left in ``step.evicted`` for the losses."""
+    if z is None:
+        return key.new_zeros(key.shape[:3])
+    if step.soft:
+        log_keep, evicted = soft_decisions(z, sample_noise(z), config.temperature)
+    else:
+        evicted = hard_decisions(z)
+        log_keep = torch.zeros_like(z).masked_fill(evicted, float("-inf"))
+    fill = 0.0 if step.soft else False
+    step.evicted[layer] = align_decisions(evicted, config.lag, step.segment_ids, fill)
+    return align_decisions(log_keep, config.lag, step.segment_ids, 0.0)
+
+
+def dms_mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs) -> None:
+    """No mask is built: padding and documents come with the step, visibility from the decisions."""
+
+
+AttentionInterface.register(NAME, dms_attention)
+AttentionMaskInterface.register(NAME, dms_mask)

@@ -1,0 +1,277 @@
+"""A transformers cache that frees what is evicted (paper section 3.2).
+
+Rows are (batch, KV head), ragged and paged.  Two rings of window + 1 cells remember, for the tokens still in
+the window, their slot and what their gate said.  When a token leaves the window marked, the new token takes its
+slot; otherwise the row grows by one.  Keys are cached after RoPE, so order inside a row does not matter.
+"""
+
+import torch
+from dms_kernels import decode_attention, prefill_attention
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from dms_core.config import DMSConfig
+from dms_core.pages import PagedRows
+
+NEVER = torch.iinfo(torch.long).max
+
+
+class DMSLayer(CacheLayerMixin):
+    """One layer's rows.  ``attend`` stores the new tokens and answers their queries."""
+
+    def __init__(self, config: DMSConfig, page: int) -> None:
+        super().__init__()
+        self.config, self.page = config, page
+        self.cells = config.window + 1
+        self.columns = 0  # columns of the padded batch seen so far, what generate() calls the length
+        self.unread = False  # update() was called, attend() not yet
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        batch, heads = key_states.shape[:2]
+        device = key_states.device
+        self.batch, self.heads = batch, heads
+        self.rows = PagedRows(batch * heads, key_states, self.page)
+        self.count = torch.zeros(batch, dtype=torch.long, device=device)  # tokens seen, padding excluded
+        self.ring_slot = torch.zeros(batch, heads, self.cells, dtype=torch.long, device=device)
+        self.ring_evict = torch.zeros(batch, heads, self.cells, dtype=torch.bool, device=device)
+        self.reads = torch.zeros(batch, heads, dtype=torch.long, device=device)
+        self.is_initialized = True
+
+    # What transformers asks of a layer.
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Pass the new keys and values on to the ``dms`` attention function, which calls attend()."""
+        if self.unread:
+            raise ValueError("a DMSCache was given to a model that dms_core.attach has not prepared")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states)
+        if (self.batch, self.heads) != tuple(key_states.shape[:2]):
+            raise ValueError(
+                f"keys of {tuple(key_states.shape[:2])} (batch, KV heads): this cache holds {(self.batch, self.heads)}"
+            )
+        self.unread = True
+        self.columns += key_states.shape[2]
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+    def reset(self) -> None:
+        self.columns, self.unread, self.is_initialized = 0, False, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(self.batch, device=self.count.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if not self.is_initialized:
+            return
+        indices = indices.to(self.count.device)
+        self.rows = self.rows.select(self.row_numbers(indices))
+        for name in ("count", "ring_slot", "ring_evict", "reads"):
+            setattr(self, name, getattr(self, name)[indices])
+        self.batch = len(indices)
+
+    # Storing and attending.
+
+    def row_numbers(self, batch_rows: Tensor) -> Tensor:
+        """Numbers of the (batch, head) rows of some batch rows, in order."""
+        return (batch_rows[:, None] * self.heads + torch.arange(self.heads, device=batch_rows.device)).flatten()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor, scale: float) -> Tensor:
+        """Store new tokens and attend to what they may see.
+
+        q (B, Hq, T, D); k, v (B, H, T, D); evict (B, H, T): what each new token's gate says, about the token
+        ``lag`` before it; valid (B, T), False for padding and idle rows.  Returns (B, Hq, T, D).
+        """
+        self.unread = False
+        if q.shape[2] == 1:
+            self._append(k[:, :, 0], v[:, :, 0], evict[:, :, 0], valid[:, 0])
+            rows = self.rows
+            return decode_attention(q, rows.keys, rows.values, rows.table, rows.length, scale)
+        return self._prefill(q, k, v, evict, valid, scale)
+
+    def _append(self, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor) -> None:
+        """One token a row: take the slot of the token that leaves the window marked, or a new slot."""
+        now = self.count[:, None, None].expand(-1, self.heads, 1)  # (B, H, 1), the new token's position
+        leaving = now - self.cells
+        if self.config.lag == self.cells:  # window 0: the new token itself decides about its predecessor
+            marked = evict[..., None]
+        else:
+            marked = self.ring_evict.gather(2, (leaving + self.config.lag) % self.cells)
+        cell = now % self.cells
+        active = valid[:, None].expand(-1, self.heads)
+        reuse = (marked & (leaving >= 0))[..., 0]
+        length = self.rows.length.view_as(reuse)
+        slot = torch.where(reuse, self.ring_slot.gather(2, cell)[..., 0], length)
+        length = torch.where(active & ~reuse, length + 1, length)
+        self.rows.reserve(length.flatten())
+        self.rows.length = length.flatten()
+        row = active.flatten().nonzero()[:, 0]
+        self.rows.write(row, slot.flatten()[row], k.flatten(0, 1)[row], v.flatten(0, 1)[row])
+        keep = ~active[..., None]
+        self.ring_slot.scatter_(2, cell, torch.where(keep, self.ring_slot.gather(2, cell), slot[..., None]))
+        self.ring_evict.scatter_(2, cell, torch.where(keep, self.ring_evict.gather(2, cell), evict[..., None]))
+        self.count = self.count + valid
+        self.reads += length * valid[:, None]
+
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor, scale: float) -> Tensor:
+        """Many tokens a row, after any past: attend with expiries, then pack what stays."""
+        position = torch.where(valid, self.count[:, None] + valid.long().cumsum(1) - 1, -1)  # (B, T)
+        expiry = self._expiries(evict, position)  # (B, H, cells + T), by position from count - cells on
+        base = (self.count - self.cells)[:, None, None]
+        spread = position[:, None].expand(-1, self.heads, -1)
+        new_expiry = expiry.gather(2, (spread - base).clamp_min(0))
+        new_position = torch.where(valid[:, None], spread, NEVER)
+        old_k, old_v, old_position, old_expiry = self._past(expiry)
+        keys, values = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
+        k_position, k_expiry = torch.cat([old_position, new_position], 2), torch.cat([old_expiry, new_expiry], 2)
+        out = prefill_attention(q, keys, values, position, k_position, k_expiry, scale)
+
+        self.count = self.count + valid.sum(1)
+        last = self.count[:, None, None] - 1
+        stays = (k_position <= last) & (last < k_expiry)
+        order = torch.argsort((~stays).to(torch.int8), dim=2, stable=True)
+        length = stays.sum(2)
+        width = int(length.max())
+        order = order[..., :width]
+        packed = [x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1])).flatten(0, 1) for x in (keys, values)]
+        self.rows.load(torch.arange(self.rows.rows, device=k.device), *packed, length.flatten())
+        slots = torch.where(torch.arange(width, device=k.device) < length[..., None], k_position.gather(2, order), -1)
+        self._rebuild_rings(slots, evict, position)
+        return out
+
+    def _expiries(self, evict: Tensor, position: Tensor) -> Tensor:
+        """First query position that no longer sees a token, for positions count - cells .. count + T - 1."""
+        total = self.cells + position.shape[1]
+        steps = torch.arange(self.cells, device=evict.device)
+        old = self.ring_evict.gather(2, ((self.count[:, None] + steps) % self.cells)[:, None].expand_as(self.ring_evict))
+        said = torch.cat([old, torch.zeros(*old.shape[:2], position.shape[1] + 1, dtype=torch.bool, device=old.device)], 2)
+        at = torch.where(position >= 0, position - self.count[:, None] + self.cells, total)
+        said.scatter_(2, at[:, None].expand_as(evict), evict)  # what the token at each position said; last is a bin
+        said[..., total:] = False
+        marked = torch.zeros_like(said[..., :total])
+        lag = min(self.config.lag, total)
+        marked[..., : total - lag] = said[..., lag:total]
+        place = (self.count - self.cells)[:, None, None] + torch.arange(total, device=evict.device)
+        return torch.where(marked, place + self.cells, NEVER)
+
+    def _past(self, expiry: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys, values, positions and expiries of what is held: (B, H, S, .).  Outside the window position is -1."""
+        rows = torch.arange(self.rows.rows, device=expiry.device)
+        k, v = (x.unflatten(0, (self.batch, self.heads)) for x in self.rows.read(rows))
+        live = torch.arange(k.shape[2], device=expiry.device) < self.rows.length.view(self.batch, self.heads, 1)
+        position = torch.where(live, -1, NEVER)
+        until = torch.full_like(position, NEVER)
+        if k.shape[2]:
+            steps = torch.arange(self.cells, device=expiry.device)
+            place = (self.count - self.cells)[:, None] + steps  # (B, cells): positions in the window, oldest first
+            slot = self.ring_slot.gather(2, (place % self.cells)[:, None].expand_as(self.ring_slot))
+            b, h, c = (place >= 0)[:, None].expand_as(slot).nonzero(as_tuple=True)
+            position[b, h, slot[b, h, c]] = place[b, c]
+            until[b, h, slot[b, h, c]] = expiry[b, h, c]
+        return k, v, position, until
+
+    def _rebuild_rings(self, slot_position: Tensor, evict: Tensor, position: Tensor) -> None:
+        """After packing: where the tokens in the window lie, and what the new ones said."""
+        b, h, s = (slot_position >= (self.count - self.cells).clamp_min(0)[:, None, None]).nonzero(as_tuple=True)
+        self.ring_slot[b, h, slot_position[b, h, s] % self.cells] = s
+        recent = (position >= (self.count - self.cells)[:, None]) & (position >= 0)
+        b, t = recent.nonzero(as_tuple=True)
+        self.ring_evict[b, :, position[b, t] % self.cells] = evict[b, :, t]
+
+    # Rows one by one.
+
+    def put(self, indices: Tensor, other: "DMSLayer", source: Tensor) -> None:
+        """Batch rows ``indices`` become copies of rows ``source`` of another layer of the same shape."""
+        k, v = other.rows.read(other.row_numbers(source))
+        self.rows.load(self.row_numbers(indices), k, v, other.rows.length[other.row_numbers(source)])
+        for name in ("count", "ring_slot", "ring_evict", "reads"):
+            getattr(self, name)[indices] = getattr(other, name)[source]
+
+    def clear(self, indices: Tensor) -> None:
+        """Empty batch rows ``indices``; their pages go back to the pool."""
+        self.rows.release(self.row_numbers(indices))
+        self.count[indices] = 0
+        self.reads[indices] = 0
+
+
+class DMSCache(Cache):
+    """A cache for a model prepared by ``dms_core.attach``.  Works with ``model.generate`` and by hand.
+
+    Gates off (``dms.disabled()``), it is a dense cache with the same counters.
+    """
+
+    def __init__(self, config: DMSConfig, layers: int, page: int = 16) -> None:
+        if layers < 1 or page < 1:
+            raise ValueError(f"layers {layers}, page {page}: both must be >= 1")
+        super().__init__(layers=[DMSLayer(config, page) for _ in range(layers)])
+        self.config = config
+
+    @classmethod
+    def for_model(cls, model, page: int = 16) -> "DMSCache":
+        """An empty cache for a model that ``attach`` has prepared."""
+        if getattr(model, "dms", None) is None:
+            raise ValueError(f"{type(model).__name__} has no DMS gates: call dms_core.attach(model, config) first")
+        return cls(model.dms.config, model.dms.layers, page)
+
+    def empty_like(self, batch: int) -> "DMSCache":
+        """An empty cache of ``batch`` rows with this one's settings, heads, dtype and device."""
+        other = DMSCache(self.config, len(self.layers), self.layers[0].page)
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            theirs.lazy_initialization(mine.rows.keys.new_empty(batch, mine.heads, 0, mine.rows.keys.shape[-1]))
+        return other
+
+    @property
+    def batch_size(self) -> int:
+        return self.layers[0].batch
+
+    def live_tokens(self) -> Tensor:
+        """Live tokens now, (layers, B, H)."""
+        return torch.stack([x.rows.length.view(x.batch, x.heads) for x in self.layers])
+
+    def tokens_seen(self) -> Tensor:
+        """Tokens each batch row has taken in, padding excluded: (B,)."""
+        return self.layers[0].count
+
+    def kv_reads(self) -> Tensor:
+        """Items attended to, summed over decode steps, (layers, B, H); prefill does not count (section 5.1)."""
+        return torch.stack([x.reads for x in self.layers])
+
+    def peak_tokens(self) -> Tensor:
+        """Most live items so far, (layers, B, H).  A row never shrinks while it decodes: this is what it holds."""
+        return self.live_tokens()
+
+    def bytes_held(self) -> int:
+        """Bytes of all key and value tensors, free pages of the pools included."""
+        return sum(x.rows.nbytes for x in self.layers if x.is_initialized)
+
+    def trim(self) -> None:
+        """Give the pools' free pages back to the allocator."""
+        for layer in self.layers:
+            layer.rows.trim()
+
+    def fork(self, chains: int) -> None:
+        """Repeat every row ``chains`` times, neighbours together: one prompt, many chains."""
+        self.batch_repeat_interleave(chains)
+
+    def put_rows(self, indices: Tensor, other: "DMSCache", source: Tensor) -> None:
+        """Rows ``indices`` become copies of rows ``source`` of ``other``: how a finished chain's row is refilled."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.put(indices, theirs, source)
+
+    def reset_rows(self, indices: Tensor) -> None:
+        """Empty single rows."""
+        for layer in self.layers:
+            layer.clear(indices)
+

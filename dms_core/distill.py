@@ -1,0 +1,89 @@
+"""The retrofit's losses (paper section 3.2): L = L_KD + L_aux.
+
+L_KD is the divergence between student and frozen teacher at temperature 1, averaged over labelled tokens;
+L_aux = max(alpha* - mean over layers, heads and valid tokens of the hard decisions, 0), per row, then the mean.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+DIRECTIONS = ("forward", "reverse", "lm")
+
+
+def token_divergence(student: Tensor, teacher: Tensor, direction: str) -> Tensor:
+    """KL in nats per token from logits (N, V): forward is KL(teacher || student), reverse KL(student || teacher)."""
+    s, t = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
+    first, second = (t, s) if direction == "forward" else (s, t)
+    return (first.exp() * (first - second)).sum(-1)
+
+
+def chunked_loss(hidden: Tensor, teacher_hidden: Tensor, targets: Tensor, heads, direction: str, chunk: int) -> Tensor:
+    """Mean loss per token without ever holding (N, V) logits for more than ``chunk`` tokens.
+
+    hidden, teacher_hidden (N, d); targets (N,) next tokens, used by direction "lm"; heads: student's and teacher's
+    output layers.  Logits are computed again in the backward pass.
+    """
+
+    def part(h: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if direction == "lm":
+            return F.cross_entropy(heads[0](h).float(), y, reduction="sum")
+        with torch.no_grad():
+            teacher_logits = heads[1](t)
+        return token_divergence(heads[0](h), teacher_logits, direction).sum()
+
+    pieces = zip(hidden.split(chunk), teacher_hidden.split(chunk), targets.split(chunk), strict=True)
+    if len(hidden) <= chunk:
+        return part(hidden, teacher_hidden, targets) / max(len(hidden), 1)
+    return sum(checkpoint(part, *piece, use_reentrant=False) for piece in pieces) / len(hidden)
+
+
+def compression_loss(evicted: list[Tensor], valid: Tensor, target: float | Tensor) -> tuple[Tensor, Tensor]:
+    """(L_aux, evicted fraction of all valid tokens).  evicted: per layer (B, H, T); valid (B, T)."""
+    decisions = torch.stack([e.mean(1) for e in evicted]).mean(0)  # (B, T), mean over layers and heads
+    counted = (decisions * valid).sum(1)
+    fraction = counted / valid.sum(1).clamp_min(1)
+    return (target - fraction).clamp_min(0).mean(), (counted.sum() / valid.sum()).detach()
+
+
+class Distiller(nn.Module):
+    """Student (with gates) and teacher as one module, so that a Trainer can wrap, shard and step it.
+
+    ``teacher`` None: the student's own weights with eviction off, for frozen bases.
+    """
+
+    def __init__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel | None, direction: str = "forward", chunk: int = 4096
+    ) -> None:
+        super().__init__()
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction {direction!r}: must be one of {DIRECTIONS}")
+        self.student, self.config = student, student.config
+        self.direction, self.chunk = direction, chunk
+        object.__setattr__(self, "teacher", teacher)  # not a submodule: neither trained, saved nor moved
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+
+    def forward(self, input_ids: Tensor, labels: Tensor, alpha_target: float | Tensor = 0.0, **inputs) -> dict:
+        """input_ids, labels (B, T); labels -100 where a token is not to be predicted.  Returns the loss and its parts."""
+        inputs = {"input_ids": input_ids, "use_cache": False, **inputs}
+        with torch.no_grad():
+            teacher_hidden = self._teacher_hidden(inputs)
+        hidden = self.student.get_decoder()(**inputs).last_hidden_state
+        step = self.student.dms.step
+        targets = labels[:, 1:]
+        wanted = targets != -100
+        heads = (self.student.get_output_embeddings(), (self.teacher or self.student).get_output_embeddings())
+        kd = chunked_loss(
+            hidden[:, :-1][wanted], teacher_hidden[:, :-1][wanted], targets[wanted], heads, self.direction, self.chunk
+        )
+        aux, fraction = compression_loss(list(step.evicted.values()), step.valid, alpha_target)
+        return {"loss": kd + aux, "kd": kd.detach(), "aux": aux.detach(), "evicted": fraction}
+
+    def _teacher_hidden(self, inputs: dict) -> Tensor:
+        if self.teacher is not None:
+            return self.teacher.get_decoder()(**inputs).last_hidden_state
+        with self.student.dms.disabled():
+            return self.student.get_decoder()(**inputs).last_hidden_state

@@ -1,0 +1,170 @@
+"""Retrofit training on transformers' Trainer: CR rises as CR(t) = 1 + t / steps_per_unit (paper section 3.2).
+
+One run gives a family: a checkpoint at each integer CR.  Two recipes: all weights (with a frozen copy as
+teacher), or the gates alone (the teacher is the same weights with eviction off).
+"""
+
+import copy
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from dms_core.checkpoint import save_model
+from dms_core.config import DMSConfig, target_fraction
+from dms_core.distill import Distiller
+from dms_core.model import attach
+
+
+@dataclass(frozen=True)
+class RetrofitConfig:
+    """A recipe.  The defaults are the paper's; ``hold`` and a decayed rate help at the embedded scale."""
+
+    train: str = "all"  # "all" weights, or "gates" alone
+    direction: str = "forward"  # KL(teacher || student); "reverse", or "lm" for no teacher
+    final_cr: float = 8.0
+    steps_per_unit: int = 100  # optimiser steps per unit of CR
+    hold: int = 0  # steps at the final CR after the ramp
+    batch: int = 16  # sequences a device and step
+    lr: float = 3e-5
+    gate_lr: float | None = None  # for the adapters' parameters; lr if None
+    lr_schedule: str = "constant"  # a name of transformers' schedulers
+    warmup: int = 0  # steps of learning-rate warm-up
+    weight_decay: float = 0.0
+    chunk: int = 4096  # tokens whose logits are held at once
+    seed: int = 0
+    save_steps: int = 100  # between resumable checkpoints
+
+    def __post_init__(self) -> None:
+        target_fraction(self.final_cr)
+        if self.train not in ("all", "gates"):
+            raise ValueError(f"train {self.train!r}: must be 'all' or 'gates'")
+        for name in ("steps_per_unit", "batch", "chunk", "save_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be >= 1")
+
+    @property
+    def steps(self) -> int:
+        return self.ramp_steps + self.hold
+
+    @property
+    def ramp_steps(self) -> int:
+        return math.ceil((self.final_cr - 1) * self.steps_per_unit)
+
+    def cr(self, step: int) -> float:
+        """The target CR during step ``step``, counted from 0."""
+        return min(1.0 + step / self.steps_per_unit, self.final_cr)
+
+    def saves(self) -> dict[int, float]:
+        """Steps after which a checkpoint is kept, and its CR; the last one keeps the final CR."""
+        integers = {(cr - 1) * self.steps_per_unit: float(cr) for cr in range(2, math.ceil(self.final_cr))}
+        return {**integers, self.steps: self.final_cr}
+
+
+class RetrofitTrainer(Trainer):
+    """Hands the schedule's target to the Distiller, keeps its loss parts for the log, seeds each step."""
+
+    def __init__(self, recipe: RetrofitConfig, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.recipe = recipe
+        self.parts: dict[str, torch.Tensor] = {}
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        step = self.state.global_step
+        torch.manual_seed(self.recipe.seed * 1_000_003 + step)  # the noise of a step, whatever ran before
+        outputs = model(**inputs, alpha_target=target_fraction(self.recipe.cr(step)))
+        self.parts = {name: outputs[name] for name in ("kd", "aux", "evicted")}
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs: dict, *args, **kwargs) -> None:
+        if "loss" in logs and self.parts:
+            logs |= {name: float(value) for name, value in self.parts.items()}
+            logs["cr_target"] = self.recipe.cr(max(self.state.global_step - 1, 0))
+            logs["cr_measured"] = 1 / (1 - min(logs["evicted"], 0.999))
+        super().log(logs, *args, **kwargs)
+
+
+class SaveFamily(TrainerCallback):
+    """Keeps the student at each integer CR."""
+
+    def __init__(self, recipe: RetrofitConfig, student: PreTrainedModel, tokenizer, out: Path) -> None:
+        self.recipe, self.student, self.tokenizer, self.out = recipe, student, tokenizer, out
+
+    def on_step_end(self, args, state, control, **kwargs):
+        cr = self.recipe.saves().get(state.global_step)
+        if cr is not None and state.is_world_process_zero:
+            save_model(self.student, checkpoint_dir(self.out, cr), self.tokenizer, cr=cr, step=state.global_step)
+
+
+def checkpoint_dir(out: Path | str, cr: float) -> Path:
+    return Path(out) / f"cr{cr:g}"
+
+
+def pad_collate(pad: int):
+    """Documents of input_ids and labels to right-padded (B, T) tensors with an attention mask."""
+
+    def collate(items: list[dict]) -> dict[str, torch.Tensor]:
+        width = max(len(item["input_ids"]) for item in items)
+
+        def rows(key: str, fill: int) -> torch.Tensor:
+            return torch.tensor([list(item[key]) + [fill] * (width - len(item[key])) for item in items])
+
+        mask = torch.tensor([[1] * len(x["input_ids"]) + [0] * (width - len(x["input_ids"])) for x in items])
+        return {"input_ids": rows("input_ids", pad), "labels": rows("labels", -100), "attention_mask": mask}
+
+    return collate
+
+
+def retrofit(
+    model: PreTrainedModel, tokenizer, dataset, dms: DMSConfig, recipe: RetrofitConfig, out: Path | str, **arguments
+) -> PreTrainedModel:
+    """Teach ``model`` to evict, in place; checkpoints go to ``out``/cr<N>.  An interrupted run goes on by itself.
+
+    dataset: documents with input_ids and labels (-100: not predicted).  ``arguments`` go to TrainingArguments.
+    """
+    out = Path(out)
+    teacher = copy.deepcopy(model) if recipe.train == "all" and recipe.direction != "lm" else None
+    set_seed(recipe.seed)
+    attach(model, dms)
+    if recipe.train == "gates":
+        gates = {id(p) for p in model.dms.gate_parameters()}
+        if not gates:
+            raise ValueError("train 'gates' with gate 'neuron': that gate has no parameters; train 'all'")
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in gates)
+    settings = TrainingArguments(
+        output_dir=str(out / "trainer"), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch,
+        learning_rate=recipe.lr, lr_scheduler_type=recipe.lr_schedule, warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay, adam_beta2=0.95, max_grad_norm=1.0, seed=recipe.seed,
+        save_steps=recipe.save_steps, save_total_limit=1, logging_steps=10, report_to=[],
+        remove_unused_columns=False, dataloader_num_workers=0, **arguments,
+    )  # fmt: skip
+    distiller = Distiller(model, teacher, recipe.direction, recipe.chunk)
+    trainer = RetrofitTrainer(
+        recipe, model=distiller, args=settings, train_dataset=dataset, data_collator=pad_collate(tokenizer.pad_token_id),
+        callbacks=[SaveFamily(recipe, model, tokenizer, out)],
+        optimizers=(make_optimizer(model, recipe), None),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=last_checkpoint(out / "trainer"))
+    facts = {"dms": dms.to_dict(), "recipe": asdict(recipe), "log": trainer.state.log_history}
+    (out / "retrofit.json").write_text(json.dumps(facts, indent=1) + "\n")
+    return model.eval()
+
+
+def make_optimizer(model: PreTrainedModel, recipe: RetrofitConfig) -> torch.optim.Optimizer:
+    gates = {id(p) for p in model.dms.gate_parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if id(p) not in gates], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if id(p) in gates], "lr": recipe.gate_lr or recipe.lr, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(0.9, 0.95))
+
+
+def last_checkpoint(directory: Path) -> str | None:
+    """The newest complete Trainer checkpoint, if any."""
+    found = [d for d in directory.glob("checkpoint-*") if (d / "trainer_state.json").exists()]
+    return str(max(found, key=lambda d: int(d.name.split("-")[1]))) if found else None

@@ -1,0 +1,198 @@
+"""Sampling with continuous batching: a finished chain's row is refilled at once from the queue.
+
+Every (problem, chain) has a random stream of its own, so what a chain says does not depend on the batch size, on
+the order, or on its neighbours.  Budgets are counted as in paper section 5.1: KV reads are the items attended to
+at each decode step, summed over steps, per KV head (mean over layers and heads); prefill does not count.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dms_core.cache import DMSCache
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How chains are drawn."""
+
+    max_new_tokens: int  # L
+    temperature: float = 0.6  # 0: greedy
+    top_p: float = 0.95
+    batch: int = 64  # rows decoded together
+    seed: int = 0
+    stride: int = 16  # generated tokens between two entries of a chain's live and reads
+    page: int = 8  # tokens a cache page
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch", "stride", "page"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be >= 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature {self.temperature}: must be >= 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p}: must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One chain: its tokens, and its budget after 0, stride, 2 stride, ... generated tokens and at its end."""
+
+    problem: int
+    chain: int
+    tokens: list[int]  # without <eos>
+    finished: bool  # it wrote <eos>
+    prompt_tokens: int
+    live: list[float]  # live items per KV head
+    reads: list[float]  # cumulative KV reads per KV head
+
+
+def chain_uniforms(seed: int, problem: int, chain: int, length: int) -> np.ndarray:
+    """The chain's random numbers in [0, 1): one a token."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, problem, chain]))).random(length)
+
+
+def pick_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
+    """One token a row by inverse CDF over the nucleus.  logits (S, V), uniforms (S,); returns (S,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, token = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    before = p.cumsum(-1) - p
+    p = torch.where(before < top_p, p, 0.0)
+    cdf = p.cumsum(-1)
+    chosen = (cdf <= uniforms[:, None].to(cdf) * cdf[:, -1:]).sum(-1, keepdim=True)
+    return token.gather(1, chosen.clamp_max((p > 0).sum(-1, keepdim=True) - 1))[:, 0]
+
+
+def sample_chains(
+    model, tokenizer, prompts: Sequence[Sequence[int]], jobs: Sequence[tuple[int, int]], config: SamplingConfig
+) -> Iterator[Chain]:
+    """Yield the chains of ``jobs``, pairs (index into prompts, chain number), in the order in which they end.
+
+    ``model`` has DMS gates (inside ``model.dms.disabled()`` it samples from the dense original).  Raises ValueError
+    for an empty prompt.
+    """
+    for problem, _ in jobs:
+        if not len(prompts[problem]):
+            raise ValueError(f"prompt {problem} is empty: it must have at least one token")
+    with torch.inference_mode():
+        yield from _Batch(model, tokenizer, prompts, list(jobs), config).run()
+
+
+class _Batch:
+    """The rows under way: per row its job, position, tokens so far and log."""
+
+    def __init__(self, model, tokenizer, prompts, jobs, config: SamplingConfig) -> None:
+        self.model, self.prompts, self.queue, self.config = model, prompts, jobs[::-1], config
+        self.pad, self.eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+        self.size = min(config.batch, len(jobs))
+        self.cache: DMSCache | None = None
+        self.jobs: list[tuple[int, int] | None] = [None] * self.size
+        self.made = torch.zeros(self.size, dtype=torch.long)  # generated tokens
+        self.position = torch.zeros(self.size, dtype=torch.long)
+        self.active = torch.zeros(self.size, dtype=torch.bool)
+        self.tokens = torch.zeros(self.size, config.max_new_tokens, dtype=torch.long)
+        self.uniforms = torch.zeros(self.size, config.max_new_tokens, dtype=torch.float64)
+        entries = config.max_new_tokens // config.stride + 1
+        self.live, self.reads = (torch.zeros(self.size, entries) for _ in range(2))
+
+    def run(self) -> Iterator[Chain]:
+        while self.queue or self.active.any():
+            idle = int((~self.active).sum())
+            if self.queue and (idle > self.size // 8 or idle >= len(self.queue)):
+                yield from self._finish(self._admit())
+            elif not self.queue and 2 * idle >= len(self.active) > 8:
+                self._shrink()
+            if self.active.any():
+                yield from self._finish(self._decode())
+
+    def _admit(self) -> Tensor:
+        """Prefill prompts for the idle rows, each distinct prompt once, and sample their first tokens."""
+        rows = (~self.active).nonzero()[:, 0][: len(self.queue)]
+        jobs = [self.queue.pop() for _ in rows]
+        distinct = list(dict.fromkeys(problem for problem, _ in jobs))
+        prefilled, logits = self._prefill([self.prompts[p] for p in distinct])
+        source = torch.tensor([distinct.index(problem) for problem, _ in jobs])
+        if self.cache is None:
+            self.cache = prefilled.empty_like(self.size)
+        self.cache.put_rows(rows, prefilled, source)
+        for row, (problem, chain) in zip(rows.tolist(), jobs, strict=True):
+            self.jobs[row] = (problem, chain)
+            drawn = chain_uniforms(self.config.seed, problem, chain, self.config.max_new_tokens)
+            self.uniforms[row] = torch.from_numpy(drawn)
+            self.position[row] = len(self.prompts[problem])
+        self.made[rows] = 0
+        self.active[rows] = True
+        self._log(rows)
+        return self._take(rows, logits[source])
+
+    def _prefill(self, prompts) -> tuple[DMSCache, Tensor]:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self.pad] * (width - len(p)) + list(p) for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        cache = DMSCache.for_model(self.model, self.config.page)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        return cache, self._forward(ids, positions, mask, cache)
+
+    def _decode(self) -> Tensor:
+        """Feed every active row its last token and sample the next one."""
+        last = self.tokens.gather(1, (self.made - 1).clamp_min(0)[:, None])
+        logits = self._forward(last, self.position[:, None], self.active[:, None], self.cache)
+        self.position += self.active
+        rows = self.active.nonzero()[:, 0]
+        return self._take(rows, logits[rows])
+
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: DMSCache) -> Tensor:
+        device = self.model.device
+        out = self.model(
+            input_ids=ids.to(device), position_ids=positions.to(device), attention_mask=mask.to(device),
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        return out.logits[:, -1].cpu()
+
+    def _take(self, rows: Tensor, logits: Tensor) -> Tensor:
+        """Sample for ``rows``; returns the rows whose chain has ended."""
+        uniforms = self.uniforms[rows, self.made[rows]]
+        token = pick_tokens(logits, uniforms, self.config.temperature, self.config.top_p)
+        self.tokens[rows, self.made[rows]] = token
+        self.made[rows] += 1
+        self._log(rows[self.made[rows] % self.config.stride == 0])
+        return rows[(token == self.eos) | (self.made[rows] == self.config.max_new_tokens)]
+
+    def _log(self, rows: Tensor) -> None:
+        if len(rows):
+            at = self.made[rows] // self.config.stride
+            self.live[rows, at], self.reads[rows, at] = self._budget(rows)
+
+    def _budget(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Live items and reads so far per KV head, means over layers and heads: (N,) each."""
+        return tuple(x.float().mean((0, 2)).cpu()[rows] for x in (self.cache.live_tokens(), self.cache.kv_reads()))
+
+    def _finish(self, rows: Tensor) -> Iterator[Chain]:
+        if not len(rows):
+            return
+        live, reads = self._budget(rows)
+        for i, row in enumerate(rows.tolist()):
+            made = int(self.made[row])
+            tokens = self.tokens[row, :made].tolist()
+            finished = tokens[-1] == self.eos
+            entries = made // self.config.stride + 1
+            problem, chain = self.jobs[row]
+            yield Chain(
+                problem, chain, tokens[:-1] if finished else tokens, finished, len(self.prompts[problem]),
+                [*self.live[row, :entries].tolist(), float(live[i])],
+                [*self.reads[row, :entries].tolist(), float(reads[i])],
+            )  # fmt: skip
+        self.active[rows] = False
+        self.cache.reset_rows(rows.to(self.model.device))
+
+    def _shrink(self) -> None:
+        """Nothing is queued: go on with the active rows alone."""
+        rows = self.active.nonzero()[:, 0]
+        self.cache.batch_select_indices(rows.to(self.model.device))
+        self.jobs = [self.jobs[row] for row in rows.tolist()]
+        for name in ("made", "position", "active", "tokens", "uniforms", "live", "reads"):
+            setattr(self, name, getattr(self, name)[rows])

@@ -1,0 +1,119 @@
+"""Program traces: the embedded model's task, a CPU stand-in for AIME.
+
+A problem is a shuffled straight-line program over digits modulo 10 with a goal variable and distractor
+lines.  The model writes a depth-first evaluation trace, then the answer::
+
+    ?j;T=4-I;e=T+T;I=3;q=j+2;j=T+e;>                                           prompt
+    j=T+e;T=4-I;I=3;T=4-I=4-3=1;e=T+T;e=T+T=1+1=2;j=T+e=1+2=3;#3              trace
+
+``expand(X)`` writes ``X``'s line, expands its operands that have no value yet from left to right, and
+closes with the line once more, values substituted: ``X=expression=values=result;``.
+
+Every problem is a pure function of ``(split, seed, index)``; splits never share a random stream.
+"""
+
+import random
+from dataclasses import dataclass
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+DIGITS = "0123456789"
+OPERATORS = "+-"
+PROMPT_END = ">"
+ANSWER_MARK = "#"
+ALPHABET = LETTERS + DIGITS + OPERATORS + "?;=" + PROMPT_END + ANSWER_MARK
+SPLITS = ("train", "retrofit", "validation", "test")
+
+EVALUATION_MIX = (4, 14)  # needed variables, inclusive; the mix every reported accuracy refers to
+DISTRACTORS = (2, 6)  # lines that the goal does not depend on, inclusive
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem: what the model reads, a correct trace, the answer digit, and its size."""
+
+    prompt: str
+    trace: str  # ends with "#" and the answer
+    answer: str
+    variables: int  # needed variables: the goal and everything it depends on
+
+
+def make_problem(split: str, seed: int, index: int, variables: tuple[int, int] = EVALUATION_MIX) -> Problem:
+    """The ``index``-th problem of ``(split, seed)``, its needed variables uniform in ``variables``.
+
+    Raises ValueError for an unknown split or a range outside 1..40.
+    """
+    low, high = variables
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: must be one of {SPLITS}")
+    if not 1 <= low <= high <= 40:
+        raise ValueError(f"variables {variables}: must satisfy 1 <= low <= high <= 40")
+    rng = random.Random(f"{split}/{seed}/{index}")
+    needed = rng.randint(low, high)
+    extra = rng.randint(*DISTRACTORS)
+    names = rng.sample(LETTERS, needed + extra)
+    lines = _needed_lines(rng, names[:needed])
+    for i in range(needed, needed + extra):
+        lines[names[i]] = _line(rng, rng.sample(names[:i], min(i, rng.choice((0, 1, 1, 2, 2)))))
+    goal = names[0]
+    order = list(lines)
+    rng.shuffle(order)
+    program = "".join(f"{name}={''.join(lines[name])};" for name in order)
+    trace, answer = _trace(goal, lines)
+    return Problem(f"?{goal};{program}{PROMPT_END}", trace, answer, needed)
+
+
+def grade(problem: Problem, completion: str) -> bool:
+    """True if ``completion`` states the right answer; an unfinished trace is wrong."""
+    return extract_answer(completion) == problem.answer
+
+
+def extract_answer(completion: str) -> str | None:
+    """The digit after the first ``#``, or None when the chain did not get there."""
+    _, mark, rest = completion.partition(ANSWER_MARK)
+    return rest[0] if mark and rest[:1] in DIGITS and rest else None
+
+
+def _line(rng: random.Random, operands: list[str]) -> tuple[str, ...]:
+    """A right-hand side that uses ``operands`` (0, 1 or 2 variable names), filled up with digits."""
+    if not operands:
+        return (rng.choice(DIGITS),)
+    if len(operands) == 1:
+        operands = [*operands, rng.choice(DIGITS)]
+    rng.shuffle(operands)
+    return (operands[0], rng.choice(OPERATORS), operands[1])
+
+
+def _needed_lines(rng: random.Random, names: list[str]) -> dict[str, tuple[str, ...]]:
+    """Lines whose dependency graph reaches every name from ``names[0]``, edges from earlier to later names."""
+    operands: list[list[str]] = [[] for _ in names]
+    for i in range(1, len(names)):
+        free = [p for p in range(i) if len(operands[p]) < 2]
+        parent = free[-1] if rng.random() < 0.5 else rng.choice(free)
+        operands[parent].append(names[i])
+    for i, uses in enumerate(operands):
+        shared = [name for name in names[i + 1 :] if name not in uses]
+        if len(uses) == 1 and shared and rng.random() < 0.5:
+            uses.append(rng.choice(shared))  # a value used twice: looked up, not computed again
+    return {name: _line(rng, uses) for name, uses in zip(names, operands, strict=True)}
+
+
+def _trace(goal: str, lines: dict[str, tuple[str, ...]]) -> tuple[str, str]:
+    """The depth-first trace of ``goal`` and its value."""
+    values: dict[str, str] = {}
+    out: list[str] = []
+
+    def expand(name: str) -> None:
+        right = lines[name]
+        out.append(f"{name}={''.join(right)};")
+        if len(right) == 1:
+            values[name] = right[0]
+            return
+        for term in (right[0], right[2]):
+            if term in lines and term not in values:
+                expand(term)
+        a, b = (values.get(term, term) for term in (right[0], right[2]))
+        values[name] = str((int(a) + int(b) if right[1] == "+" else int(a) - int(b)) % 10)
+        out.append(f"{name}={''.join(right)}={a}{right[1]}{b}={values[name]};")
+
+    expand(goal)
+    return "".join(out) + ANSWER_MARK + values[goal], values[goal]

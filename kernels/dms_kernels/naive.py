@@ -1,0 +1,66 @@
+"""The oracle: every operation written as its definition, in fp32, without regard to speed.
+
+Shapes: B batch, Hq query heads, H KV heads, G = Hq / H, T queries, S keys, D head dim.
+Query head h reads KV head h // G.  See METHOD in the book's chapter on delayed eviction.
+"""
+
+import torch
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Softmax attention with an additive bias; a query that sees no key gets 0.
+
+    q (B, Hq, T, D), k and v (B, H, S, D), bias broadcastable to (B, H, T, S) with -inf for "not visible".
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v, bias = (x.float().repeat_interleave(group, dim=1) for x in (k, v, bias))  # (B, Hq, ., .)
+    scores = q.float() @ k.transpose(-1, -2) * scale + bias
+    top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    return ((weights / torch.where(total > 0, total, 1.0)) @ v).to(q.dtype)
+
+
+def train_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, window: int, segment_ids: Tensor | None, scale: float
+) -> Tensor:
+    """Causal attention in which key j costs ``log_keep[j]`` once it is more than ``window`` behind the query.
+
+    log_keep (B, H, T) is <= 0, -inf for a hard eviction.  segment_ids (B, T): tokens see only their own segment.
+    """
+    position = torch.arange(q.shape[2], device=q.device)
+    behind = position[:, None] - position[None, :]  # (T, S)
+    bias = torch.where(behind > window, log_keep.float()[:, :, None, :], 0.0)  # (B, H, T, S)
+    allowed = (behind >= 0)[None]
+    if segment_ids is not None:
+        allowed = allowed & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return attend(q, k, v, bias.masked_fill(~allowed[:, None], float("-inf")), scale)
+
+
+def prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_position: Tensor, k_position: Tensor, k_expiry: Tensor, scale: float
+) -> Tensor:
+    """Query at position i sees the keys with ``k_position <= i < k_expiry``.
+
+    q_position (B, T), k_position and k_expiry (B, H, S): integer token positions; a key that is never evicted
+    has an expiry beyond every query, an empty slot a position beyond every query.
+    """
+    i = q_position[:, None, :, None]
+    visible = (k_position[:, :, None, :] <= i) & (i < k_expiry[:, :, None, :])
+    bias = torch.zeros(visible.shape, device=q.device).masked_fill(~visible, float("-inf"))
+    return attend(q, k, v, bias, scale)
+
+
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """One query token a row over ragged, paged rows.
+
+    q (B, Hq, 1, D); keys and values (pages, page, D); table (B * H, columns) page numbers of each row in
+    order; lengths (B * H,) live tokens of each row, which fill its pages from the first slot on.
+    """
+    batch, heads = q.shape[0], q.shape[1]
+    k, v = (pool[table].flatten(1, 2).unflatten(0, (batch, -1)) for pool in (keys, values))  # (B, H, S, D)
+    live = torch.arange(k.shape[2], device=q.device) < lengths.view(batch, -1, 1)  # (B, H, S)
+    bias = torch.zeros(live.shape, device=q.device).masked_fill(~live, float("-inf"))[:, :, None, :]
+    assert heads % k.shape[1] == 0
+    return attend(q, k, v, bias, scale)

@@ -1,0 +1,208 @@
+"""From chain records to points, margins and paired differences: records with known results, and simulations."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from dms_core.curves import summarise, vote
+from dms_core.pareto import margin
+
+PROMPT = 10
+
+
+def chain(problem, index, *, method="vanilla", cr=1, answer="1", tokens=8, stride=4, finished_at=-1):
+    """A chain with the costs of a dense cache, divided by cr but for the prompt. finished_at −1: at the end."""
+    at = np.minimum(np.arange(-(-tokens // stride) + 1) * stride, tokens)
+    return {
+        "method": method, "cr": cr, "problem": problem, "chain": index, "answer": answer, "gold": "1",
+        "finished_at": (tokens if finished_at == -1 else finished_at) if answer is not None else None,
+        "tokens": tokens, "stride": stride, "live": (PROMPT + at / cr).tolist(),
+        "reads": (PROMPT * at + at**2 / 2 / cr).tolist(), "prompt_tokens": PROMPT, "prompt_live": PROMPT,
+    }  # fmt: skip
+
+
+def run(method, cr, correct, rng, chains=1):
+    """Simulated chains: problem p is answered correctly with probability correct[p], after 8 to 64 tokens."""
+    return [
+        chain(p, c, method=method, cr=cr, tokens=int(rng.integers(8, 65)), answer="1" if rng.random() < q else "2")
+        for p, q in enumerate(correct)
+        for c in range(chains)
+    ]
+
+
+def point(summary, **wanted):
+    (found,) = (p for p in summary["points"] if all(p[key] == value for key, value in wanted.items()))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("answers", "credit"),
+    [
+        ([0, 0, 1], 1),
+        ([0, 1, 1], 0),
+        ([0, 1, -1], 1 / 2),
+        ([0, 1, 2], 1 / 3),
+        ([1, 2, 2], 0),
+        ([0, -1, -1], 1),
+        ([1, -1, -1], 0),
+        ([-1, -1, -1], 0),
+        ([0, 0, 1, 1, 2], 1 / 2),
+    ],
+)
+def test_majority_vote_averages_ties_and_ignores_chains_without_an_answer(answers, credit):
+    assert vote(np.array(answers), gold=0) == pytest.approx(credit)
+
+
+def test_vote_equals_the_expected_score_of_a_random_tie_break():
+    rng = np.random.default_rng(0)
+    for answers in rng.integers(-1, 4, size=(300, 6)):
+        given = answers[answers >= 0].tolist()
+        top = [a for a in set(given) if given.count(a) == max(map(given.count, given))]
+        assert vote(answers, gold=0) == pytest.approx((0 in top) / max(len(top), 1))
+
+
+def test_a_chain_cut_before_it_finished_scores_wrong():
+    summary = summarise([chain(0, 0, tokens=20, finished_at=9)], lengths=[8, 9, 20, 40], widths=[1])
+    assert [p["accuracy"] for p in summary["points"]] == [0, 100, 100, 100]
+
+
+def test_costs_are_those_at_the_cut_and_stop_growing_when_the_chain_ends():
+    summary = summarise([chain(0, 0, tokens=10, stride=4)], lengths=[4, 6, 10, 99], widths=[1])
+    assert [p["peak"] for p in summary["points"]] == [14, 16, 20, 20]
+    assert [p["reads"] for p in summary["points"]] == [48, 80, 150, 150]  # 6 lies midway between reads of 48 and 112
+
+
+def test_chains_add_their_costs_and_share_one_prompt():
+    records = [chain(0, c, tokens=8 * (1 + c), stride=4) for c in range(2)]
+    summary = summarise(records, lengths=[16], widths=[1, 2])
+    one, two = summary["points"]
+    assert one["peak"] == PROMPT + (8 + 16) / 2
+    assert two["peak"] == PROMPT + 8 + 16
+    assert two["reads"] == 2 * one["reads"] == (80 + 32) + (160 + 128)
+
+
+def test_accuracy_averages_over_all_choices_of_chains():
+    records = [chain(0, c, answer=a) for c, a in enumerate(["1", "1", "2", None])]
+    summary = summarise(records, lengths=[8], widths=[1, 2, 3, 4, 5])
+    # W = 2: 11, 12, 1−, 12, 1−, 2− score 1, ½, 1, ½, 1, 0. W = 3: 112, 11−, 12−, 12− score 1, 1, ½, ½.
+    # W = 4: 1. There is no W = 5.
+    assert [p["accuracy"] for p in summary["points"]] == pytest.approx([50, 400 / 6, 75, 100])
+
+
+def test_accuracy_over_random_choices_of_chains_is_close_to_that_over_all():
+    records = [chain(0, c, answer="1" if c < 8 else "2") for c in range(16)]
+    assert summarise(records, [8], [4])["points"][0]["accuracy"] == pytest.approx(50, abs=20)
+    assert summarise(records, [8], [16])["points"][0]["accuracy"] == 50
+
+
+def test_order_of_records_does_not_matter():
+    rng = np.random.default_rng(1)
+    records = [r for m, cr in (("vanilla", 1), ("dms", 4), ("tova", 4)) for r in run(m, cr, [0.3, 0.6, 0.9], rng, 7)]
+    shuffled = random.Random(0).sample(records, len(records))
+    arguments = {"lengths": (64, 16, 32), "widths": (4, 1), "resamples": 50}
+    assert summarise(shuffled, **arguments) == summarise(records, **arguments)
+
+
+def test_summary_is_json_and_reproducible():
+    rng = np.random.default_rng(2)
+    records = run("vanilla", 1, [0.5] * 6, rng, 2) + run("dms", 8.0, [0.5] * 6, rng, 2)
+    first, second = (json.dumps(summarise(records, [16, 64], [1, 2], 40, seed=3), allow_nan=False) for _ in range(2))
+    assert first == second
+    assert {p["cr"] for p in json.loads(first)["points"]} == {1, 8}
+
+
+def test_margins_are_those_of_the_points():
+    rng = np.random.default_rng(3)
+    records = [r for m, cr in (("vanilla", 1), ("dms", 4), ("dms", 8)) for r in run(m, cr, [0.7] * 20, rng, 4)]
+    summary = summarise(records, [16, 32, 64], [1, 2, 4], resamples=20)
+    assert [(m["a"], m["b"], m["axis"], m["scale"]) for m in summary["margins"]] == [
+        ("dms", "vanilla", axis, scale) for axis in ("reads", "peak") for scale in ("linear", "log2")
+    ]
+    for row in summary["margins"] + summary["margins_per_cr"]:
+        a, b = (
+            [(p[row["axis"]], p["accuracy"]) for p in summary["points"] if p["method"] == m and p["cr"] in crs]
+            for m, crs in (("dms", [row["cr"]] if "cr" in row else [4, 8]), ("vanilla", [1]))
+        )
+        assert row["value"] == pytest.approx(margin(a, b, row["scale"]))
+        assert row["low"] <= row["high"]
+
+
+def test_compressing_for_nothing_gives_a_positive_margin_and_no_paired_difference():
+    rng = np.random.default_rng(4)
+    dense = run("vanilla", 1, rng.random(40), rng, 4)
+    records = dense + [
+        r | {"method": "dms", "cr": 2, "live": (PROMPT + (np.array(r["live"]) - PROMPT) / 2).tolist()} for r in dense
+    ]
+    summary = summarise(records, [8, 16, 32, 64], [1, 2, 4], resamples=200)
+    assert all(m["low"] > 0 for m in summary["margins"] if m["axis"] == "peak")
+    assert all(m["value"] == m["low"] == m["high"] == 0 for m in summary["margins"] if m["axis"] == "reads")
+    assert [(p["difference"], p["low"], p["high"]) for p in summary["paired"]] == [(0, 0, 0)]
+
+
+def test_margin_is_none_where_the_budgets_do_not_meet():
+    records = [chain(0, 0, tokens=8), chain(0, 0, method="dms", cr=8, tokens=800)]
+    summary = summarise(records, [1000], [1], resamples=10)
+    assert all(m["value"] is m["low"] is m["high"] is None and m["na_share"] == 1 for m in summary["margins"])
+
+
+def test_paired_rows_compare_dms_with_vanilla_and_with_methods_at_the_same_cr():
+    runs = [("vanilla", 1), ("dms", 4), ("dms", 8), ("dms-immediate", 4), ("tova", 8)]
+    summary = summarise([chain(0, 0, method=m, cr=cr) for m, cr in runs], [4, 8], [1], resamples=5)
+    assert [(p["a"], p["b"], p["cr"], p["L"], p["W"]) for p in summary["paired"]] == [
+        ("dms", "vanilla", 4, 8, 1),
+        ("dms", "dms-immediate", 4, 8, 1),
+        ("dms", "vanilla", 8, 8, 1),
+        ("dms", "tova", 8, 8, 1),
+    ]
+
+
+def test_comparisons_use_the_problems_that_both_methods_have():
+    records = [chain(p, 0, answer="1" if p else "2") for p in range(4)] + [chain(p, 0, method="dms") for p in (0, 1)]
+    summary = summarise(records, [8], [1], resamples=10)
+    assert (summary["paired"][0]["difference"], summary["paired"][0]["problems"]) == (50, 2)
+    assert point(summary, method="vanilla")["accuracy"] == 75
+
+
+def test_bootstrap_intervals_cover_the_truth():
+    rng = np.random.default_rng(5)
+    covered = np.zeros(3)
+    for _ in range(60):
+        difficulty = rng.beta(2, 1, size=80)  # mean 2/3; DMS is 0.9 times as accurate on every problem
+        records = run("vanilla", 1, difficulty, rng, 2) + run("dms", 4, 0.9 * difficulty, rng, 2)
+        summary = summarise(records, [64], [1], resamples=200)
+        rows = [point(summary, method="vanilla"), point(summary, method="dms"), summary["paired"][0]]
+        truths = [200 / 3, 60, -20 / 3]
+        covered += [row["low"] <= truth <= row["high"] for row, truth in zip(rows, truths, strict=True)]
+    assert (covered / 60 >= 0.85).all(), covered
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": 0}, "tokens, stride, cr are 0, 4, 1 .*allowed: >= 1"),
+        ({"cr": 0.5}, r"tokens, stride, cr are 8, 4, 0\.5"),
+        ({"live": [1.0, 2.0]}, "live and reads hold 2 and 3 samples .*allowed: 3 each"),
+        ({"reads": [0.0, np.nan, 1.0]}, "not finite"),
+    ],
+)
+def test_bad_records_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        summarise([chain(0, 0) | change], [8], [1])
+
+
+def test_bad_arguments_are_named():
+    good = [chain(0, 0)]
+    incomplete = {key: value for key, value in good[0].items() if key != "stride"}
+    for records, lengths, widths, resamples, message in (
+        (good, [0], [1], 10, r"lengths is \[0\]"),
+        (good, [8], [], 10, r"widths is \[\]"),
+        (good, [8], [1], 0, "resamples is 0"),
+        ([], [8], [1], 10, "no chain records"),
+        (good * 2, [8], [1], 10, "occurs twice"),
+        ([*good, chain(0, 1) | {"gold": "2"}], [8], [1], 10, "gold answers '1' and '2'"),
+        ([incomplete], [8], [1], 10, r"lacks \['stride'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            summarise(records, lengths, widths, resamples)
