@@ -79,6 +79,12 @@ class RetrofitTrainer(Trainer):
         self.parts = {name: outputs[name] for name in ("kd", "aux", "evicted")}
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        """Tied weights are saved once."""
+        state = self.model.state_dict() if state_dict is None else state_dict
+        once = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
+        super()._save(output_dir, {name: state[name] for name in once.values()})
+
     def log(self, logs: dict, *args, **kwargs) -> None:
         if "loss" in logs and self.parts:
             logs |= {name: float(value) for name, value in self.parts.items()}
