@@ -28,6 +28,7 @@ class RetrofitConfig:
     final_cr: float = 8.0
     steps_per_unit: int = 100  # optimiser steps per unit of CR
     hold: int = 0  # steps at the final CR after the ramp
+    stop_cr: float | None = None  # end after the checkpoint of this CR, rate and CR schedules as if going on
     batch: int = 16  # sequences a device and step
     lr: float = 3e-5
     gate_lr: float | None = None  # for the adapters' parameters; lr if None
@@ -42,6 +43,8 @@ class RetrofitConfig:
         target_fraction(self.final_cr)
         if self.train not in ("all", "gates"):
             raise ValueError(f"train {self.train!r}: must be 'all' or 'gates'")
+        if self.stop_cr is not None and self.stop_cr not in self.saves().values():
+            raise ValueError(f"stop_cr {self.stop_cr}: must be one of {sorted(self.saves().values())}")
         for name in ("steps_per_unit", "batch", "chunk", "save_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be >= 1")
@@ -62,6 +65,13 @@ class RetrofitConfig:
         """Steps after which a checkpoint is kept, and its CR; the last one keeps the final CR."""
         integers = {(cr - 1) * self.steps_per_unit: float(cr) for cr in range(2, math.ceil(self.final_cr))}
         return {**integers, self.steps: self.final_cr}
+
+    @property
+    def last_step(self) -> int:
+        """Steps really taken."""
+        if self.stop_cr is None:
+            return self.steps
+        return next(step for step, cr in self.saves().items() if cr == self.stop_cr)
 
 
 class RetrofitTrainer(Trainer):
@@ -103,6 +113,7 @@ class SaveFamily(TrainerCallback):
         cr = self.recipe.saves().get(state.global_step)
         if cr is not None and state.is_world_process_zero:
             save_model(self.student, checkpoint_dir(self.out, cr), self.tokenizer, cr=cr, step=state.global_step)
+        control.should_training_stop |= state.global_step >= self.recipe.last_step
 
 
 def checkpoint_dir(out: Path | str, cr: float) -> Path:
@@ -155,7 +166,7 @@ def retrofit(
         optimizers=(make_optimizer(model, recipe), None),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=last_checkpoint(out / "trainer"))
-    facts = {"dms": dms.to_dict(), "recipe": asdict(recipe), "log": trainer.state.log_history}
+    facts = {"dms": dms.to_dict(), "recipe": {**asdict(recipe), "steps": recipe.last_step}, "log": trainer.state.log_history}
     (out / "retrofit.json").write_text(json.dumps(facts, indent=1) + "\n")
     return model.eval()
 

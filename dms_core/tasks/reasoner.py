@@ -22,6 +22,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def load_tokenizer(directory: Path | str = REASONER_DIR) -> PreTrainedTokenizerFast:
+    """The tokenizer saved beside a reasoner's weights."""
+    return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
 def make_model(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
     """A fresh reasoner: 4 layers of width 128, 4 query heads over 2 KV heads of 32, tied embeddings."""
     torch.manual_seed(seed)

@@ -1,0 +1,69 @@
+"""What a retrofitted model does on held-out documents: compression, retention per head, distance to its teacher."""
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from dms_core.cache import DMSCache
+from dms_core.distill import token_divergence
+from dms_core.retrofit import pad_collate
+
+
+@torch.inference_mode()
+def held_out(model, teacher, documents: Sequence[dict], pad: int, batch: int = 32) -> dict:
+    """Hard decisions on whole documents (input_ids, labels).
+
+    Returns ``cr_decisions`` = 1 / (1 - evicted fraction), ``cr_live`` (window included: tokens over live items at
+    the document's end), ``retention`` (layers, heads), and over labelled tokens ``kl`` (nats, teacher || student)
+    and ``agreement`` of the most likely token.
+    """
+    collate, window = pad_collate(pad), model.dms.config.window
+    kept, live, tokens, labelled, kl, same = 0.0, 0.0, 0, 0, 0.0, 0
+    ordered = sorted(documents, key=lambda document: len(document["input_ids"]))
+    for start in tqdm(range(0, len(ordered), batch), desc="held-out", mininterval=2):
+        inputs = collate(ordered[start : start + batch])
+        labels, mask = inputs.pop("labels"), inputs["attention_mask"].bool()
+        logits = model(**inputs, use_cache=False).logits
+        stays = ~torch.stack([e.bool() for e in model.dms.step.evicted.values()]) & mask[:, None]  # (L, B, H, T)
+        kept = kept + stays.sum((1, 3)).float()
+        length = mask.sum(1, keepdim=True)
+        recent = mask & (torch.arange(mask.shape[1]) >= length - 1 - window)
+        live += (stays | recent[:, None]).sum().item() / stays.shape[0] / stays.shape[2]
+        tokens += int(mask.sum())
+        wanted = labels[:, 1:] != -100
+        ours, theirs = logits[:, :-1][wanted], teacher(**inputs, use_cache=False).logits[:, :-1][wanted]
+        kl += token_divergence(ours, theirs, "forward").sum().item()
+        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        labelled += len(ours)
+    retention = kept / tokens
+    return {
+        "documents": len(ordered), "tokens": tokens, "cr_decisions": 1 / retention.mean().item(),
+        "cr_live": tokens / live, "retention": retention.tolist(), "kl": kl / labelled, "agreement": same / labelled,
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def cache_report(model, tokenizer, prompt: str, cr: float, page: int = 4, max_new_tokens: int = 512) -> dict:
+    """One greedy generation with a DMSCache; bytes are the sizes of the tensors that hold keys and values.
+
+    ``ratio_excluding_window`` compares like with like: dense bytes of the tokens outside the window over the bytes
+    held for them (whole pages, so a row's last page counts in full).
+    """
+    cache = DMSCache.for_model(model, page)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
+    cache.trim()
+    window = min(model.dms.config.window + 1, int(cache.tokens_seen()[0]))
+    tokens = int(cache.tokens_seen()[0])
+    live = cache.live_tokens()[:, 0]  # (layers, heads)
+    keys = cache.layers[0].rows.keys
+    token_bytes = 2 * keys.shape[-1] * keys.element_size() * live.numel()  # one token, all layers and heads
+    held, in_window = cache.bytes_held(), window * token_bytes
+    return {
+        "cr": cr, "tokens": tokens, "generated": ids.shape[1] - inputs["input_ids"].shape[1], "window": window - 1,
+        "bytes_dense": tokens * token_bytes, "bytes_held": held, "bytes_window": in_window,
+        "ratio": tokens * token_bytes / held,
+        "ratio_excluding_window": (tokens - window) * token_bytes / max(held - in_window, 1),
+        "live_per_layer_head": live.tolist(), "text": tokenizer.decode(ids[0]),
+    }  # fmt: skip

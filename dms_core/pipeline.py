@@ -1,0 +1,136 @@
+"""The stages of the main job: retrofit, measure, sample, summarise.
+
+Each stage keeps its result in the run directory under a name that carries a hash of what it depends on: a second
+call reads it, an interrupted one goes on, a changed parameter starts anew beside the old.
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from dms_core.checkpoint import load_base, load_model
+from dms_core.config import DMSConfig
+from dms_core.curves import summarise
+from dms_core.measure import held_out
+from dms_core.model import attach
+from dms_core.profiles import Profile
+from dms_core.retrofit import RetrofitConfig, checkpoint_dir, retrofit
+from dms_core.sampling import SamplingConfig
+from dms_core.scaling import Method, model_fingerprint, run_grid
+from dms_core.tasks.dataset import TraceDataset
+from dms_core.tasks.programs import make_problem
+from dms_core.tasks.reasoner import REASONER_DIR, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A retrofit of the base model: its method name, gate settings and recipe."""
+
+    method: str
+    dms: DMSConfig
+    recipe: RetrofitConfig
+
+
+class Pipeline:
+    """The main job of one profile in one run directory."""
+
+    def __init__(self, profile: Profile, root: Path | str, base: Path | str = REASONER_DIR, seed: int = 0) -> None:
+        self.profile, self.root, self.base, self.seed = profile, Path(root), Path(base), seed
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = load_tokenizer(base)
+        recipe = replace(profile.recipe, seed=seed)
+        immediate = replace(profile.dms, eviction="immediate")
+        self.variants = {
+            "dms": Variant("dms", profile.dms, recipe),
+            "dms-immediate": Variant("dms-immediate", immediate, replace(recipe, stop_cr=profile.compare_cr)),
+        }
+
+    # Retrofit.
+
+    def retrofit(self, method: str = "dms") -> dict:
+        """Train a variant, or read what was trained: steps, seconds, the log, and the compression on held-out data."""
+        variant = self.variants[method]
+        out = self._retrofit_dir(variant)
+        if not (out / "retrofit.json").exists():
+            out.mkdir(parents=True, exist_ok=True)
+            recipe = variant.recipe
+            data = TraceDataset(self.tokenizer, recipe.steps * recipe.batch, recipe.batch, seed=self.seed)
+            began = time.time()
+            retrofit(
+                load_base(self.base), self.tokenizer, data, variant.dms, recipe, out,
+                train_sampling_strategy="sequential", use_cpu=True,
+            )  # fmt: skip
+            self._note(out / "retrofit.json", seconds=time.time() - began)
+        return json.loads((out / "retrofit.json").read_text())
+
+    def checkpoint(self, method: str, cr: float) -> Path:
+        return checkpoint_dir(self._retrofit_dir(self.variants[method]), cr)
+
+    def held_out(self, method: str, cr: float) -> dict:
+        """Compression, retention per head, KL and agreement of a checkpoint on validation documents."""
+        file = self.checkpoint(method, cr) / f"held_out-{self.profile.held_out}.json"
+        if not file.exists():
+            documents = TraceDataset(self.tokenizer, self.profile.held_out, 1, "validation", self.seed)
+            documents = [documents[i] for i in range(len(documents))]
+            pad = self.tokenizer.pad_token_id
+            facts = held_out(load_model(self.checkpoint(method, cr)), load_base(self.base), documents, pad)
+            file.write_text(json.dumps(facts, indent=1) + "\n")
+        return json.loads(file.read_text())
+
+    # Sampling.
+
+    def methods(self) -> list[Method]:
+        compared = [Method("dms", cr) for cr in self.profile.crs]
+        return [Method("vanilla", 1.0), *compared, Method("dms-immediate", self.profile.compare_cr)]
+
+    def records(self, method: Method) -> list[dict]:
+        """Chain records of one method on the held-out test problems."""
+        profile = self.profile
+        problems = [make_problem("test", self.seed, i) for i in range(profile.problems)]
+        config = SamplingConfig(max_new_tokens=max(profile.lengths), batch=profile.batch, seed=self.seed)
+        return run_grid(
+            self._model(method), self.tokenizer, problems, method, profile.chains, config, self.root / "records"
+        )
+
+    def summary(self) -> dict:
+        """Points, margins and paired differences of everything sampled; also written to curves.json."""
+        records = [record for method in self.methods() for record in self.records(method)]
+        summary = summarise(records, list(self.profile.lengths), list(self.profile.widths))
+        facts = self.retrofit("dms")
+        final = self.held_out("dms", self.profile.recipe.final_cr)
+        summary["retrofit"] = {
+            "steps": facts["recipe"]["steps"], "seconds": round(facts["seconds"], 1),
+            "cr_target": self.profile.recipe.final_cr, "cr_measured": final["cr_decisions"], "cr_live": final["cr_live"],
+        }  # fmt: skip
+        summary["held_out"] = {f"{m.name}-cr{m.cr:g}": self.held_out(m.name, m.cr) for m in self.methods()[1:]}
+        summary["profile"] = asdict(self.profile)
+        (self.root / "curves.json").write_text(json.dumps(summary, indent=1) + "\n")
+        return summary
+
+    def _model(self, method: Method):
+        if method.name == "vanilla":
+            return attach(load_base(self.base), self.profile.dms)  # gates stay off; the same cache and counters
+        return load_model(self.checkpoint(method.name, method.cr))
+
+    def _retrofit_dir(self, variant: Variant) -> Path:
+        facts = [asdict(variant), model_fingerprint(load_base(self.base))]
+        return self.root / f"{variant.method}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
+
+    @staticmethod
+    def _note(file: Path, **facts) -> None:
+        file.write_text(json.dumps({**json.loads(file.read_text()), **facts}, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def quiet_transformers():
+    """No progress bars for loading weights: they drown a notebook's output."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

@@ -1,0 +1,51 @@
+"""``dms reproduce``: execute the notebooks in order with papermill, then render the book."""
+
+import shutil
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from tqdm import tqdm
+
+from dms_core.bookbuild import build_book
+from dms_core.pipeline import Pipeline
+from dms_core.profiles import get_profile
+
+ROOT = Path(__file__).parents[1]
+
+
+def reproduce(profile: str, runs: Path, seed: int = 0, root: Path = ROOT) -> dict:
+    """Run the whole main job; a repeated call reuses what ``runs``/<profile> holds.  Returns what --json prints."""
+    began = time.time()
+    get_profile(profile)
+    run_dir = (runs / profile).resolve()
+    notebooks = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
+    executed = root / "book" / "notebooks"
+    executed.mkdir(exist_ok=True)
+    for notebook in tqdm(notebooks, desc="notebooks", unit="notebook"):
+        execute(notebook, executed / notebook.name, {"profile": profile, "seed": seed, "run_dir": str(run_dir)})
+    page = build_book(root / "book")
+    summary = Pipeline(get_profile(profile), run_dir, seed=seed).summary()
+    return {"seconds": round(time.time() - began, 1), "retrofit": summary["retrofit"], "book": str(page)}
+
+
+def execute(notebook: Path, out: Path, parameters: dict) -> None:
+    """Execute one notebook; an unknown parameter is an error.  A failed copy stays beside ``out`` for reading."""
+    known = set(papermill.inspect_notebook(notebook))
+    if unknown := set(parameters) - known:
+        raise ValueError(f"{notebook.name}: unknown parameters {sorted(unknown)}; it has {sorted(known)}")
+    partial = out.with_suffix(".running.ipynb")
+    papermill.execute_notebook(
+        notebook, partial, parameters, cwd=notebook.parent, progress_bar=False, kernel_name="python3", log_output=False
+    )
+    content = nbformat.read(partial, 4)
+    content.cells = [cell for cell in content.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    nbformat.write(content, out)
+    partial.unlink()
+
+
+def clear(root: Path = ROOT) -> None:
+    """Forget executed notebooks and the rendered book."""
+    shutil.rmtree(root / "book" / "notebooks", ignore_errors=True)
+    shutil.rmtree(root / "book" / "_build", ignore_errors=True)
