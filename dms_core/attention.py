@@ -7,7 +7,6 @@ sequence, or decisions that the cache acts on.
 from dataclasses import dataclass, field
 
 import torch
-from dms_kernels import train_attention
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -15,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from dms_core.cache import DMSCache
 from dms_core.gate import hard_decisions, sample_noise, soft_decisions
 from dms_core.visibility import align_decisions
+from dms_kernels import train_attention
 
 NAME = "dms"
 
@@ -36,6 +36,8 @@ def dms_attention(module, query, key, value, attention_mask, scaling=None, **kwa
     dms = module.__dict__.get("dms")
     if dms is None or dms.step is None:
         raise ValueError("attention implementation 'dms' needs dms_core.attach(model, config) first")
+    if unknown := [name for name in ("softcap", "s_aux", "sliding_window") if kwargs.get(name) is not None]:
+        raise ValueError(f"attention with {unknown}: must be plain causal softmax attention")
     step, layer, config = dms.step, module.layer_idx, dms.config
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     z = step.logits.get(layer)

@@ -6,12 +6,12 @@ slot; otherwise the row grows by one.  Keys are cached after RoPE, so order insi
 """
 
 import torch
-from dms_kernels import decode_attention, prefill_attention
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dms_core.config import DMSConfig
 from dms_core.pages import PagedRows
+from dms_kernels import decode_attention, prefill_attention
 
 NEVER = torch.iinfo(torch.long).max
 
@@ -35,6 +35,7 @@ class DMSLayer(CacheLayerMixin):
         self.ring_slot = torch.zeros(batch, heads, self.cells, dtype=torch.long, device=device)
         self.ring_evict = torch.zeros(batch, heads, self.cells, dtype=torch.bool, device=device)
         self.reads = torch.zeros(batch, heads, dtype=torch.long, device=device)
+        self.peak = torch.zeros_like(self.reads)  # most live tokens before the last prefill
         self.is_initialized = True
 
     # What transformers asks of a layer.
@@ -78,7 +79,7 @@ class DMSLayer(CacheLayerMixin):
             return
         indices = indices.to(self.count.device)
         self.rows = self.rows.select(self.row_numbers(indices))
-        for name in ("count", "ring_slot", "ring_evict", "reads"):
+        for name in ("count", "ring_slot", "ring_evict", "reads", "peak"):
             setattr(self, name, getattr(self, name)[indices])
         self.batch = len(indices)
 
@@ -138,6 +139,7 @@ class DMSLayer(CacheLayerMixin):
         k_position, k_expiry = torch.cat([old_position, new_position], 2), torch.cat([old_expiry, new_expiry], 2)
         out = prefill_attention(q, keys, values, position, k_position, k_expiry, scale)
 
+        self.peak = torch.maximum(self.peak, self.rows.length.view_as(self.peak))
         self.count = self.count + valid.sum(1)
         last = self.count[:, None, None] - 1
         stays = (k_position <= last) & (last < k_expiry)
@@ -155,8 +157,9 @@ class DMSLayer(CacheLayerMixin):
         """First query position that no longer sees a token, for positions count - cells .. count + T - 1."""
         total = self.cells + position.shape[1]
         steps = torch.arange(self.cells, device=evict.device)
-        old = self.ring_evict.gather(2, ((self.count[:, None] + steps) % self.cells)[:, None].expand_as(self.ring_evict))
-        said = torch.cat([old, torch.zeros(*old.shape[:2], position.shape[1] + 1, dtype=torch.bool, device=old.device)], 2)
+        cell = ((self.count[:, None] + steps) % self.cells)[:, None]
+        old = self.ring_evict.gather(2, cell.expand_as(self.ring_evict))
+        said = torch.cat([old, old.new_zeros(*old.shape[:2], position.shape[1] + 1)], 2)
         at = torch.where(position >= 0, position - self.count[:, None] + self.cells, total)
         said.scatter_(2, at[:, None].expand_as(evict), evict)  # what the token at each position said; last is a bin
         said[..., total:] = False
@@ -196,14 +199,14 @@ class DMSLayer(CacheLayerMixin):
         """Batch rows ``indices`` become copies of rows ``source`` of another layer of the same shape."""
         k, v = other.rows.read(other.row_numbers(source))
         self.rows.load(self.row_numbers(indices), k, v, other.rows.length[other.row_numbers(source)])
-        for name in ("count", "ring_slot", "ring_evict", "reads"):
+        for name in ("count", "ring_slot", "ring_evict", "reads", "peak"):
             getattr(self, name)[indices] = getattr(other, name)[source]
 
     def clear(self, indices: Tensor) -> None:
         """Empty batch rows ``indices``; their pages go back to the pool."""
         self.rows.release(self.row_numbers(indices))
-        self.count[indices] = 0
-        self.reads[indices] = 0
+        for counter in (self.count, self.reads, self.peak):
+            counter[indices] = 0
 
 
 class DMSCache(Cache):
@@ -249,8 +252,8 @@ class DMSCache(Cache):
         return torch.stack([x.reads for x in self.layers])
 
     def peak_tokens(self) -> Tensor:
-        """Most live items so far, (layers, B, H).  A row never shrinks while it decodes: this is what it holds."""
-        return self.live_tokens()
+        """Most live items after any step so far, (layers, B, H).  Rows only shrink when more is prefilled."""
+        return torch.maximum(self.live_tokens(), torch.stack([x.peak for x in self.layers]))
 
     def bytes_held(self) -> int:
         """Bytes of all key and value tensors, free pages of the pools included."""
@@ -259,14 +262,19 @@ class DMSCache(Cache):
     def trim(self) -> None:
         """Give the pools' free pages back to the allocator."""
         for layer in self.layers:
-            layer.rows.trim()
+            if layer.is_initialized:
+                layer.rows.trim()
 
     def fork(self, chains: int) -> None:
         """Repeat every row ``chains`` times, neighbours together: one prompt, many chains."""
+        if chains < 1:
+            raise ValueError(f"chains {chains}: must be >= 1")
         self.batch_repeat_interleave(chains)
 
     def put_rows(self, indices: Tensor, other: "DMSCache", source: Tensor) -> None:
         """Rows ``indices`` become copies of rows ``source`` of ``other``: how a finished chain's row is refilled."""
+        if other.config != self.config or len(other.layers) != len(self.layers):
+            raise ValueError(f"rows of a cache with {other.config}: this one has {self.config}; both must be the same")
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.put(indices, theirs, source)
 
@@ -274,4 +282,3 @@ class DMSCache(Cache):
         """Empty single rows."""
         for layer in self.layers:
             layer.clear(indices)
-

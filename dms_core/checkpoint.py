@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dms_core.config import DMSConfig
-from dms_core.model import attach
+from dms_core.model import attach, detach
 
 SETTINGS, GATES = "dms.json", "dms_gates.safetensors"
 
@@ -53,11 +53,14 @@ def read_settings(directory: Path | str) -> dict:
     """dms.json of a checkpoint.  Raises ValueError where there is none or it cannot be read."""
     file = Path(directory) / SETTINGS
     try:
-        return json.loads(file.read_text())
+        settings = json.loads(file.read_text())
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file; {directory} is not a DMS checkpoint") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # JSON, or its encoding
         raise ValueError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(settings, dict) or not {"dms", "model"} <= set(settings):
+        raise ValueError(f"{file}: must hold an object with 'dms' and 'model'")
+    return settings
 
 
 def load_gates(model: PreTrainedModel, directory: Path | str) -> PreTrainedModel:
@@ -68,14 +71,24 @@ def load_gates(model: PreTrainedModel, directory: Path | str) -> PreTrainedModel
     config = DMSConfig.from_dict(settings["dms"])
     gates = read_safetensors(Path(directory) / GATES) if config.gate == "adapter" else {}
     attach(model, config)
-    expected = {name for name in model.state_dict() if ".dms_gate." in name}
-    if set(gates) != expected:
-        raise ValueError(f"{directory}/{GATES}: tensors {sorted(set(gates) ^ expected)[:4]} missing or unknown")
-    for name, tensor in gates.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{directory}/{GATES}: {name} has NaN or infinite values")
+    try:
+        _check_gates(gates, model, Path(directory) / GATES)
+    except ValueError:
+        detach(model)
+        raise
     model.load_state_dict(gates, strict=False)
     return model
+
+
+def _check_gates(gates: dict[str, torch.Tensor], model: PreTrainedModel, file: Path) -> None:
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items() if ".dms_gate." in name}
+    if set(gates) != set(expected):
+        raise ValueError(f"{file}: tensors {sorted(set(gates) ^ set(expected))[:4]} missing or unknown")
+    for name, tensor in gates.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, must be {expected[name]}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{file}: {name} has NaN or infinite values")
 
 
 def load_model(directory: Path | str, **from_pretrained) -> PreTrainedModel:
@@ -88,7 +101,12 @@ def load_base(name: Path | str, **from_pretrained) -> PreTrainedModel:
     """A transformers model from a directory or the hub, safetensors only, no remote code unless asked for."""
     for file in sorted(Path(name).glob("model*.safetensors")) if Path(name).is_dir() else []:
         read_safetensors(file)
-    return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **from_pretrained).eval()
+    model, report = AutoModelForCausalLM.from_pretrained(
+        name, use_safetensors=True, output_loading_info=True, **from_pretrained
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{name}: {len(missing)} weights are missing, such as {missing[:3]}; all must be there")
+    return model.eval()
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:

@@ -42,10 +42,16 @@ def chunked_loss(hidden: Tensor, teacher_hidden: Tensor, targets: Tensor, heads,
 
 def compression_loss(evicted: list[Tensor], valid: Tensor, target: float | Tensor) -> tuple[Tensor, Tensor]:
     """(L_aux, evicted fraction of all valid tokens).  evicted: per layer (B, H, T); valid (B, T)."""
-    decisions = torch.stack([e.mean(1) for e in evicted]).mean(0)  # (B, T), mean over layers and heads
+    decisions = torch.stack([e.float().mean(1) for e in evicted]).mean(0)  # (B, T), mean over layers and heads
     counted = (decisions * valid).sum(1)
     fraction = counted / valid.sum(1).clamp_min(1)
     return (target - fraction).clamp_min(0).mean(), (counted.sum() / valid.sum()).detach()
+
+
+def _second_names(module: nn.Module) -> list[str] | None:
+    """Names under which the state dict repeats a tensor that it already holds: tied weights."""
+    once = {id(tensor): name for name, tensor in reversed(list(module.state_dict(keep_vars=True).items()))}
+    return sorted(set(module.state_dict()) - set(once.values())) or None
 
 
 class Distiller(nn.Module):
@@ -62,16 +68,20 @@ class Distiller(nn.Module):
             raise ValueError(f"direction {direction!r}: must be one of {DIRECTIONS}")
         self.student, self.config = student, student.config
         self.direction, self.chunk = direction, chunk
+        self._keys_to_ignore_on_save = _second_names(self)  # the Trainer's name for it; it calls tie_weights() then
         object.__setattr__(self, "teacher", teacher)  # not a submodule: neither trained, saved nor moved
         if teacher is not None:
             teacher.requires_grad_(False).eval()
 
+    def tie_weights(self) -> None:
+        self.student.tie_weights()
+
     def forward(self, input_ids: Tensor, labels: Tensor, alpha_target: float | Tensor = 0.0, **inputs) -> dict:
-        """input_ids, labels (B, T); labels -100 where a token is not to be predicted.  Returns the loss and its parts."""
+        """input_ids, labels (B, T), -100 where a token is not to be predicted.  Returns the loss and its parts."""
         inputs = {"input_ids": input_ids, "use_cache": False, **inputs}
-        with torch.no_grad():
-            teacher_hidden = self._teacher_hidden(inputs)
+        teacher_hidden = None if self.direction == "lm" else self._teacher_hidden(inputs)
         hidden = self.student.get_decoder()(**inputs).last_hidden_state
+        teacher_hidden = hidden.detach() if teacher_hidden is None else teacher_hidden
         step = self.student.dms.step
         targets = labels[:, 1:]
         wanted = targets != -100
@@ -82,8 +92,11 @@ class Distiller(nn.Module):
         aux, fraction = compression_loss(list(step.evicted.values()), step.valid, alpha_target)
         return {"loss": kd + aux, "kd": kd.detach(), "aux": aux.detach(), "evicted": fraction}
 
+    @torch.no_grad()
     def _teacher_hidden(self, inputs: dict) -> Tensor:
         if self.teacher is not None:
+            if self.teacher.device != inputs["input_ids"].device:  # the Trainer moves only the student
+                self.teacher.to(inputs["input_ids"].device)
             return self.teacher.get_decoder()(**inputs).last_hidden_state
         with self.student.dms.disabled():
             return self.student.get_decoder()(**inputs).last_hidden_state

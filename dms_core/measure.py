@@ -1,11 +1,14 @@
 """What a retrofitted model does on held-out documents: compression, retention per head, distance to its teacher."""
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from dms_core.cache import DMSCache
+from dms_core.config import target_fraction
 from dms_core.distill import token_divergence
 from dms_core.retrofit import pad_collate
 
@@ -41,6 +44,35 @@ def held_out(model, teacher, documents: Sequence[dict], pad: int, batch: int = 3
         "documents": len(ordered), "tokens": tokens, "cr_decisions": 1 / retention.mean().item(),
         "cr_live": tokens / live, "retention": retention.tolist(), "kl": kl / labelled, "agreement": same / labelled,
     }  # fmt: skip
+
+
+@torch.inference_mode()
+def kept_tokens(model, ids: Sequence[int]) -> Tensor:
+    """Which tokens of one document each head keeps by its decisions, window aside: boolean (layers, KV heads, T)."""
+    model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+    return ~torch.cat([e.bool() for e in model.dms.step.evicted.values()])
+
+
+def live_cr(kept: Sequence[Tensor], window: int) -> float:
+    """Tokens over items held at the documents' ends if ``kept``, as of ``kept_tokens``, met this window."""
+    tokens = sum(k.shape[-1] for k in kept)
+    outside = sum(k[..., : max(k.shape[-1] - 1 - window, 0)].float().sum(-1).mean().item() for k in kept)
+    return tokens / (outside + sum(min(k.shape[-1], window + 1) for k in kept))
+
+
+@contextlib.contextmanager
+def random_eviction(model, cr: float, seed: int = 0):
+    """Inside, every token is evicted with probability 1 - 1/``cr``, whatever the gates say: a floor for comparison."""
+    generator, share = torch.Generator().manual_seed(seed), target_fraction(cr)
+
+    def put(index: int, gate) -> None:
+        model.dms.step.logits[index] = share - torch.rand(gate().shape, generator=generator)
+
+    model.dms._put = put
+    try:
+        yield model
+    finally:
+        del model.dms._put
 
 
 @torch.inference_mode()

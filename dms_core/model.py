@@ -6,6 +6,7 @@ train mode; with a DMSCache it frees memory; inside ``model.dms.disabled()`` it 
 """
 
 import contextlib
+import inspect
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +33,13 @@ class DMS:
         self.layers = len(self.attentions)
         text = model.config.get_text_config()
         self.heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        self.head_dim = self.attentions[0].head_dim
+        self.head_dim = getattr(self.attentions[0], "head_dim", None) or text.hidden_size // text.num_attention_heads
         if text.num_attention_heads % self.heads:
             raise ValueError(f"{text.num_attention_heads} query heads over {self.heads} KV heads: must divide")
         if not -self.head_dim <= config.neuron < self.head_dim:
             raise ValueError(f"neuron {config.neuron}: must lie in -{self.head_dim}..{self.head_dim - 1}")
+        if config.gate == "neuron" and not all(hasattr(a, "q_proj") for a in self.attentions):
+            raise ValueError(f"gate 'neuron' on {type(model).__name__}: needs a q_proj of its own; 'adapter' works")
         self.hooks = [decoder.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for index, layer in enumerate(decoder.layers):
             self._attach_layer(index, layer, text)
@@ -73,25 +76,30 @@ class DMS:
 
     def _begin(self, module, args, kwargs):
         """Before the decoder runs: which cache, which tokens are valid, which documents."""
-        inputs = args[0] if args else kwargs.get("input_ids")
+        kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        inputs = kwargs.get("input_ids")
         inputs = kwargs["inputs_embeds"] if inputs is None else inputs
         batch, tokens = inputs.shape[:2]
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if mask is not None and mask.ndim != 2:
-            raise ValueError(f"attention_mask of {mask.ndim} dimensions: DMS needs the (batch, tokens) padding mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            given = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
+            raise ValueError(f"attention_mask of {given}: DMS needs the (batch, tokens) padding mask")
         valid = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
         if mask is not None:
             valid = mask[:, -tokens:].bool()
         cache = self._cache(kwargs)
         segments = None if cache is not None else _segments(valid, position_ids, mask is not None)
         self.step = Step(cache, valid, segments, soft=module.training and self.enabled)
-        return args, kwargs
+        return (), kwargs
 
     def _cache(self, kwargs: dict) -> DMSCache | None:
         past = kwargs.get("past_key_values")
         if past is None:
-            kwargs["use_cache"] = False
-            return None
+            if kwargs.get("use_cache"):  # asked for in so many words
+                kwargs["past_key_values"] = DMSCache.for_model(self.model)
+            else:
+                kwargs["use_cache"] = False
+            return kwargs.get("past_key_values")
         if isinstance(past, DMSCache):
             if past.config != self.config:
                 raise ValueError(f"a cache made for {past.config}: this model has {self.config}")
@@ -105,6 +113,9 @@ class DMS:
         """The gate's neuron again, after RoPE has mixed its partner into it: (B, Hq, T, D)."""
         _, q = read_neuron(query.transpose(1, 2), heads, self.config.neuron, self.neuron_factor)
         return q.transpose(1, 2)
+
+    def __deepcopy__(self, memo):
+        raise ValueError("a model with DMS gates cannot be copied: its hooks would serve the original; detach it first")
 
     @contextlib.contextmanager
     def disabled(self):
@@ -123,9 +134,10 @@ class DMS:
 def _segments(valid: Tensor, position_ids: Tensor | None, padded: bool) -> Tensor | None:
     """Documents packed in a row, told by positions that start over; padding is -1."""
     segments = torch.zeros(valid.shape, dtype=torch.long, device=valid.device)
-    if position_ids is not None and position_ids.shape == valid.shape and not padded:
-        segments = (position_ids[:, 1:] != position_ids[:, :-1] + 1).long().cumsum(1)
-        segments = torch.cat([segments.new_zeros(len(valid), 1), segments], 1)
+    if position_ids is not None and position_ids.shape == valid.shape:
+        jump = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        begins = valid[:, 1:] & jump & (valid[:, :-1] | (position_ids[:, 1:] == 0))  # padding may have any position
+        segments[:, 1:] = begins.long().cumsum(1)
     elif not padded:
         return None
     return segments.masked_fill(~valid, -1)
@@ -140,14 +152,22 @@ def attach(model: PreTrainedModel, config: DMSConfig) -> PreTrainedModel:
         raise ValueError("the model already has DMS gates: call dms_core.detach(model) first")
     decoder = model.get_decoder()
     if decoder is None or not all(hasattr(x, "self_attn") for x in getattr(decoder, "layers", [None])):
-        raise ValueError(f"{type(model).__name__}: no decoder layers with self_attn, so attention cannot be intercepted")
+        raise ValueError(f"{type(model).__name__}: no decoder layers with self_attn: cannot intercept its attention")
     if not getattr(model, "_supports_attention_backend", False) or NAME not in AttentionInterface._global_mapping:
         raise ValueError(f"{type(model).__name__} does not use transformers' attention interface: cannot intercept it")
+    if sliding := {size for layer in decoder.layers if (size := _sliding_window(layer.self_attn, model))}:
+        raise ValueError(f"sliding-window attention of {sorted(sliding)} tokens: must be full attention (None)")
     before = model.config._attn_implementation
     model.dms = DMS(model, config)
     model.dms.attention_before = before
     model.set_attn_implementation(NAME)
     return model
+
+
+def _sliding_window(attention: nn.Module, model: PreTrainedModel) -> int | None:
+    """A layer's sliding window; models differ in whether the layer or only the configuration knows it."""
+    of_config = getattr(model.config.get_text_config(), "sliding_window", None)
+    return getattr(attention, "sliding_window", of_config)
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,4 +1,6 @@
-"""The one figure style: a method has the same colour and marker in every figure; curves, retention maps, training logs.
+"""The one figure style: a method has the same colour and marker in every figure.
+
+Curves, margins, retention maps, documents with what is kept of them, training logs.
 
 Colours are seaborn's colour-blind palette. Everything that draws takes the axes to draw on and returns them.
 """
@@ -9,6 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from dms_core.pareto import frontier
@@ -75,6 +79,89 @@ def plot_curves(
     return ax
 
 
+def plot_scaling(points: Sequence[dict], along: str, ax: Axes | None = None) -> Axes:
+    """Accuracy along "L" (generated tokens) or "W" (voting chains): one line per (method, CR), with intervals.
+
+    points: of `curves.summarise`, those of one W or one L.  CRs of a method differ in line style, not in colour.
+    """
+    labels = {"L": "length limit L (generated tokens)", "W": "width W (voting chains)"}
+    if along not in labels:
+        raise ValueError(f"along is {along!r}; allowed: {', '.join(map(repr, labels))}")
+    ax = ax or plt.gca()
+    crs: dict[str, list] = {}
+    for method, cr in dict.fromkeys((p["method"], p["cr"]) for p in points):
+        label, colour, marker = style_of(method)
+        crs.setdefault(method, []).append(cr)
+        rows = sorted((p for p in points if (p["method"], p["cr"]) == (method, cr)), key=lambda p: p[along])
+        x, y, low, high = (np.array([p[key] for p in rows]) for key in (along, "accuracy", "low", "high"))
+        x = x * 1.012 ** (len(ax.containers) - 1)  # aside, so that intervals do not hide each other
+        style = dict(color=colour, marker=marker, capsize=2, elinewidth=1, markersize=5)
+        style["linestyle"] = ("-", "--", ":", "-.")[(len(crs[method]) - 1) % 4]
+        name = label if cr == 1 else f"{label}, CR {cr:g}"
+        ax.errorbar(x, y, np.maximum([y - low, high - y], 0), label=name, **style)
+    ticks = sorted({p[along] for p in points})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [str(t) for t in ticks], minor=False)
+    ax.set_xlabel(labels[along])
+    ax.set_ylabel("accuracy (%)")
+    ax.legend()
+    return ax
+
+
+def plot_margins(rows: Sequence[dict], ax: Axes | None = None) -> Axes:
+    """Margins over vanilla, a column a task and within it one place a model, one colour a method.
+
+    rows: dicts with task, model, a (the method) and value in points, None or NaN where the paper has NA; rows with low
+    and high get error bars.  Tasks and models are shown in the order in which they come.
+    """
+    ax = ax or plt.gca()
+    places = {place: i + 0.8 * _task_index(rows, place[0]) for i, place in enumerate(_places(rows))}
+    for method in dict.fromkeys(row["a"] for row in rows):
+        label, colour, marker = style_of(method)
+        mine = [row for row in rows if row["a"] == method and row["value"] is not None]
+        x = [places[row["task"], row["model"]] for row in mine]
+        ax.plot(x, [row["value"] for row in mine], marker, color=colour, label=label, markersize=6)
+        for at, row in zip(x, mine, strict=True):
+            if row.get("low") is not None:
+                ax.vlines(at, row["low"], row["high"], color=colour, linewidth=1.5)
+    ax.axhline(0, color=STYLES["vanilla"][1], linewidth=1)
+    ax.set_xticks(list(places.values()), [model for _, model in places], fontsize=8)
+    for task in dict.fromkeys(task for task, _ in places):
+        middle = np.mean([x for place, x in places.items() if place[0] == task])
+        ax.annotate(task, (middle, 1.01), xycoords=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
+    ax.grid(axis="x", visible=False)
+    ax.set_ylabel("margin over vanilla (points)")
+    return ax
+
+
+def plot_kept(text: str, kept: np.ndarray, ax: Axes | None = None, width: int = 64) -> Axes:
+    """A document of one-character tokens; under each, a cell per (layer, KV head): kept, or evicted by decision.
+
+    kept: boolean (layers, KV heads, tokens), tokens as many as ``text`` has characters.
+    """
+    kept = np.asarray(kept, dtype=bool)
+    if kept.ndim != 3 or kept.shape[2] != len(text):
+        raise ValueError(f"kept has shape {kept.shape}; allowed: (layers, KV heads, {len(text)}), one cell a character")
+    rows = kept.reshape(-1, len(text))
+    height, blocks = len(rows) + 2, -(-len(text) // width)  # a line of text, its cells, a gap
+    image = np.full((blocks * height, width), np.nan)
+    ax = ax or plt.subplots(figsize=(10, 0.13 * blocks * height + 0.4))[1]
+    for at, character in enumerate(text):
+        block, column = divmod(at, width)
+        image[block * height + 1 : block * height + 1 + len(rows), column] = rows[:, at]
+        ax.text(column, block * height, character, ha="center", va="center", fontsize=8, family="monospace")
+    colours = ListedColormap(["#e6e6e6", STYLES["dms"][1]])
+    ax.imshow(image, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="none")
+    for layer in range(kept.shape[0]):
+        middle = 1 + (layer + 0.5) * kept.shape[1] - 0.5
+        for block in range(blocks):
+            ax.text(-1, block * height + middle, f"{layer}", ha="right", va="center", fontsize=6, color="#555555")
+    ax.set_axis_off()
+    patches = [Patch(color=colours(1.0), label="kept"), Patch(color=colours(0.0), label="evicted once it left the window")]
+    ax.legend(handles=patches, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8)
+    return ax
+
+
 def plot_retention(
     live_per_layer_head: Sequence[Sequence[float]], ax: Axes | None = None, tokens: int | None = None
 ) -> Axes:
@@ -98,22 +185,34 @@ def plot_retention(
 def plot_training(log_rows: Sequence[dict], axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
     """A retrofit log on three axes: the losses, the compression ratio against its target, the learning rate.
 
-    log_rows: dicts with step and any of loss, kl, aux, cr_target, cr_measured, lr; rows may lack keys.
+    log_rows: dicts with step and any of kd, aux, cr_target, cr_measured, learning_rate (what `retrofit` logs); rows may
+    lack keys.
     """
     if axes is None:
         axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")[1]
     axes = np.ravel(axes)
     if len(axes) != 3:
         raise ValueError(f"axes are {len(axes)}; allowed: 3 (losses, compression ratio, learning rate)")
-    _plot_keys(axes[0], log_rows, {"loss": "total", "kl": "distillation KL (nats per token)", "aux": "auxiliary"})
+    _plot_keys(axes[0], log_rows, {"kd": "distillation, $L_{KD}$ (nats per token)", "aux": "auxiliary, $L_{aux}$"})
     _plot_keys(axes[1], log_rows, {"cr_target": "target", "cr_measured": "measured"})
-    _plot_keys(axes[2], log_rows, {"lr": "learning rate"})
+    _plot_keys(axes[2], log_rows, {"learning_rate": "learning rate"})
     axes[0].set_yscale("symlog", linthresh=1e-3)  # the auxiliary loss reaches 0 exactly
     axes[0].set_ylim(bottom=0)
     for ax, label in zip(axes, ("loss", "compression ratio (×)", "learning rate"), strict=True):
         ax.set_xlabel("optimiser step")
         ax.set_ylabel(label)
     return axes
+
+
+def _places(rows: Sequence[dict]) -> list[tuple[str, str]]:
+    """(task, model), tasks together."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    places = dict.fromkeys((row["task"], row["model"]) for row in rows)
+    return sorted(places, key=lambda place: tasks.index(place[0]))
+
+
+def _task_index(rows: Sequence[dict], task: str) -> int:
+    return list(dict.fromkeys(row["task"] for row in rows)).index(task)
 
 
 def _plot_method(ax: Axes, points: list[dict], axis: str) -> list[dict]:
@@ -152,6 +251,7 @@ def _plot_keys(ax: Axes, rows: Sequence[dict], labels: dict[str, str]) -> None:
     for key, label in labels.items():
         series = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if series:
-            ax.plot(*np.array(series, dtype=float).T, label=label, linestyle="--" if key == "cr_target" else "-")
+            line, marker = "--" if key == "cr_target" else "-", "." if len(series) < 30 else ""
+            ax.plot(*np.array(series, dtype=float).T, label=label, linestyle=line, marker=marker)
     if len(labels) > 1 and ax.lines:
         ax.legend()

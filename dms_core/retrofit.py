@@ -10,12 +10,15 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from tqdm import tqdm
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, get_scheduler, set_seed
+from transformers.trainer_callback import PrinterCallback
 
 from dms_core.checkpoint import save_model
 from dms_core.config import DMSConfig, target_fraction
-from dms_core.distill import Distiller
+from dms_core.distill import DIRECTIONS, Distiller
 from dms_core.model import attach
 
 
@@ -41,11 +44,18 @@ class RetrofitConfig:
 
     def __post_init__(self) -> None:
         target_fraction(self.final_cr)
+        if self.steps_per_unit < 1:
+            raise ValueError(f"steps_per_unit {self.steps_per_unit}: must be >= 1")
+        for name in ("lr", "hold", "warmup", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} {getattr(self, name)}: must be >= 0")
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"direction {self.direction!r}: must be one of {DIRECTIONS}")
         if self.train not in ("all", "gates"):
             raise ValueError(f"train {self.train!r}: must be 'all' or 'gates'")
         if self.stop_cr is not None and self.stop_cr not in self.saves().values():
             raise ValueError(f"stop_cr {self.stop_cr}: must be one of {sorted(self.saves().values())}")
-        for name in ("steps_per_unit", "batch", "chunk", "save_steps"):
+        for name in ("batch", "chunk", "save_steps", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be >= 1")
 
@@ -80,20 +90,29 @@ class RetrofitTrainer(Trainer):
     def __init__(self, recipe: RetrofitConfig, **kwargs) -> None:
         super().__init__(**kwargs)
         self.recipe = recipe
+        self.model_accepts_loss_kwargs = False  # the loss is a mean: divide it by the accumulation steps
         self.parts: dict[str, torch.Tensor] = {}
+        self.micro_step = (-1, 0)  # optimiser step, and the batch within it
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         step = self.state.global_step
-        torch.manual_seed(self.recipe.seed * 1_000_003 + step)  # the noise of a step, whatever ran before
+        self._seed_noise(step)
         outputs = model(**inputs, alpha_target=target_fraction(self.recipe.cr(step)))
         self.parts = {name: outputs[name] for name in ("kd", "aux", "evicted")}
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
+    def _seed_noise(self, step: int) -> None:
+        """The noise of a batch depends on seed, step, batch within the step and process; not on what ran before."""
+        last, micro = self.micro_step
+        self.micro_step = step, micro + 1 if step == last else 0
+        place = [self.recipe.seed, step, self.micro_step[1], self.args.process_index]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
+
     def _save(self, output_dir=None, state_dict=None) -> None:
         """Tied weights are saved once."""
         state = self.model.state_dict() if state_dict is None else state_dict
-        once = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
-        super()._save(output_dir, {name: state[name] for name in once.values()})
+        again = self.model._keys_to_ignore_on_save or ()
+        super()._save(output_dir, {name: tensor for name, tensor in state.items() if name not in again})
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         if "loss" in logs and self.parts:
@@ -113,7 +132,23 @@ class SaveFamily(TrainerCallback):
         cr = self.recipe.saves().get(state.global_step)
         if cr is not None and state.is_world_process_zero:
             save_model(self.student, checkpoint_dir(self.out, cr), self.tokenizer, cr=cr, step=state.global_step)
-        control.should_training_stop |= state.global_step >= self.recipe.last_step
+
+
+class ProgressBar(TrainerCallback):
+    """One plain bar on standard error, in a terminal and in a notebook; the log itself goes to retrofit.json."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        show = state.is_world_process_zero
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="retrofit", mininterval=2, disable=not show)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.bar.set_postfix({key: f"{logs[key]:.3g}" for key in ("kd", "cr_target", "cr_measured") if key in logs}, refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
 
 
 def checkpoint_dir(out: Path | str, cr: float) -> Path:
@@ -142,31 +177,36 @@ def retrofit(
 
     dataset: documents with input_ids and labels (-100: not predicted).  ``arguments`` go to TrainingArguments.
     """
+    if recipe.train == "gates" and dms.gate == "neuron":
+        raise ValueError("train 'gates' with gate 'neuron': that gate has no parameters; train 'all'")
     out = Path(out)
     teacher = copy.deepcopy(model) if recipe.train == "all" and recipe.direction != "lm" else None
     set_seed(recipe.seed)
     attach(model, dms)
     if recipe.train == "gates":
         gates = {id(p) for p in model.dms.gate_parameters()}
-        if not gates:
-            raise ValueError("train 'gates' with gate 'neuron': that gate has no parameters; train 'all'")
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in gates)
     settings = TrainingArguments(
-        output_dir=str(out / "trainer"), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch,
+        output_dir=str(out / "trainer"), max_steps=recipe.last_step, per_device_train_batch_size=recipe.batch,
         learning_rate=recipe.lr, lr_scheduler_type=recipe.lr_schedule, warmup_steps=recipe.warmup,
         weight_decay=recipe.weight_decay, adam_beta2=0.95, max_grad_norm=1.0, seed=recipe.seed,
-        save_steps=recipe.save_steps, save_total_limit=1, logging_steps=10, report_to=[],
-        remove_unused_columns=False, dataloader_num_workers=0, **arguments,
+        save_steps=recipe.save_steps, save_total_limit=1, report_to=[],
+        logging_steps=max(1, min(10, recipe.last_step // 20)), remove_unused_columns=False, dataloader_num_workers=0,
+        disable_tqdm=True, **arguments,
     )  # fmt: skip
     distiller = Distiller(model, teacher, recipe.direction, recipe.chunk)
+    optimizer = make_optimizer(model, recipe)
     trainer = RetrofitTrainer(
-        recipe, model=distiller, args=settings, train_dataset=dataset, data_collator=pad_collate(tokenizer.pad_token_id),
-        callbacks=[SaveFamily(recipe, model, tokenizer, out)],
-        optimizers=(make_optimizer(model, recipe), None),
+        recipe, model=distiller, args=settings, train_dataset=dataset,
+        data_collator=pad_collate(tokenizer.pad_token_id), callbacks=[SaveFamily(recipe, model, tokenizer, out)],
+        optimizers=(optimizer, get_scheduler(recipe.lr_schedule, optimizer, recipe.warmup, recipe.steps)),
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in place of the Trainer's own bar
+    trainer.add_callback(ProgressBar())
     trainer.train(resume_from_checkpoint=last_checkpoint(out / "trainer"))
-    facts = {"dms": dms.to_dict(), "recipe": {**asdict(recipe), "steps": recipe.last_step}, "log": trainer.state.log_history}
+    facts = {"dms": dms.to_dict(), "recipe": {**asdict(recipe), "steps": recipe.last_step}}
+    facts["log"] = trainer.state.log_history
     (out / "retrofit.json").write_text(json.dumps(facts, indent=1) + "\n")
     return model.eval()
 

@@ -31,7 +31,7 @@ class SamplingConfig:
         for name in ("max_new_tokens", "batch", "stride", "page"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be >= 1")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"temperature {self.temperature}: must be >= 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p}: must lie in (0, 1]")
@@ -67,6 +67,7 @@ def pick_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: flo
     return token.gather(1, chosen.clamp_max((p > 0).sum(-1, keepdim=True) - 1))[:, 0]
 
 
+@torch.inference_mode()  # as a decorator it leaves the caller's mode alone between two chains
 def sample_chains(
     model, tokenizer, prompts: Sequence[Sequence[int]], jobs: Sequence[tuple[int, int]], config: SamplingConfig
 ) -> Iterator[Chain]:
@@ -78,8 +79,7 @@ def sample_chains(
     for problem, _ in jobs:
         if not len(prompts[problem]):
             raise ValueError(f"prompt {problem} is empty: it must have at least one token")
-    with torch.inference_mode():
-        yield from _Batch(model, tokenizer, prompts, list(jobs), config).run()
+    yield from _Batch(model, tokenizer, prompts, list(jobs), config).run()
 
 
 class _Batch:

@@ -73,10 +73,11 @@ def make_record(chain, problem: Problem, method: Method, tokenizer, stride: int)
     text = tokenizer.decode(chain.tokens)
     answer = extract_answer(text)
     made = len(chain.tokens) + chain.finished
+    mark = tokenizer.convert_tokens_to_ids(ANSWER_MARK)
     return {
         "method": method.name, "cr": method.cr, "problem": chain.problem, "chain": chain.chain, "answer": answer,
         "gold": problem.answer, "variables": problem.variables,
-        "finished_at": None if answer is None else text.index(ANSWER_MARK) + 2, "tokens": made, "stride": stride,
+        "finished_at": None if answer is None else chain.tokens.index(mark) + 2, "tokens": made, "stride": stride,
         "live": [round(x, 3) for x in chain.live], "reads": [round(x, 1) for x in chain.reads],
         "prompt_tokens": chain.prompt_tokens, "prompt_live": round(chain.live[0], 3), "text": text,
     }  # fmt: skip

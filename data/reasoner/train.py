@@ -8,46 +8,49 @@ to zero.  ``--resume`` goes on from state.pt after an interruption and gives the
 import argparse
 import json
 import time
+from bisect import bisect_left
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from dms_core.tasks.programs import make_problem
+from dms_core.tasks.programs import SPLITS, Problem, make_problem
 from dms_core.tasks.reasoner import REASONER_DIR, encode_problem, make_model, make_tokenizer
 
 TOKENS_PER_STEP = 8192
 PROMPT_WEIGHT = 0.1  # the prompt is mostly random; learning to parse it helps a little
 POOL = 8  # batches drawn together and sorted by length, so that padding stays small
-CURRICULUM = ((0.0, (1, 5)), (0.06, (2, 8)), (0.2, (2, 14)))  # from this share of steps on: needed variables
+CURRICULUM = ((0, (1, 5)), (300, (2, 8)), (1000, (2, 14)))  # from this step on: needed variables
 
 
-def stage_range(step: int, steps: int) -> tuple[int, int]:
+def stage_range(step: int) -> tuple[int, int]:
     """Needed variables at ``step``."""
-    return [sizes for share, sizes in CURRICULUM if step >= share * steps][-1]
+    return [sizes for first, sizes in CURRICULUM if step >= first][-1]
+
+
+def pool_problems(first: int, seed: int) -> list[Problem]:
+    """The problems of steps ``first`` .. ``first`` + POOL - 1."""
+    sizes = stage_range(first)
+    problems, tokens = [], 0
+    while tokens < POOL * TOKENS_PER_STEP:
+        problems.append(make_problem("train", seed, first * 10_000 + len(problems), sizes))
+        tokens += len(problems[-1].prompt) + len(problems[-1].trace) + 1
+    return problems
 
 
 def batches(tokenizer, steps: int, seed: int, start: int):
     """(ids, weights), both (B, T), for steps ``start`` .. ``steps`` - 1; a pure function of seed and step."""
     for first in range(start - start % POOL, steps, POOL):
-        sizes = stage_range(first, steps)
-        pool, tokens, index = [], 0, 0
-        while tokens < POOL * TOKENS_PER_STEP:
-            ids, prompt = encode_problem(tokenizer, make_problem("train", seed, first * 10_000 + index, sizes))
-            pool.append((ids, prompt))
-            tokens, index = tokens + len(ids), index + 1
+        pool = [encode_problem(tokenizer, problem) for problem in pool_problems(first, seed)]
         pool.sort(key=lambda item: len(item[0]))
-        cuts = [0]
-        for number in range(1, POOL):  # equal tokens, not equal documents
-            target, total, at = number * tokens / POOL, sum(len(i[0]) for i in pool[: cuts[-1]]), cuts[-1]
-            while total < target:
-                total, at = total + len(pool[at][0]), at + 1
-            cuts.append(at)
-        cuts.append(len(pool))
+        ends = list(accumulate(len(ids) for ids, _ in pool))
+        inner = [bisect_left(ends, part * ends[-1] / POOL) + 1 for part in range(1, POOL)]
+        cuts = [0, *inner, len(pool)]  # parts of equal tokens
         order = torch.randperm(POOL, generator=torch.Generator().manual_seed(seed + first)).tolist()
         for offset, part in enumerate(order):
-            if first + offset >= start and first + offset < steps:
+            if start <= first + offset < steps:
                 yield collate(pool[cuts[part] : cuts[part + 1]])
 
 
@@ -67,6 +70,16 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / 100, (steps - step) / (0.4 * steps))
 
 
+def overlap(steps: int, seed: int) -> dict:
+    """How many of the first 2000 prompts of every other split occur among all training prompts."""
+    held_out = {make_problem(split, 0, i).prompt for split in SPLITS if split != "train" for i in range(2000)}
+    seen, programs = 0, 0
+    for first in tqdm(range(0, steps, POOL), desc="training prompts"):
+        prompts = {problem.prompt for problem in pool_problems(first, seed)}
+        seen, programs = seen + len(prompts & held_out), programs + len(prompts)
+    return {"training_programs": programs, "held_out_prompts": len(held_out), "in_training": seen}
+
+
 def make_optimizers(model, rate: float, kind: str) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers and AdamW for embedding and norms, or AdamW for all."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and kind == "muon"]
@@ -79,30 +92,35 @@ def make_optimizers(model, rate: float, kind: str) -> list[torch.optim.Optimizer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=REASONER_DIR)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--check", action="store_true", help="only count evaluation prompts in the training stream")
     args = parser.parse_args()
+    if args.check:
+        print(json.dumps(overlap(args.steps, args.seed)))
+        return
 
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer), args.seed)
     optimizers = make_optimizers(model, args.lr, args.optimizer)
-    state_file, log_file, start = args.out / "state.pt", args.out / "train_log.jsonl", 0
+    state_file, log_file = args.out / "state.pt", args.out / "train_log.jsonl"
+    start, tokens, spent = 0, 0, 0.0
     if args.resume:
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        start = state["step"]
+        start, tokens, spent = state["step"], state["tokens"], state["seconds"]
         kept = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] < start]
         log_file.write_text("".join(line + "\n" for line in kept))
     elif log_file.exists():
         log_file.unlink()
-    began, tokens = time.time(), 0
+    began = time.time() - spent
     steps = tqdm(batches(tokenizer, args.steps, args.seed, start), initial=start, total=args.steps, mininterval=5)
     for step, (ids, weights) in enumerate(steps, start):
         rate = learning_rate(step, args.steps, args.lr)
@@ -126,7 +144,8 @@ def main() -> None:
         if (step + 1) % 250 == 0 or step + 1 == args.steps:
             model.save_pretrained(args.out)
             saved = [optimizer.state_dict() for optimizer in optimizers]
-            torch.save({"model": model.state_dict(), "optimizers": saved, "step": step + 1}, state_file)
+            state = {"model": model.state_dict(), "optimizers": saved, "step": step + 1}
+            torch.save({**state, "tokens": tokens, "seconds": time.time() - began}, state_file)
     tokenizer.save_pretrained(args.out)
 
 

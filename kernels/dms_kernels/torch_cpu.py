@@ -1,9 +1,10 @@
-"""Stock torch operations arranged for a CPU: the GQA group folded into rows, in-place softmax, one saved matrix."""
+"""Stock torch operations arranged for a CPU: the GQA group folded into rows, blocks of queries, in-place softmax."""
 
 import torch
 from torch import Tensor
 
 NEVER = float("-inf")
+BLOCK = 64  # queries taken together in training
 
 
 def fold(q: Tensor, heads: int) -> Tensor:
@@ -18,47 +19,72 @@ def masked_softmax_(scores: Tensor, live: Tensor) -> Tensor:
 
 
 class _TrainAttention(torch.autograd.Function):
-    """Backward from the saved probabilities; gradients for q, k, v and log_keep."""
+    """Query blocks against the keys up to their end; backward from the saved probabilities of each block."""
 
     @staticmethod
     def forward(ctx, q, k, v, log_keep, window, segment_ids, scale):
-        tokens = q.shape[2]
-        position = torch.arange(tokens, device=q.device)
-        behind = position[:, None] - position[None, :]
-        far = behind > window
-        hidden = (behind < 0)[None]
-        if segment_ids is not None:
-            hidden = hidden | (segment_ids[:, :, None] != segment_ids[:, None, :])
-        bias = (log_keep[:, :, None, :] * far).nan_to_num_(nan=0.0, neginf=NEVER)  # -inf * 0 is nan: not far
-        bias = bias.masked_fill_(hidden[:, None], NEVER)  # (B, H, T, T)
-        folded = fold(q, k.shape[1])
-        scores = torch.matmul(folded, k.transpose(-1, -2)).mul_(scale)
-        scores.unflatten(2, (-1, tokens)).add_(bias[:, :, None])
-        weights = scores.softmax(-1)
-        out = torch.matmul(weights, v)
-        ctx.save_for_backward(folded, k, v, weights, out, far)
-        ctx.scale, ctx.tokens = scale, tokens
-        return out.unflatten(2, (-1, tokens)).flatten(1, 2)
+        grouped = q.unflatten(1, (k.shape[1], -1))  # (B, H, G, T, D)
+        saved, outs = [], []
+        for start in range(0, q.shape[2], BLOCK):
+            rows = slice(start, min(start + BLOCK, q.shape[2]))
+            bias = _block_bias(log_keep, rows, window, segment_ids)  # (B, H, t, S)
+            scores = torch.matmul(grouped[:, :, :, rows].flatten(2, 3), k[:, :, : rows.stop].transpose(-1, -2))
+            scores = scores.mul_(scale).unflatten(2, (grouped.shape[2], -1)).add_(bias[:, :, None])
+            saved.append(scores.softmax(-1))  # (B, H, G, t, S)
+            outs.append(torch.matmul(saved[-1].flatten(2, 3), v[:, :, : rows.stop]).unflatten(2, scores.shape[2:4]))
+        out = torch.cat(outs, 3)
+        ctx.save_for_backward(grouped, k, v, out, *saved)
+        ctx.window, ctx.scale = window, scale
+        ctx.autocast = torch.is_autocast_enabled(q.device.type), torch.get_autocast_dtype(q.device.type)
+        return out.flatten(1, 2)
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, weights, out, far = ctx.saved_tensors
-        grad = fold(grad, k.shape[1])
-        d_scores = torch.matmul(grad, v.transpose(-1, -2))
-        d_scores.sub_((grad * out).sum(-1, keepdim=True)).mul_(weights)
-        d_keep = None
-        if ctx.needs_input_grad[3]:
-            d_keep = (d_scores.unflatten(2, (-1, ctx.tokens)).sum(2) * far).sum(2)
-        d_q = torch.matmul(d_scores, k).mul_(ctx.scale)
-        d_k = torch.matmul(d_scores.transpose(-1, -2), q).mul_(ctx.scale)
-        d_v = torch.matmul(weights.transpose(-1, -2), grad)
-        return d_q.unflatten(2, (-1, ctx.tokens)).flatten(1, 2), d_k, d_v, d_keep, None, None, None
+        enabled, dtype = ctx.autocast
+        with torch.autocast(grad.device.type, dtype, enabled):
+            return _TrainAttention._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx, grad):
+        q, k, v, out, *saved = ctx.saved_tensors
+        grad = grad.unflatten(1, q.shape[1:3])
+        shift = (grad * out).sum(-1, keepdim=True)
+        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        d_keep = k.new_zeros(k.shape[:3])
+        for number, weights in enumerate(saved):
+            start, stop = number * BLOCK, weights.shape[-1]
+            g = grad[:, :, :, start:stop].flatten(2, 3)  # (B, H, G * t, D)
+            d_scores = torch.matmul(g, v[:, :, :stop].transpose(-1, -2)).unflatten(2, weights.shape[2:4])
+            d_scores.sub_(shift[:, :, :, start:stop]).mul_(weights)
+            if ctx.needs_input_grad[3]:
+                far = _behind(slice(start, stop), g.device) > ctx.window
+                d_keep[:, :, :stop] += (d_scores.sum(2) * far).sum(2)
+            d_scores = d_scores.flatten(2, 3).mul_(ctx.scale)
+            d_q[:, :, :, start:stop] = torch.matmul(d_scores, k[:, :, :stop]).unflatten(2, weights.shape[2:4])
+            d_k[:, :, :stop] += torch.matmul(d_scores.transpose(-1, -2), q[:, :, :, start:stop].flatten(2, 3))
+            d_v[:, :, :stop] += torch.matmul(weights.flatten(2, 3).transpose(-1, -2), g)
+        return d_q.flatten(1, 2), d_k, d_v, d_keep, None, None, None
+
+
+def _behind(rows: slice, device) -> Tensor:
+    """i - j for the queries of a block and all keys up to its end: (t, S)."""
+    return torch.arange(rows.start, rows.stop, device=device)[:, None] - torch.arange(rows.stop, device=device)
+
+
+def _block_bias(log_keep: Tensor, rows: slice, window: int, segment_ids: Tensor | None) -> Tensor:
+    """The additive bias of one block of queries: (B, H, t, S)."""
+    behind = _behind(rows, log_keep.device)
+    bias = torch.where(behind > window, log_keep[:, :, None, : rows.stop], 0.0)
+    hidden = (behind < 0)[None]
+    if segment_ids is not None:
+        hidden = hidden | (segment_ids[:, rows, None] != segment_ids[:, None, : rows.stop])
+    return bias.masked_fill_(hidden[:, None], NEVER)
 
 
 def train_attention(
     q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, window: int, segment_ids: Tensor | None, scale: float
 ) -> Tensor:
-    """See naive.train_attention.  Memory O(B * Hq * T * T)."""
+    """See naive.train_attention.  Memory O(B * Hq * T * T / 2) for the backward pass."""
     return _TrainAttention.apply(q, k, v, log_keep.to(q.dtype), window, segment_ids, scale)
 
 

@@ -1,0 +1,199 @@
+"""Every implementation behind the facade against ``naive``, the oracle."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import dms_kernels
+from dms_kernels import decode_attention, naive, prefill_attention, train_attention
+
+NEVER = torch.iinfo(torch.long).max
+SHAPES = st.tuples(
+    st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 5, 17, 63, 111]),
+    st.sampled_from([4, 5, 16]),
+)  # fmt: skip
+
+
+def draws(shape, seed: int, size: float = 1.0):
+    """q (B, H * G, T, D), k and v (B, H, T, D), and the generator."""
+    batch, heads, group, tokens, width = shape
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, heads * group, tokens, width, generator=g) * size
+    k, v = (torch.randn(batch, heads, tokens, width, generator=g) for _ in range(2))
+    return q, k, v, g
+
+
+def random_log_keep(shape, mode: str, g: torch.Generator):
+    batch, heads, _, tokens, _ = shape
+    soft = -torch.rand(batch, heads, tokens, generator=g) * 8
+    hard = torch.where(torch.rand(batch, heads, tokens, generator=g) < 0.5, float("-inf"), 0.0)
+    everything = torch.full_like(soft, float("-inf"))
+    log_keep = {"soft": soft, "hard": hard, "mixed": soft + hard, "all": everything, "none": torch.zeros_like(soft)}[mode]
+    if mode == "mixed":
+        log_keep[:, 0] = float("-inf")  # one head without any kept key, the others mixed
+    return log_keep
+
+
+def random_segments(shape, mode: str, g: torch.Generator):
+    batch, tokens = shape[0], shape[3]
+    if mode == "none":
+        return None
+    segments = (torch.rand(batch, tokens, generator=g) < 0.1).long().cumsum(1)
+    if mode == "padded":
+        edge = torch.randint(0, tokens, (batch, 1), generator=g)
+        left = torch.rand(batch, 1, generator=g) < 0.5
+        place = torch.arange(tokens)
+        segments = segments.masked_fill(torch.where(left, place < edge, place > edge), -1)
+    return segments
+
+
+KEEPS = st.sampled_from(["soft", "hard", "mixed", "all", "none"])
+PACKINGS = st.sampled_from(["none", "packed", "padded"])
+WINDOWS = st.sampled_from([0, 1, 2, 7, 16, 62, 64, 200])
+
+
+@settings(max_examples=120)
+@given(shape=SHAPES, window=WINDOWS, mode=KEEPS, packing=PACKINGS, seed=st.integers(0, 2**31))
+@example(shape=(1, 2, 2, 128, 4), window=64, mode="hard", packing="packed", seed=1)
+@example(shape=(1, 2, 2, 129, 4), window=0, mode="mixed", packing="none", seed=2)
+def test_train_attention_and_its_gradients_equal_the_oracle(shape, window, mode, packing, seed):
+    q, k, v, g = draws(shape, seed)
+    log_keep, segments = random_log_keep(shape, mode, g), random_segments(shape, packing, g)
+    scale = shape[-1] ** -0.5
+    cotangent = torch.randn(q.shape, generator=g)
+    results = []
+    for function in (naive.train_attention, train_attention):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, log_keep)]
+        out = function(*leaves, window, segments, scale)
+        out.backward(cotangent)
+        results.append([out.detach(), *(x.grad for x in leaves)])
+    for name, expected, actual in zip(("out", "dq", "dk", "dv", "dlog_keep"), *results, strict=True):
+        assert torch.isfinite(actual).all(), name
+        torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@settings(max_examples=20)
+@given(shape=SHAPES, mode=KEEPS, seed=st.integers(0, 2**31))
+def test_logits_of_magnitude_1e4_stay_finite_and_right(shape, mode, seed):
+    q, k, v, g = draws(shape, seed, size=1e4)
+    log_keep = random_log_keep(shape, mode, g)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, log_keep)]
+    out = train_attention(*leaves, 2, None, 1.0)
+    out.sum().backward()
+    assert all(torch.isfinite(x).all() for x in (out, *(leaf.grad for leaf in leaves)))
+    exact = naive.train_attention(q, k, v, log_keep, 2, None, 1.0)
+    torch.testing.assert_close(out, exact, rtol=0, atol=0.05)  # fp32 resolves a logit of 1e4 to about 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_errs_at_most_twice_as_much_as_the_same_in_torch(dtype):
+    q, k, v, g = draws((2, 2, 2, 63, 16), 0)
+    log_keep = random_log_keep((2, 2, 2, 63, 16), "hard", g)
+    exact = naive.train_attention(q, k, v, log_keep, 7, None, 0.25)
+    low = [x.to(dtype) for x in (q, k, v)]
+    group = [x.repeat_interleave(2, 1) for x in (*low[1:], log_keep.to(dtype))]
+    behind = torch.arange(63)[:, None] - torch.arange(63)
+    bias = torch.where(behind > 7, group[2][:, :, None], 0.0).masked_fill(behind < 0, float("-inf")).to(dtype)
+    plain = ((low[0] @ group[0].transpose(-1, -2) * 0.25 + bias).softmax(-1) @ group[1]).float()
+    out = train_attention(*low, log_keep, 7, None, 0.25)
+    assert out.dtype == dtype
+    assert (out.float() - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-5
+
+
+def test_train_attention_runs_forward_and_backward_under_autocast():
+    q, k, v, g = draws((1, 2, 2, 17, 4), 3)
+    leaves = [x.requires_grad_() for x in (q, k, v, random_log_keep((1, 2, 2, 17, 4), "soft", g))]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = train_attention(leaves[0], leaves[1], leaves[2].bfloat16(), leaves[3], 2)
+    out.float().sum().backward()
+    assert all(leaf.grad.dtype == torch.float32 and torch.isfinite(leaf.grad).all() for leaf in leaves)
+
+
+@settings(max_examples=100)
+@given(shape=SHAPES, past=st.integers(0, 70), seed=st.integers(0, 2**31))
+def test_prefill_attention_equals_the_oracle_and_a_query_without_keys_gets_zero(shape, past, seed):
+    batch, heads, group, tokens, width = shape
+    q, k, v, g = draws(shape, seed)
+    keys = past + tokens
+    k, v = (torch.randn(batch, heads, keys, width, generator=g) for _ in range(2))
+    q_position = torch.randint(-1, keys, (batch, tokens), generator=g)
+    k_position = torch.randint(0, keys, (batch, heads, keys), generator=g)
+    k_position[torch.rand(k_position.shape, generator=g) < 0.2] = NEVER  # empty slots
+    k_expiry = torch.where(torch.rand(k_position.shape, generator=g) < 0.5, k_position + 3, NEVER)
+    expected = naive.prefill_attention(q, k, v, q_position, k_position, k_expiry, width**-0.5)
+    actual = prefill_attention(q, k, v, q_position, k_position, k_expiry)
+    torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-5)
+    blind = (q_position == -1)[:, None, :, None].expand_as(actual)  # before every key
+    assert (actual[blind] == 0).all() and (expected[blind] == 0).all()
+
+
+@settings(max_examples=100)
+@given(
+    shape=SHAPES,
+    page=st.integers(1, 6),
+    longest=st.sampled_from([0, 1, 5, 40]),
+    seed=st.integers(0, 2**31),
+)
+def test_decode_attention_equals_the_oracle_over_ragged_rows_and_empty_rows_get_zero(shape, page, longest, seed):
+    batch, heads, group, _, width = shape
+    g = torch.Generator().manual_seed(seed)
+    rows = batch * heads
+    lengths = torch.randint(0, longest + 1, (rows,), generator=g)
+    owned = (lengths + page - 1) // page
+    columns = max(int(owned.max()), 1)
+    pages = int(owned.sum()) + 1
+    keys, values = (torch.randn(pages, page, width, generator=g) for _ in range(2))
+    table = torch.zeros(rows, columns, dtype=torch.long)
+    order = torch.randperm(pages, generator=g).tolist()
+    for row in range(rows):
+        for column in range(int(owned[row])):
+            table[row, column] = order.pop()
+    q = torch.randn(batch, heads * group, 1, width, generator=g)
+    expected = naive.decode_attention(q, keys, values, table, lengths, width**-0.5)
+    actual = decode_attention(q, keys, values, table, lengths)
+    torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-5)
+    empty = (lengths == 0).view(batch, heads, 1).expand(-1, -1, group).flatten(1)
+    assert (actual[empty] == 0).all()
+
+
+def test_decode_attention_over_a_pool_without_pages_is_zero():
+    none = torch.empty(0, 4, 8)
+    nobody = torch.zeros(2, dtype=torch.long)
+    out = decode_attention(torch.randn(1, 4, 1, 8), none, none, torch.zeros(2, 1, dtype=torch.long), nobody)
+    assert (out == 0).all()
+
+
+def test_scale_defaults_to_one_over_the_root_of_the_head_dimension():
+    q, k, v, g = draws((1, 2, 2, 9, 4), 5)
+    log_keep = random_log_keep((1, 2, 2, 9, 4), "hard", g)
+    torch.testing.assert_close(train_attention(q, k, v, log_keep, 2), train_attention(q, k, v, log_keep, 2, None, 0.5))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"window": -1}, r"window -1: must be >= 0"),
+        ({"heads": 3}, r"4 query heads over 3 KV heads"),
+        ({"log_keep": torch.zeros(1, 2, 8)}, r"log_keep of shape \(1, 2, 8\): must be \(1, 2, 9\)"),
+    ],
+)
+def test_train_attention_names_what_is_wrong(change, message):
+    q, k, v, _ = draws((1, 2, 2, 9, 4), 0)
+    if "heads" in change:
+        k = v = torch.randn(1, change["heads"], 9, 4)
+    with pytest.raises(ValueError, match=message):
+        train_attention(q, k, v, change.get("log_keep", torch.zeros(k.shape[:3])), change.get("window", 2))
+
+
+def test_prefill_and_decode_name_mismatched_heads():
+    q, k = torch.randn(1, 4, 2, 4), torch.randn(1, 3, 2, 4)
+    at = torch.zeros(1, 3, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match="4 query heads over 3 KV heads"):
+        prefill_attention(q, k, k, at[:, 0], at, at)
+    with pytest.raises(ValueError, match="4 query heads over 3 KV heads"):
+        decode_attention(q[:, :, :1], k[0], k[0], at[0, :, :1], torch.zeros(3, dtype=torch.long))
+
+
+def test_facade_offers_the_three_operations():
+    assert {"train_attention", "prefill_attention", "decode_attention", "naive"} <= set(dms_kernels.__all__)

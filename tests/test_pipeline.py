@@ -1,0 +1,71 @@
+"""The main job at its smallest: every stage runs, is reused, and is kept apart from other settings."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+
+from dms_core.cli import main
+from dms_core.pipeline import Pipeline
+from dms_core.profiles import SMOKE, get_profile
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    pipeline = Pipeline(SMOKE, tmp_path_factory.mktemp("run"))
+    for method in pipeline.variants:
+        pipeline.retrofit(method)
+    return pipeline, pipeline.summary()
+
+
+def test_summary_has_every_method_and_both_axes(finished):
+    _, summary = finished
+    assert {(p["method"], p["cr"]) for p in summary["points"]} == {
+        ("vanilla", 1.0), ("dms", 2.0), ("dms", 3.0), ("dms-immediate", 2.0)
+    }  # fmt: skip
+    assert {(m["axis"], m["scale"]) for m in summary["margins"] if m["a"] == "dms" and m["b"] == "vanilla"} == {
+        (axis, scale) for axis in ("reads", "peak") for scale in ("linear", "log2")
+    }
+    assert {(p["a"], p["b"]) for p in summary["paired"]} >= {("dms", "vanilla"), ("dms", "dms-immediate")}
+    assert summary["retrofit"]["steps"] == SMOKE.recipe.steps
+
+
+def test_a_second_call_reuses_every_stage(finished):
+    pipeline, summary = finished
+    again = Pipeline(SMOKE, pipeline.root)
+    began = time.time()
+    assert again.retrofit("dms")["seconds"] == pipeline.retrofit("dms")["seconds"]
+    assert again.summary()["points"] == summary["points"]
+    assert time.time() - began < 10
+
+
+def test_another_recipe_gets_another_directory(finished):
+    pipeline, _ = finished
+    other = Pipeline(replace(SMOKE, recipe=replace(SMOKE.recipe, lr=1e-4)), pipeline.root)
+    assert other.checkpoint("dms", 2.0) != pipeline.checkpoint("dms", 2.0)
+    assert not other.checkpoint("dms", 2.0).exists()
+
+
+def test_curves_command_prints_the_stored_summary_last(finished, capsys):
+    pipeline, summary = finished
+    assert main(["curves", "--json", "--results", str(pipeline.root)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["points"] == json.loads(json.dumps(summary["points"]))
+
+
+def test_cache_report_measures_tensors(finished, capsys):
+    pipeline, _ = finished
+    assert main(["cache-report", "--json", "--checkpoint", str(pipeline.checkpoint("dms", 3.0))]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    live = sum(map(sum, report["live_per_layer_head"]))
+    per_item = report["bytes_dense"] / report["tokens"] / len(sum(report["live_per_layer_head"], []))
+    assert live * per_item <= report["bytes_held"] <= (live + 4 * len(sum(report["live_per_layer_head"], []))) * per_item
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
+    assert main(["curves", "--results", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    assert main(["cache-report", "--checkpoint", str(tmp_path)]) == 2
+    assert "dms.json" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="nano"):
+        get_profile("nano")
