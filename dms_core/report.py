@@ -124,8 +124,13 @@ def plot_margins(rows: Sequence[dict], ax: Axes | None = None) -> Axes:
         for at, row in zip(x, mine, strict=True):
             if row.get("low") is not None:
                 ax.vlines(at, row["low"], row["high"], color=colour, linewidth=1.5)
+        for row in rows:
+            if row["a"] == method and row["value"] is None:
+                place = places[row["task"], row["model"]]
+                ax.annotate("NA", (place, 0), color=colour, ha="center", va="bottom", fontsize=7)
     ax.axhline(0, color=STYLES["vanilla"][1], linewidth=1)
     ax.set_xticks(list(places.values()), [model for _, model in places], fontsize=8)
+    ax.set_xlim(-0.7, max(places.values()) + 0.7)
     for task in dict.fromkeys(task for task, _ in places):
         middle = np.mean([x for place, x in places.items() if place[0] == task])
         ax.annotate(task, (middle, 1.01), xycoords=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
@@ -157,7 +162,10 @@ def plot_kept(text: str, kept: np.ndarray, ax: Axes | None = None, width: int = 
         for block in range(blocks):
             ax.text(-1, block * height + middle, f"{layer}", ha="right", va="center", fontsize=6, color="#555555")
     ax.set_axis_off()
-    patches = [Patch(color=colours(1.0), label="kept"), Patch(color=colours(0.0), label="evicted once it left the window")]
+    patches = [
+        Patch(color=colours(1.0), label="kept"),
+        Patch(color=colours(0.0), label="evicted once it left the window"),
+    ]
     ax.legend(handles=patches, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8)
     return ax
 

@@ -20,6 +20,7 @@ from dms_core.checkpoint import save_model
 from dms_core.config import DMSConfig, target_fraction
 from dms_core.distill import DIRECTIONS, Distiller
 from dms_core.model import attach
+from dms_core.optim import make_optimizer
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class RetrofitConfig:
     hold: int = 0  # steps at the final CR after the ramp
     stop_cr: float | None = None  # end after the checkpoint of this CR, rate and CR schedules as if going on
     batch: int = 16  # sequences a device and step
+    optimizer: str = "adamw"  # or "muon" for the layers' matrices
     lr: float = 3e-5
     gate_lr: float | None = None  # for the adapters' parameters; lr if None
     lr_schedule: str = "constant"  # a name of transformers' schedulers
@@ -139,13 +141,17 @@ class ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         show = state.is_world_process_zero
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="retrofit", mininterval=2, disable=not show)
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="retrofit", mininterval=2, disable=not show
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.bar.set_postfix({key: f"{logs[key]:.3g}" for key in ("kd", "cr_target", "cr_measured") if key in logs}, refresh=False)
+        self.bar.set_postfix(
+            {key: f"{logs[key]:.3g}" for key in ("kd", "cr_target", "cr_measured") if key in logs}, refresh=False
+        )
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
@@ -196,7 +202,8 @@ def retrofit(
         disable_tqdm=True, **arguments,
     )  # fmt: skip
     distiller = Distiller(model, teacher, recipe.direction, recipe.chunk)
-    optimizer = make_optimizer(model, recipe)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = make_optimizer(trained, recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.gate_lr)
     trainer = RetrofitTrainer(
         recipe, model=distiller, args=settings, train_dataset=dataset,
         data_collator=pad_collate(tokenizer.pad_token_id), callbacks=[SaveFamily(recipe, model, tokenizer, out)],
@@ -209,16 +216,6 @@ def retrofit(
     facts["log"] = trainer.state.log_history
     (out / "retrofit.json").write_text(json.dumps(facts, indent=1) + "\n")
     return model.eval()
-
-
-def make_optimizer(model: PreTrainedModel, recipe: RetrofitConfig) -> torch.optim.Optimizer:
-    gates = {id(p) for p in model.dms.gate_parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if id(p) not in gates], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if id(p) in gates], "lr": recipe.gate_lr or recipe.lr, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(0.9, 0.95))
 
 
 def last_checkpoint(directory: Path) -> str | None:

@@ -19,19 +19,19 @@ settings.load_profile("repeatable")
 VOCABULARY = 40
 
 
-def _tiny_config(kind: str):
+def _tiny_config(kind: str, vocabulary: int):
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
     cls = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind]
     extra = {} if kind == "qwen2" else {"head_dim": 8}
     return cls(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.25, tie_word_embeddings=kind != "qwen3",
         pad_token_id=0, bos_token_id=None, eos_token_id=None, attn_implementation="sdpa", **extra,
     )  # fmt: skip
 
 
-def _tiny_model(kind: str = "llama", seed: int = 0, gates: bool = True, **settings):
+def _tiny_model(kind: str = "llama", seed: int = 0, gates: bool = True, vocabulary: int = VOCABULARY, **settings):
     """A random decoder of 2 layers; with gates, random ones that mark about half of all tokens."""
     from transformers import AutoModelForCausalLM
 
@@ -39,7 +39,7 @@ def _tiny_model(kind: str = "llama", seed: int = 0, gates: bool = True, **settin
     from dms_core.model import attach
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(_tiny_config(kind)).eval()
+    model = AutoModelForCausalLM.from_config(_tiny_config(kind, vocabulary)).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)

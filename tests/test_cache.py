@@ -5,6 +5,7 @@ Keys carry their own position in channel 0 and values a mark of their own, so th
 
 import random
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 import torch
@@ -192,7 +193,7 @@ def test_contents_do_not_depend_on_how_tokens_are_cut_into_calls(window, delayed
     for edges in ([0, 30], [0, *sorted(cuts), 30], list(range(31))):
         layer = DMSLayer(config, 4)
         outs = []
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in pairwise(edges):
             layer.update(k[:, :, a:b], v[:, :, a:b])
             valid = torch.ones(2, b - a, dtype=torch.bool)
             part = (x[:, :, a:b] for x in (q, k, v, evict))
@@ -294,7 +295,7 @@ def test_empty_like_takes_rows_of_the_original():
         (lambda c: DMSCache(DMSConfig(), layers=1, page=0), "layers 1, page 0: both must be >= 1"),
         (lambda c: c.fork(0), "chains 0: must be >= 1"),
         (lambda c: c.layers[0].update(torch.zeros(3, 2, 1, 4), torch.zeros(3, 2, 1, 4)), r"\(3, 2\).*\(2, 2\)"),
-        (lambda c: c.put_rows(torch.tensor([0]), fill(DMSCache(DMSConfig(window=9), 2)), torch.tensor([0])), "window=9"),
+        (lambda c: c.put_rows(torch.arange(1), fill(DMSCache(DMSConfig(window=9), 2)), torch.arange(1)), "window=9"),
     ],
     ids=["layers", "page", "fork", "batch", "other settings"],
 )

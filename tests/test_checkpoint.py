@@ -7,7 +7,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dms_core.checkpoint import GATES, SETTINGS, load_base, load_gates, load_model, read_settings, save_gates, save_model
+from dms_core.checkpoint import (
+    GATES,
+    SETTINGS,
+    load_base,
+    load_gates,
+    load_model,
+    read_settings,
+    save_gates,
+    save_model,
+)
 from dms_core.config import DMSConfig
 from dms_core.model import detach
 
@@ -135,6 +144,6 @@ def test_settings_hold_the_whole_configuration(saved):
 
 @pytest.mark.parametrize("package", ["dms_core", "kernels"])
 def test_no_pickle_is_loaded_and_remote_code_is_never_on(package):
-    forbidden = re.compile(r"torch\.load|import pickle|pickle\.load|joblib|dill|trust_remote_code\s*=\s*True|\beval\(.*input")
+    forbidden = re.compile(r"torch\.load|pickle|joblib|\bdill\b|trust_remote_code\s*=\s*True")
     for file in (ROOT / package).rglob("*.py"):
         assert not forbidden.search(file.read_text()), file

@@ -28,8 +28,8 @@ def random_log_keep(shape, mode: str, g: torch.Generator):
     batch, heads, _, tokens, _ = shape
     soft = -torch.rand(batch, heads, tokens, generator=g) * 8
     hard = torch.where(torch.rand(batch, heads, tokens, generator=g) < 0.5, float("-inf"), 0.0)
-    everything = torch.full_like(soft, float("-inf"))
-    log_keep = {"soft": soft, "hard": hard, "mixed": soft + hard, "all": everything, "none": torch.zeros_like(soft)}[mode]
+    everything, nothing = torch.full_like(soft, float("-inf")), torch.zeros_like(soft)
+    log_keep = {"soft": soft, "hard": hard, "mixed": soft + hard, "all": everything, "none": nothing}[mode]
     if mode == "mixed":
         log_keep[:, 0] = float("-inf")  # one head without any kept key, the others mixed
     return log_keep
@@ -113,7 +113,7 @@ def test_train_attention_runs_forward_and_backward_under_autocast():
 @settings(max_examples=100)
 @given(shape=SHAPES, past=st.integers(0, 70), seed=st.integers(0, 2**31))
 def test_prefill_attention_equals_the_oracle_and_a_query_without_keys_gets_zero(shape, past, seed):
-    batch, heads, group, tokens, width = shape
+    batch, heads, _, tokens, width = shape
     q, k, v, g = draws(shape, seed)
     keys = past + tokens
     k, v = (torch.randn(batch, heads, keys, width, generator=g) for _ in range(2))

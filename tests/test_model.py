@@ -1,6 +1,7 @@
-"""Attached models: training mask = prefill = decode = cache contents, and generate() says what the full forward says."""
+"""Attached models: training mask = prefill = decode = cache contents; generate() says what the full forward says."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
+from dms_core import attention
 from dms_core.cache import DMSCache
 from dms_core.config import DMSConfig
 from dms_core.model import attach, detach
@@ -31,8 +33,7 @@ def random_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
 def cached_logits(model, ids, cuts, cache=None):
     cache = cache or DMSCache.for_model(model, page=2)
     edges = [0, *cuts, ids.shape[1]]
-    calls = zip(edges, edges[1:], strict=False)
-    return torch.cat([model(ids[:, a:b], past_key_values=cache).logits for a, b in calls], 1), cache
+    return torch.cat([model(ids[:, a:b], past_key_values=cache).logits for a, b in pairwise(edges)], 1), cache
 
 
 def greedy_reference(model, prompts: list[list[int]], new: int) -> list[list[int]]:
@@ -262,12 +263,24 @@ def test_neuron_of_the_gate_takes_no_part_in_attention(tiny_model):
     model = tiny_model("llama", gate="neuron", scale=1e-9, offset=1.0)  # z < 0 whatever the neuron says
     ids = random_ids(2, 20)
     before = model(ids).logits
-    for attention in model.dms.attentions:
-        weight = attention.q_proj.weight.view(2, 2, 8, -1)  # (H, G, D, d)
+    for layer in model.dms.attentions:
+        weight = layer.q_proj.weight.view(2, 2, 8, -1)  # (H, G, D, d)
         weight[:, 0, -1] = torch.randn_like(weight[:, 0, -1])
     assert torch.equal(model(ids).logits, before)
     weight[:, 0, 3] += 1.0  # its partner under RoPE matters
     assert not torch.equal(model(ids).logits, before)
+
+
+@every_kind
+@torch.no_grad()
+def test_attention_gets_queries_whose_gate_neuron_is_zero_after_rope_too(tiny_model, kind, monkeypatch):
+    queries, plain = [], attention.train_attention
+    monkeypatch.setattr(attention, "train_attention", lambda q, *rest: queries.append(q) or plain(q, *rest))
+    tiny_model(kind, gate="neuron")(random_ids(2, 20))
+    for q in queries:
+        grouped = q.unflatten(1, (2, 2))  # (B, H, G, T, D)
+        assert (grouped[:, :, 0, :, -1] == 0).all()
+        assert (grouped[:, :, 1, :, -1] != 0).all() and (grouped[:, :, 0, 1:, :-1] != 0).all()
 
 
 @torch.no_grad()

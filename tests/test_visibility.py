@@ -25,7 +25,7 @@ def random_segments(batch: int, tokens: int, g: torch.Generator) -> list[list[in
     fill=st.sampled_from([False, True, 0.5]),
     seed=st.integers(0, 2**31),
 )
-def test_decision_about_a_token_is_what_the_token_lag_places_later_in_its_document_said(tokens, lag, packed, fill, seed):
+def test_decision_about_a_token_is_what_the_token_lag_places_later_said(tokens, lag, packed, fill, seed):
     g = torch.Generator().manual_seed(seed)
     said = torch.rand(2, 3, tokens, generator=g)
     said = said > 0.5 if isinstance(fill, bool) else said

@@ -1,0 +1,41 @@
+"""Decisions on single documents: what the book's pictures and the window's price are computed from."""
+
+import pytest
+import torch
+
+from dms_core.config import DMSConfig
+from dms_core.measure import held_out, kept_tokens, live_cr, random_eviction
+from dms_core.model import attach
+from dms_core.tasks.reasoner import make_model
+
+WINDOW = 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return attach(make_model(64), DMSConfig(window=WINDOW)).eval()
+
+
+def document(length):
+    ids = [2 + i % 60 for i in range(length)]
+    return {"input_ids": ids, "labels": ids}
+
+
+def test_random_eviction_meets_its_share_and_ends_with_the_context(model):
+    ids = document(400)["input_ids"]
+    with random_eviction(model, 4.0):
+        kept = kept_tokens(model, ids)
+    assert kept.shape == (4, 2, 400) and kept.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert kept_tokens(model, ids).all()  # untrained gates are off
+
+
+def test_live_cr_counts_the_window_and_agrees_with_held_out(model):
+    documents = [document(length) for length in (3, 40, 63)]
+    with random_eviction(model, 1e9):
+        kept = [kept_tokens(model, d["input_ids"]) for d in documents]
+        measured = held_out(model, make_model(64).eval(), documents, pad=0)["cr_live"]
+    assert live_cr(kept, WINDOW) == pytest.approx((3 + 40 + 63) / (3 + 5 + 5)) == pytest.approx(measured)
+
+
+def test_live_cr_at_window_zero_keeps_the_last_token():
+    assert live_cr([torch.zeros(2, 2, 10, dtype=torch.bool)], 0) == pytest.approx(10)
