@@ -4,11 +4,11 @@ Each stage keeps its result in the run directory under a name that carries a has
 call reads it, an interrupted one goes on, a changed parameter starts anew beside the old.
 """
 
-import contextlib
 import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from dms_core.checkpoint import load_base, load_model
@@ -47,6 +47,10 @@ class Pipeline:
             "dms": Variant("dms", profile.dms, recipe),
             "dms-immediate": Variant("dms-immediate", immediate, replace(recipe, stop_cr=profile.compare_cr)),
         }
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        return model_fingerprint(load_base(self.base))
 
     # Retrofit.
 
@@ -103,7 +107,8 @@ class Pipeline:
         final = self.held_out("dms", self.profile.recipe.final_cr)
         summary["retrofit"] = {
             "steps": facts["recipe"]["steps"], "seconds": round(facts["seconds"], 1),
-            "cr_target": self.profile.recipe.final_cr, "cr_measured": final["cr_decisions"], "cr_live": final["cr_live"],
+            "cr_target": self.profile.recipe.final_cr,
+            "cr_measured": final["cr_decisions"], "cr_live": final["cr_live"],
         }  # fmt: skip
         summary["held_out"] = {f"{m.name}-cr{m.cr:g}": self.held_out(m.name, m.cr) for m in self.methods()[1:]}
         summary["profile"] = asdict(self.profile)
@@ -116,21 +121,9 @@ class Pipeline:
         return load_model(self.checkpoint(method.name, method.cr))
 
     def _retrofit_dir(self, variant: Variant) -> Path:
-        facts = [asdict(variant), model_fingerprint(load_base(self.base))]
+        facts = [asdict(variant), self.base_fingerprint]
         return self.root / f"{variant.method}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
 
     @staticmethod
     def _note(file: Path, **facts) -> None:
         file.write_text(json.dumps({**json.loads(file.read_text()), **facts}, indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def quiet_transformers():
-    """No progress bars for loading weights: they drown a notebook's output."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()

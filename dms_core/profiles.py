@@ -27,21 +27,21 @@ TINY = Profile(
     name="tiny",
     dms=DMSConfig(gate="adapter", window=16, scale=10.0),
     recipe=RetrofitConfig(
-        train="all", final_cr=8.0, steps_per_unit=100, hold=200, batch=16, lr=1e-3, warmup=20,
-        lr_schedule="cosine", save_steps=100,
+        train="all", final_cr=8.0, steps_per_unit=65, rests=((4.0, 150), (8.0, 300)), batch=16,
+        optimizer="muon", lr=1e-3, gate_lr=2e-3, warmup=10, save_steps=150,
     ),
     compare_cr=4.0,
     crs=(4.0, 8.0),
     problems=300,
     chains=8,
-    lengths=(48, 64, 96, 128, 160, 192, 256),
+    lengths=(64, 96, 128, 160, 192, 256, 320),
     widths=(1, 2, 4, 8),
 )  # fmt: skip
 
 SMOKE = replace(
     TINY,
     name="smoke",
-    recipe=replace(TINY.recipe, final_cr=3.0, steps_per_unit=4, hold=2, batch=4, save_steps=5, warmup=0),
+    recipe=replace(TINY.recipe, final_cr=3.0, steps_per_unit=4, rests=((3.0, 2),), batch=4, save_steps=5, warmup=0),
     compare_cr=2.0,
     crs=(2.0, 3.0),
     problems=6,

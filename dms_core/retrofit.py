@@ -6,38 +6,38 @@ teacher), or the gates alone (the teacher is the same weights with eviction off)
 
 import copy
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, get_scheduler, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from dms_core.checkpoint import save_model
 from dms_core.config import DMSConfig, target_fraction
 from dms_core.distill import DIRECTIONS, Distiller
 from dms_core.model import attach
-from dms_core.optim import make_optimizer
+from dms_core.optim import KINDS, make_optimizer
+from dms_core.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class RetrofitConfig:
-    """A recipe.  The defaults are the paper's; ``hold`` and a decayed rate help at the embedded scale."""
+    """A recipe.  The defaults are the paper's; rests and Muon help at the embedded scale."""
 
     train: str = "all"  # "all" weights, or "gates" alone
     direction: str = "forward"  # KL(teacher || student); "reverse", or "lm" for no teacher
     final_cr: float = 8.0
     steps_per_unit: int = 100  # optimiser steps per unit of CR
-    hold: int = 0  # steps at the final CR after the ramp
+    rests: tuple[tuple[float, int], ...] = ()  # (CR, steps): stay there while the rate falls to zero
     stop_cr: float | None = None  # end after the checkpoint of this CR, rate and CR schedules as if going on
     batch: int = 16  # sequences a device and step
     optimizer: str = "adamw"  # or "muon" for the layers' matrices
     lr: float = 3e-5
     gate_lr: float | None = None  # for the adapters' parameters; lr if None
-    lr_schedule: str = "constant"  # a name of transformers' schedulers
     warmup: int = 0  # steps of learning-rate warm-up
     weight_decay: float = 0.0
     chunk: int = 4096  # tokens whose logits are held at once
@@ -45,45 +45,28 @@ class RetrofitConfig:
     save_steps: int = 100  # between resumable checkpoints
 
     def __post_init__(self) -> None:
-        target_fraction(self.final_cr)
-        if self.steps_per_unit < 1:
-            raise ValueError(f"steps_per_unit {self.steps_per_unit}: must be >= 1")
-        for name in ("lr", "hold", "warmup", "weight_decay"):
+        for name in ("lr", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} {getattr(self, name)}: must be >= 0")
-        if self.direction not in DIRECTIONS:
-            raise ValueError(f"direction {self.direction!r}: must be one of {DIRECTIONS}")
-        if self.train not in ("all", "gates"):
-            raise ValueError(f"train {self.train!r}: must be 'all' or 'gates'")
-        if self.stop_cr is not None and self.stop_cr not in self.saves().values():
-            raise ValueError(f"stop_cr {self.stop_cr}: must be one of {sorted(self.saves().values())}")
+        for name, allowed in (("direction", DIRECTIONS), ("train", ("all", "gates")), ("optimizer", KINDS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {allowed}")
+        if self.stop_cr is not None and self.stop_cr not in self.schedule.saves().values():
+            raise ValueError(f"stop_cr {self.stop_cr}: must be one of {sorted(self.schedule.saves().values())}")
         for name in ("batch", "chunk", "save_steps", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be >= 1")
 
     @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.final_cr, self.steps_per_unit, tuple(map(tuple, self.rests)), self.warmup)
+
+    @property
     def steps(self) -> int:
-        return self.ramp_steps + self.hold
-
-    @property
-    def ramp_steps(self) -> int:
-        return math.ceil((self.final_cr - 1) * self.steps_per_unit)
-
-    def cr(self, step: int) -> float:
-        """The target CR during step ``step``, counted from 0."""
-        return min(1.0 + step / self.steps_per_unit, self.final_cr)
-
-    def saves(self) -> dict[int, float]:
-        """Steps after which a checkpoint is kept, and its CR; the last one keeps the final CR."""
-        integers = {(cr - 1) * self.steps_per_unit: float(cr) for cr in range(2, math.ceil(self.final_cr))}
-        return {**integers, self.steps: self.final_cr}
-
-    @property
-    def last_step(self) -> int:
-        """Steps really taken."""
+        """Steps taken: all of the schedule, or those up to ``stop_cr``."""
         if self.stop_cr is None:
-            return self.steps
-        return next(step for step, cr in self.saves().items() if cr == self.stop_cr)
+            return self.schedule.steps
+        return next(step for step, cr in self.schedule.saves().items() if cr == self.stop_cr)
 
 
 class RetrofitTrainer(Trainer):
@@ -99,7 +82,7 @@ class RetrofitTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         step = self.state.global_step
         self._seed_noise(step)
-        outputs = model(**inputs, alpha_target=target_fraction(self.recipe.cr(step)))
+        outputs = model(**inputs, alpha_target=target_fraction(self.recipe.schedule.cr(step)))
         self.parts = {name: outputs[name] for name in ("kd", "aux", "evicted")}
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
@@ -119,7 +102,7 @@ class RetrofitTrainer(Trainer):
     def log(self, logs: dict, *args, **kwargs) -> None:
         if "loss" in logs and self.parts:
             logs |= {name: float(value) for name, value in self.parts.items()}
-            logs["cr_target"] = self.recipe.cr(max(self.state.global_step - 1, 0))
+            logs["cr_target"] = self.recipe.schedule.cr(max(self.state.global_step - 1, 0))
             logs["cr_measured"] = 1 / (1 - min(logs["evicted"], 0.999))
         super().log(logs, *args, **kwargs)
 
@@ -131,7 +114,7 @@ class SaveFamily(TrainerCallback):
         self.recipe, self.student, self.tokenizer, self.out = recipe, student, tokenizer, out
 
     def on_step_end(self, args, state, control, **kwargs):
-        cr = self.recipe.saves().get(state.global_step)
+        cr = self.recipe.schedule.saves().get(state.global_step)
         if cr is not None and state.is_world_process_zero:
             save_model(self.student, checkpoint_dir(self.out, cr), self.tokenizer, cr=cr, step=state.global_step)
 
@@ -186,6 +169,8 @@ def retrofit(
     if recipe.train == "gates" and dms.gate == "neuron":
         raise ValueError("train 'gates' with gate 'neuron': that gate has no parameters; train 'all'")
     out = Path(out)
+    facts = {"dms": dms.to_dict(), "recipe": {**asdict(recipe), "steps": recipe.steps}}
+    _claim(out, facts)
     teacher = copy.deepcopy(model) if recipe.train == "all" and recipe.direction != "lm" else None
     set_seed(recipe.seed)
     attach(model, dms)
@@ -194,11 +179,10 @@ def retrofit(
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in gates)
     settings = TrainingArguments(
-        output_dir=str(out / "trainer"), max_steps=recipe.last_step, per_device_train_batch_size=recipe.batch,
-        learning_rate=recipe.lr, lr_scheduler_type=recipe.lr_schedule, warmup_steps=recipe.warmup,
-        weight_decay=recipe.weight_decay, adam_beta2=0.95, max_grad_norm=1.0, seed=recipe.seed,
+        output_dir=str(out / "trainer"), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch,
+        learning_rate=recipe.lr, weight_decay=recipe.weight_decay, adam_beta2=0.95, max_grad_norm=1.0, seed=recipe.seed,
         save_steps=recipe.save_steps, save_total_limit=1, report_to=[],
-        logging_steps=max(1, min(10, recipe.last_step // 20)), remove_unused_columns=False, dataloader_num_workers=0,
+        logging_steps=max(1, min(10, recipe.steps // 20)), remove_unused_columns=False, dataloader_num_workers=0,
         disable_tqdm=True, **arguments,
     )  # fmt: skip
     distiller = Distiller(model, teacher, recipe.direction, recipe.chunk)
@@ -207,15 +191,23 @@ def retrofit(
     trainer = RetrofitTrainer(
         recipe, model=distiller, args=settings, train_dataset=dataset,
         data_collator=pad_collate(tokenizer.pad_token_id), callbacks=[SaveFamily(recipe, model, tokenizer, out)],
-        optimizers=(optimizer, get_scheduler(recipe.lr_schedule, optimizer, recipe.warmup, recipe.steps)),
+        optimizers=(optimizer, LambdaLR(optimizer, recipe.schedule.rate)),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in place of the Trainer's own bar
     trainer.add_callback(ProgressBar())
     trainer.train(resume_from_checkpoint=last_checkpoint(out / "trainer"))
-    facts = {"dms": dms.to_dict(), "recipe": {**asdict(recipe), "steps": recipe.last_step}}
-    facts["log"] = trainer.state.log_history
-    (out / "retrofit.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (out / "retrofit.json").write_text(json.dumps({**facts, "log": trainer.state.log_history}, indent=1) + "\n")
     return model.eval()
+
+
+def _claim(out: Path, facts: dict) -> None:
+    """A directory belongs to one recipe: another one may not go on from its checkpoints."""
+    file = out / "recipe.json"
+    if file.exists() and (before := json.loads(file.read_text())) != json.loads(json.dumps(facts)):
+        changed = sorted(k for part in facts for k in facts[part] if facts[part][k] != before.get(part, {}).get(k))
+        raise ValueError(f"{out} holds a run with other {', '.join(changed)}: give the new run another directory")
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def last_checkpoint(directory: Path) -> str | None:

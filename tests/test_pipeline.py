@@ -57,9 +57,9 @@ def test_cache_report_measures_tensors(finished, capsys):
     pipeline, _ = finished
     assert main(["cache-report", "--json", "--checkpoint", str(pipeline.checkpoint("dms", 3.0))]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    live = sum(map(sum, report["live_per_layer_head"]))
-    per_item = report["bytes_dense"] / report["tokens"] / len(sum(report["live_per_layer_head"], []))
-    assert live * per_item <= report["bytes_held"] <= (live + 4 * len(sum(report["live_per_layer_head"], []))) * per_item
+    live = [items for heads in report["live_per_layer_head"] for items in heads]
+    one = report["bytes_dense"] / report["tokens"] / len(live)  # bytes of one live item
+    assert sum(live) * one <= report["bytes_held"] <= (sum(live) + 4 * len(live)) * one
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):

@@ -10,7 +10,9 @@ from dms_core.reproduce import ROOT, execute, reproduce
 @pytest.mark.slow
 def test_reproduce_smoke_executes_every_notebook_and_renders_the_book(tmp_path):
     for part in ("notebooks", "book"):
-        ignore = shutil.ignore_patterns("_build") if part == "notebooks" else shutil.ignore_patterns("_build", "notebooks")
+        ignore = (
+            shutil.ignore_patterns("_build") if part == "notebooks" else shutil.ignore_patterns("_build", "notebooks")
+        )
         shutil.copytree(ROOT / part, tmp_path / part, ignore=ignore)
     shutil.copytree(ROOT / "data", tmp_path / "data")
     result = reproduce("smoke", tmp_path / "runs", root=tmp_path)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from dms_core.retrofit import RetrofitConfig, checkpoint_dir, pad_collate, retro
 from dms_core.tasks.reasoner import make_tokenizer
 
 DMS = DMSConfig(window=2, scale=10.0)
-RECIPE = RetrofitConfig(final_cr=3.0, steps_per_unit=3, batch=2, lr=1e-2, save_steps=3, warmup=2, lr_schedule="cosine")
+RECIPE = RetrofitConfig(
+    final_cr=3.0, steps_per_unit=3, rests=((2.0, 2),), batch=2, optimizer="muon", lr=1e-2, save_steps=3, warmup=1
+)
 OPTIONS = {"use_cpu": True}
 
 
@@ -69,13 +72,13 @@ def test_stop_and_resume_gives_the_same_weights_as_no_stop(tiny_model, tmp_path,
 def test_one_run_keeps_a_family_at_integer_ratios(tiny_model, tmp_path):
     model = run(tiny_model, tmp_path)
     assert sorted(d.name for d in tmp_path.glob("cr*")) == ["cr2", "cr3"]
-    assert [read_settings(checkpoint_dir(tmp_path, cr))["step"] for cr in (2, 3)] == [3, 6]
+    assert [read_settings(checkpoint_dir(tmp_path, cr))["step"] for cr in (2, 3)] == [5, 8]
     ids = torch.arange(1, 15)[None]
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path / "cr3")(ids).logits, model(ids).logits)
         assert not torch.equal(load_model(tmp_path / "cr2")(ids).logits, model(ids).logits)
     facts = json.loads((tmp_path / "retrofit.json").read_text())
-    assert facts["dms"] == DMS.to_dict() and facts["recipe"]["steps"] == 6
+    assert facts["dms"] == DMS.to_dict() and facts["recipe"]["steps"] == 8
 
 
 def test_stopping_at_a_ratio_gives_that_member_of_the_longer_runs_family(tiny_model, tmp_path):
@@ -90,7 +93,8 @@ def test_stopping_at_a_ratio_gives_that_member_of_the_longer_runs_family(tiny_mo
 def test_loss_parts_and_targets_are_logged(tiny_model, tmp_path):
     run(tiny_model, tmp_path)
     log = [entry for entry in json.loads((tmp_path / "retrofit.json").read_text())["log"] if "loss" in entry]
-    assert [entry["cr_target"] for entry in log] == pytest.approx([RECIPE.cr(entry["step"] - 1) for entry in log])
+    targets = [RECIPE.schedule.cr(entry["step"] - 1) for entry in log]
+    assert [entry["cr_target"] for entry in log] == pytest.approx(targets)
     assert len(log) > 1
     for entry in log:
         assert {"kd", "aux", "evicted", "cr_measured"} <= set(entry)
@@ -113,13 +117,10 @@ def test_accumulated_gradients_are_a_mean_with_fresh_noise_in_every_part(tiny_mo
     assert log[-1]["train_loss"] == pytest.approx(sum(loss for *_, loss in seen) / 4, rel=1e-4)
 
 
-def test_target_ratio_rises_by_one_every_steps_per_unit_and_then_holds():
-    recipe = RetrofitConfig(final_cr=8.0, steps_per_unit=100, hold=50)
-    assert [recipe.cr(t) for t in (0, 50, 100, 300, 700, 749)] == [1, 1.5, 2, 4, 8, 8]
-    assert recipe.steps == 750
-    assert recipe.saves() == {100: 2, 200: 3, 300: 4, 400: 5, 500: 6, 600: 7, 750: 8}
-    assert RetrofitConfig(final_cr=2.5, steps_per_unit=10).saves() == {10: 2, 15: 2.5}
-    assert RetrofitConfig(final_cr=8.0, stop_cr=4.0).last_step == 300
+def test_steps_end_with_the_checkpoint_of_stop_cr():
+    recipe = RetrofitConfig(final_cr=8.0, rests=((4.0, 20), (8.0, 50)))
+    assert recipe.steps == 770
+    assert RetrofitConfig(**{**asdict(recipe), "stop_cr": 4.0}).steps == 320
 
 
 @pytest.mark.parametrize(
@@ -127,14 +128,15 @@ def test_target_ratio_rises_by_one_every_steps_per_unit_and_then_holds():
     [
         ({"final_cr": 0.5}, "compression ratio 0.5: must be >= 1"),
         ({"final_cr": 1.0}, "steps 0: must be >= 1"),
-        ({"train": "bias"}, "train 'bias': must be 'all' or 'gates'"),
+        ({"train": "bias"}, "train 'bias': must be one of"),
         ({"direction": "sideways"}, "direction 'sideways': must be one of"),
         ({"steps_per_unit": 0}, "steps_per_unit 0: must be >= 1"),
         ({"batch": 0}, "batch 0: must be >= 1"),
         ({"chunk": 0}, "chunk 0: must be >= 1"),
         ({"save_steps": 0}, "save_steps 0: must be >= 1"),
         ({"lr": -1.0}, "lr -1.0: must be >= 0"),
-        ({"hold": -1}, "hold -1: must be >= 0"),
+        ({"warmup": -1}, "warmup -1, rests"),
+        ({"optimizer": "sgd"}, "optimizer 'sgd': must be one of"),
         ({"stop_cr": 2.5}, r"stop_cr 2.5: must be one of \[2.0, 3.0"),
     ],
 )

@@ -11,7 +11,7 @@ from dms_core.tasks.reasoner import encode_problem, make_model, make_tokenizer
 
 def program(prompt: str) -> tuple[str, dict[str, str]]:
     """Goal and right-hand sides, from the prompt alone."""
-    goal, *lines = re.fullmatch(r"\?(\w);((?:\w=\w(?:[+-]\w)?;)+)>", prompt).expand(r"\1;\2").rstrip(";").split(";")
+    goal, *lines = re.fullmatch(r"\?(\w);((?:\w=\w(?:[+-]\w)?;)+)!", prompt).expand(r"\1;\2").rstrip(";").split(";")
     sides = dict(line.split("=") for line in lines)
     assert len(sides) == len(lines)  # every variable is defined once
     return goal, sides
@@ -24,18 +24,26 @@ def value(name: str, sides: dict[str, str]) -> int:
     return eval(re.sub(r"\w", lambda m: str(value(m[0], sides)), sides[name])) % 10
 
 
-def depth_first(name: str, sides: dict[str, str], known: set[str]) -> list[str]:
-    """The lines of the trace as the docstring describes them."""
-    right = sides[name]
-    lines = [f"{name}={right};"]
-    for operand in re.findall("[A-Za-z]", right):
-        if operand not in known:
-            lines += depth_first(operand, sides, known)
-    if len(right) == 3:
-        values = re.sub(r"\w", lambda m: str(value(m[0], sides)), right)
-        lines.append(f"{name}={right}={values}={value(name, sides)};")
-    known.add(name)
-    return lines
+def follow(trace: str, goal: str, sides: dict[str, str]) -> None:
+    """Walk the trace as a machine with a stack; every line must be a legal move of the docstring's procedure."""
+    stack, known = [("?", goal)], {}
+    for line in trace.split(";"):
+        parent, name = stack[-1]
+        visit = f"{name}={sides[name]}"
+        assert line.startswith(visit)
+        open_operands = [x for x in re.findall("[A-Za-z]", sides[name]) if x not in known]
+        if line[len(visit)] == ">":
+            assert line[len(visit) + 1 :] in open_operands
+            stack.append((name, line[-1]))
+            continue
+        assert not open_operands
+        known[name] = value(name, sides)
+        values = re.sub(r"\w", lambda m: str(value(m[0], sides)), sides[name])
+        assert line == (visit if len(sides[name]) == 1 else f"{visit}={values}={known[name]}") + f"<{parent}"
+        stack.pop()
+        if not stack:
+            break
+    assert not stack and set(known) == needed(goal, sides)
 
 
 def needed(name: str, sides: dict[str, str]) -> set[str]:
@@ -48,7 +56,9 @@ def test_traces_and_answers_are_right_by_an_independent_evaluator(split, seed, i
     problem = make_problem(split, seed, index, (low, high))
     goal, sides = program(problem.prompt)
     assert problem.answer == str(value(goal, sides))
-    assert problem.trace == "".join(depth_first(goal, sides, set())) + "#" + problem.answer
+    trace, answer = problem.trace.split(";#")
+    follow(trace, goal, sides)
+    assert answer == problem.answer
     assert len(needed(goal, sides)) == problem.variables and low <= problem.variables <= high
     assert DISTRACTORS[0] <= len(sides) - problem.variables <= DISTRACTORS[1]
     assert set(problem.prompt + problem.trace) <= set(ALPHABET)

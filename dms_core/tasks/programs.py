@@ -3,11 +3,13 @@
 A problem is a shuffled straight-line program over digits modulo 10 with a goal variable and distractor
 lines.  The model writes a depth-first evaluation trace, then the answer::
 
-    ?j;T=4-I;e=T+T;I=3;q=j+2;j=T+e;>                                           prompt
-    j=T+e;T=4-I;I=3;T=4-I=4-3=1;e=T+T;e=T+T=1+1=2;j=T+e=1+2=3;#3              trace
+    ?j;T=4-I;e=T+T;I=3;q=j+2;j=T+e;!                                                           prompt
+    j=T+e>T;T=4-I>I;I=3<T;T=4-I=4-3=1<j;j=T+e>e;e=T+T=1+1=2<j;j=T+e=1+2=3<?;#3                trace
 
-``expand(X)`` writes ``X``'s line, expands its operands that have no value yet from left to right, and
-closes with the line once more, values substituted: ``X=expression=values=result;``.
+Every line says where it is.  A visit to ``X`` repeats its definition and then either goes down, ``X=a+b>a;``, to an
+operand that has no value yet, or closes, ``X=a+b=1+2=3<P;``, and goes back to the line that asked for it (``?`` for
+the goal).  Which operand comes first is drawn at random, so that the chains of one problem take different paths and
+fail at different places.
 
 Every problem is a pure function of ``(split, seed, index)``; splits never share a random stream.
 """
@@ -18,9 +20,9 @@ from dataclasses import dataclass
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DIGITS = "0123456789"
 OPERATORS = "+-"
-PROMPT_END = ">"
+PROMPT_END = "!"
 ANSWER_MARK = "#"
-ALPHABET = LETTERS + DIGITS + OPERATORS + "?;=" + PROMPT_END + ANSWER_MARK
+ALPHABET = LETTERS + DIGITS + OPERATORS + "?;=<>" + PROMPT_END + ANSWER_MARK
 SPLITS = ("train", "retrofit", "validation", "test")
 
 EVALUATION_MIX = (4, 14)  # needed variables, inclusive; the mix every reported accuracy refers to
@@ -58,7 +60,7 @@ def make_problem(split: str, seed: int, index: int, variables: tuple[int, int] =
     order = list(lines)
     rng.shuffle(order)
     program = "".join(f"{name}={''.join(lines[name])};" for name in order)
-    trace, answer = _trace(goal, lines)
+    trace, answer = _trace(goal, lines, rng)
     return Problem(f"?{goal};{program}{PROMPT_END}", trace, answer, needed)
 
 
@@ -97,23 +99,26 @@ def _needed_lines(rng: random.Random, names: list[str]) -> dict[str, tuple[str, 
     return {name: _line(rng, uses) for name, uses in zip(names, operands, strict=True)}
 
 
-def _trace(goal: str, lines: dict[str, tuple[str, ...]]) -> tuple[str, str]:
-    """The depth-first trace of ``goal`` and its value."""
+def _trace(goal: str, lines: dict[str, tuple[str, ...]], rng: random.Random) -> tuple[str, str]:
+    """A depth-first trace of ``goal``, operands in random order, and its value."""
     values: dict[str, str] = {}
     out: list[str] = []
 
-    def expand(name: str) -> None:
+    def expand(name: str, parent: str) -> None:
         right = lines[name]
-        out.append(f"{name}={''.join(right)};")
+        here = f"{name}={''.join(right)}"
+        operands = [right[0], right[-1]] if rng.random() < 0.5 else [right[-1], right[0]]
+        for term in operands:
+            if term in lines and term not in values:
+                out.append(f"{here}>{term};")
+                expand(term, name)
         if len(right) == 1:
             values[name] = right[0]
+            out.append(f"{here}<{parent};")
             return
-        for term in (right[0], right[2]):
-            if term in lines and term not in values:
-                expand(term)
         a, b = (values.get(term, term) for term in (right[0], right[2]))
         values[name] = str((int(a) + int(b) if right[1] == "+" else int(a) - int(b)) % 10)
-        out.append(f"{name}={''.join(right)}={a}{right[1]}{b}={values[name]};")
+        out.append(f"{here}={a}{right[1]}{b}={values[name]}<{parent};")
 
-    expand(goal)
+    expand(goal, "?")
     return "".join(out) + ANSWER_MARK + values[goal], values[goal]

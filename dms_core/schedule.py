@@ -1,0 +1,69 @@
+"""Compression ratio and learning rate over a retrofit's steps.
+
+CR(t) = 1 + t / steps_per_unit (paper section 3.2).  Optional rests interrupt the ramp: at their CR the target stays
+for some steps while the learning rate falls to zero, so that a checkpoint taken there has settled; then the rate
+comes back and the ramp goes on.  Without rests the rate is constant after its warm-up, as in the paper.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from dms_core.config import target_fraction
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps count from 0; ``rests`` are (CR, steps), ascending."""
+
+    final_cr: float
+    steps_per_unit: int
+    rests: tuple[tuple[float, int], ...] = ()
+    warmup: int = 0  # steps in which the rate comes up, at the start and after a rest
+
+    def __post_init__(self) -> None:
+        target_fraction(self.final_cr)
+        if self.steps_per_unit < 1:
+            raise ValueError(f"steps_per_unit {self.steps_per_unit}: must be >= 1")
+        crs = [cr for cr, _ in self.rests]
+        if crs != sorted(set(crs)) or any(not 1 <= cr <= self.final_cr for cr in crs):
+            raise ValueError(f"rests at CR {crs}: must ascend within 1..{self.final_cr:g}")
+        if self.warmup < 0 or any(steps < 1 for _, steps in self.rests):
+            raise ValueError(f"warmup {self.warmup}, rests {self.rests}: must last >= 0 and >= 1 steps")
+
+    def corners(self) -> list[tuple[int, float]]:
+        """(step, CR) between which the target is linear."""
+        corners, rested = [(0, 1.0)], 0
+        for cr, steps in [*self.rests, (self.final_cr, 0)]:
+            reached = math.ceil((cr - 1) * self.steps_per_unit) + rested
+            corners += [(reached, cr), (reached + steps, cr)]
+            rested += steps
+        return sorted(set(corners))
+
+    @property
+    def steps(self) -> int:
+        return self.corners()[-1][0]
+
+    def cr(self, step: int) -> float:
+        """The target during ``step``."""
+        return float(np.interp(step, *zip(*self.corners(), strict=True)))
+
+    def rate(self, step: int) -> float:
+        """The learning rate during ``step``, as a share of its peak."""
+        since = 0  # where the current ramp began
+        for cr, steps in self.rests:
+            begins = next(at for at, corner in self.corners() if corner == cr)
+            if begins <= step < begins + steps:
+                return 1 - (step - begins) / steps
+            since = begins + steps if step >= begins + steps else since
+        return min(1.0, (step - since + 1) / self.warmup) if self.warmup else 1.0
+
+    def saves(self) -> dict[int, float]:
+        """Steps after which a checkpoint is kept: at each integer CR, after its rest, and at the end."""
+        rests = dict(self.rests)
+        saves = {}
+        for cr in sorted({float(c) for c in range(2, math.ceil(self.final_cr))} | {float(self.final_cr)}):
+            reached = math.ceil((cr - 1) * self.steps_per_unit) + sum(n for at, n in self.rests if at < cr)
+            saves[reached + rests.get(cr, 0)] = cr
+        return saves
