@@ -46,6 +46,8 @@ def make_parser() -> argparse.ArgumentParser:
     command = add("curves", run_curves, "accuracy at each budget, Pareto margins and paired differences")
     command.add_argument("--results", type=Path, help="a run directory (default: runs/tiny, else data/results/tiny)")
 
+    command.add_argument("--figure", type=Path, help="also draw the curves to this PNG or SVG file")
+
     command = add("cache-report", run_cache_report, "bytes held after one long generation by the embedded model")
     command.add_argument("--cr", type=float, default=8.0, help="compression ratio of the checkpoint")
     command.add_argument("--checkpoint", type=Path, help="a retrofitted model (default: runs/tiny, else data/reasoner)")
@@ -90,6 +92,8 @@ def run_curves(args) -> dict:
         records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         profile = get_profile("tiny")
         summary = summarise(records, list(profile.lengths), list(profile.widths))
+    if args.figure:
+        draw_curves(summary, args.figure)
     if not args.json:
         for row in summary["margins"]:
             if row["value"] is not None:
@@ -97,6 +101,22 @@ def run_curves(args) -> dict:
         for row in summary["paired"]:
             print("accuracy {a} - {b}, CR {cr:g}: {difference:+.1f} [{low:+.1f}, {high:+.1f}]".format(**row))
     return summary
+
+
+def draw_curves(summary: dict, file: Path) -> None:
+    """Accuracy against KV reads and against peak tokens, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from dms_core import report
+
+    report.set_style()
+    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
+    for axis, ax in zip(("reads", "peak"), axes, strict=True):
+        report.plot_curves(summary, axis, ax)
+    fig.savefig(file, dpi=120)
 
 
 def run_cache_report(args) -> dict:

@@ -1,4 +1,4 @@
-"""The retrofit's losses (paper section 3.2): L = L_KD + L_aux.
+"""The retrofit's losses (paper section 3.2): L = L_KD + L_aux, both with weight 1 unless a recipe says otherwise.
 
 L_KD is the divergence between student and frozen teacher at temperature 1, averaged over labelled tokens;
 L_aux = max(alpha* - mean over layers, heads and valid tokens of the hard decisions, 0), per row, then the mean.
@@ -61,13 +61,14 @@ class Distiller(nn.Module):
     """
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel | None, direction: str = "forward", chunk: int = 4096
-    ) -> None:
+        self, student: PreTrainedModel, teacher: PreTrainedModel | None, direction: str = "forward", chunk: int = 4096,
+        aux_weight: float = 1.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         if direction not in DIRECTIONS:
             raise ValueError(f"direction {direction!r}: must be one of {DIRECTIONS}")
         self.student, self.config = student, student.config
-        self.direction, self.chunk = direction, chunk
+        self.direction, self.chunk, self.aux_weight = direction, chunk, aux_weight
         self._keys_to_ignore_on_save = _second_names(self)  # the Trainer's name for it; it calls tie_weights() then
         object.__setattr__(self, "teacher", teacher)  # not a submodule: neither trained, saved nor moved
         if teacher is not None:
@@ -90,7 +91,7 @@ class Distiller(nn.Module):
             hidden[:, :-1][wanted], teacher_hidden[:, :-1][wanted], targets[wanted], heads, self.direction, self.chunk
         )
         aux, fraction = compression_loss(list(step.evicted.values()), step.valid, alpha_target)
-        return {"loss": kd + aux, "kd": kd.detach(), "aux": aux.detach(), "evicted": fraction}
+        return {"loss": kd + self.aux_weight * aux, "kd": kd.detach(), "aux": aux.detach(), "evicted": fraction}
 
     @torch.no_grad()
     def _teacher_hidden(self, inputs: dict) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 from dms_core.checkpoint import load_base, load_model
 from dms_core.config import DMSConfig
 from dms_core.curves import summarise
+from dms_core.environment import describe
 from dms_core.measure import held_out
 from dms_core.model import attach
 from dms_core.profiles import Profile
@@ -99,6 +100,12 @@ class Pipeline:
             self._model(method), self.tokenizer, problems, method, profile.chains, config, self.root / "records"
         )
 
+    def run(self) -> dict:
+        """Every stage in order; returns the summary."""
+        for method in self.variants:
+            self.retrofit(method)
+        return self.summary()
+
     def summary(self) -> dict:
         """Points, margins and paired differences of everything sampled; also written to curves.json."""
         records = [record for method in self.methods() for record in self.records(method)]
@@ -111,7 +118,7 @@ class Pipeline:
             "cr_measured": final["cr_decisions"], "cr_live": final["cr_live"],
         }  # fmt: skip
         summary["held_out"] = {f"{m.name}-cr{m.cr:g}": self.held_out(m.name, m.cr) for m in self.methods()[1:]}
-        summary["profile"] = asdict(self.profile)
+        summary["profile"], summary["environment"] = asdict(self.profile), describe()
         (self.root / "curves.json").write_text(json.dumps(summary, indent=1) + "\n")
         return summary
 

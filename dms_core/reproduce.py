@@ -1,4 +1,4 @@
-"""``dms reproduce``: execute the notebooks in order with papermill, then render the book."""
+"""``dms reproduce``: the long stages, the notebooks in order with papermill, then the rendered book."""
 
 import shutil
 import time
@@ -18,15 +18,15 @@ ROOT = Path(__file__).parents[1]
 def reproduce(profile: str, runs: Path, seed: int = 0, root: Path = ROOT) -> dict:
     """Run the whole main job; a repeated call reuses what ``runs``/<profile> holds.  Returns what --json prints."""
     began = time.time()
-    get_profile(profile)
     run_dir = (runs / profile).resolve()
+    pipeline = Pipeline(get_profile(profile), run_dir, seed=seed)
+    summary = pipeline.run()  # the long stages, with their progress on the terminal; the notebooks find them done
     notebooks = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
     executed = root / "book" / "notebooks"
     executed.mkdir(exist_ok=True)
     for notebook in tqdm(notebooks, desc="notebooks", unit="notebook"):
         execute(notebook, executed / notebook.name, {"profile": profile, "seed": seed, "run_dir": str(run_dir)})
     page = build_book(root / "book")
-    summary = Pipeline(get_profile(profile), run_dir, seed=seed).summary()
     return {"seconds": round(time.time() - began, 1), "retrofit": summary["retrofit"], "book": str(page)}
 
 

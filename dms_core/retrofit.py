@@ -30,6 +30,7 @@ class RetrofitConfig:
 
     train: str = "all"  # "all" weights, or "gates" alone
     direction: str = "forward"  # KL(teacher || student); "reverse", or "lm" for no teacher
+    aux_weight: float = 1.0  # of the compression loss
     final_cr: float = 8.0
     steps_per_unit: int = 100  # optimiser steps per unit of CR
     rests: tuple[tuple[float, int], ...] = ()  # (CR, steps): stay there while the rate falls to zero
@@ -45,7 +46,7 @@ class RetrofitConfig:
     save_steps: int = 100  # between resumable checkpoints
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay"):
+        for name in ("lr", "weight_decay", "aux_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} {getattr(self, name)}: must be >= 0")
         for name, allowed in (("direction", DIRECTIONS), ("train", ("all", "gates")), ("optimizer", KINDS)):
@@ -185,7 +186,7 @@ def retrofit(
         logging_steps=max(1, min(10, recipe.steps // 20)), remove_unused_columns=False, dataloader_num_workers=0,
         disable_tqdm=True, **arguments,
     )  # fmt: skip
-    distiller = Distiller(model, teacher, recipe.direction, recipe.chunk)
+    distiller = Distiller(model, teacher, recipe.direction, recipe.chunk, recipe.aux_weight)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.gate_lr)
     trainer = RetrofitTrainer(

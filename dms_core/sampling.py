@@ -1,4 +1,6 @@
-"""Sampling with continuous batching: a finished chain's row is refilled at once from the queue.
+"""Sampling with continuous batching: finished chains' rows are refilled from the queue while the others go on.
+
+Refills wait until an eighth of the rows is free, so that prompts are prefilled together.
 
 Every (problem, chain) has a random stream of its own, so what a chain says does not depend on the batch size, on
 the order, or on its neighbours.  Budgets are counted as in paper section 5.1: KV reads are the items attended to
@@ -118,7 +120,7 @@ class _Batch:
         source = torch.tensor([distinct.index(problem) for problem, _ in jobs])
         if self.cache is None:
             self.cache = prefilled.empty_like(self.size)
-        self.cache.put_rows(rows, prefilled, source)
+        self.cache.put_rows(rows.to(self.model.device), prefilled, source.to(self.model.device))
         for row, (problem, chain) in zip(rows.tolist(), jobs, strict=True):
             self.jobs[row] = (problem, chain)
             drawn = chain_uniforms(self.config.seed, problem, chain, self.config.max_new_tokens)

@@ -80,11 +80,11 @@ def test_no_evaluation_prompt_occurs_in_a_sample_of_the_other_splits():
 
 
 def test_evaluation_mix_is_uniform_over_needed_variables():
-    counts = [0] * 15
-    for i in range(2200):
-        counts[make_problem("validation", 3, i).variables] += 1
     low, high = EVALUATION_MIX
-    assert all(n == 0 for n in counts[:low]) and all(140 < n < 260 for n in counts[low : high + 1])
+    counts = [0] * (high + 1)
+    for i in range(200 * (high - low + 1)):
+        counts[make_problem("validation", 3, i).variables] += 1
+    assert all(n == 0 for n in counts[:low]) and all(140 < n < 260 for n in counts[low:])
 
 
 @pytest.mark.parametrize(
