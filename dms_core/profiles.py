@@ -27,8 +27,8 @@ TINY = Profile(
     name="tiny",
     dms=DMSConfig(gate="adapter", window=16, scale=10.0),
     recipe=RetrofitConfig(
-        train="all", aux_weight=3.0, final_cr=8.0, steps_per_unit=60, rests=((4.0, 150), (8.0, 300)), batch=12,
-        optimizer="muon", lr=1.5e-3, gate_lr=3e-3, warmup=10, save_steps=150,
+        train="all", aux_weight=2.0, final_cr=8.0, steps_per_unit=45, rests=((4.0, 130), (8.0, 480)), batch=12,
+        optimizer="muon", lr=2e-3, gate_lr=3e-3, warmup=10, save_steps=150,
     ),
     compare_cr=4.0,
     crs=(4.0, 8.0),
