@@ -142,20 +142,22 @@ def test_tokenizer_survives_saving(tmp_path):
     assert (loaded.pad_token_id, loaded.eos_token_id) == (made.pad_token_id, made.eos_token_id) == (0, 1)
 
 
-def test_documents_label_the_trace_and_groups_have_one_size():
+def test_documents_label_the_trace_and_groups_pad_little():
     tokenizer = make_tokenizer()
-    data = TraceDataset(tokenizer, 12, 4)
-    assert len(data) == 12 and data[3] == data[3]
-    for group in range(3):
-        sizes = set()
-        for i in range(4):
-            item = data[4 * group + i]
-            prompt = item["labels"].count(-100)
-            assert item["labels"][prompt:] == item["input_ids"][prompt:]
-            goal, sides = program(tokenizer.decode(item["input_ids"][:prompt]))
-            sizes.add(len(needed(goal, sides)))
-        assert len(sizes) == 1 and EVALUATION_MIX[0] <= sizes.pop() <= EVALUATION_MIX[1]
-    for index in (-1, 12):
+    data = TraceDataset(tokenizer, 64, 4)
+    assert len(data) == 64 and data[3] == data[3]
+    lengths = [len(data[i]["input_ids"]) for i in range(64)]
+    for i in range(64):
+        item = data[i]
+        prompt = item["labels"].count(-100)
+        assert item["labels"][prompt:] == item["input_ids"][prompt:]
+        goal, sides = program(tokenizer.decode(item["input_ids"][:prompt]))
+        assert EVALUATION_MIX[0] <= len(needed(goal, sides)) <= EVALUATION_MIX[1]
+    groups = [lengths[i : i + 4] for i in range(0, 64, 4)]
+    padded = sum(4 * max(group) for group in groups)
+    assert padded < 1.15 * sum(lengths)
+    assert sorted(groups) != groups  # batches are shuffled: no curriculum
+    for index in (-1, 64):
         with pytest.raises(IndexError):
             data[index]
 
@@ -164,4 +166,4 @@ def test_reasoner_is_small_and_its_seed_decides_its_weights():
     model = make_model(len(make_tokenizer()))
     assert sum(p.numel() for p in model.parameters()) < 2_500_000
     assert model.config.vocab_size == len(make_tokenizer())
-    assert all((a == b).all() for a, b in zip(model.parameters(), make_model(71).parameters(), strict=True))
+    assert all((a == b).all() for a, b in zip(model.parameters(), make_model(len(make_tokenizer())).parameters(), strict=True))
