@@ -166,4 +166,6 @@ def test_reasoner_is_small_and_its_seed_decides_its_weights():
     model = make_model(len(make_tokenizer()))
     assert sum(p.numel() for p in model.parameters()) < 2_500_000
     assert model.config.vocab_size == len(make_tokenizer())
-    assert all((a == b).all() for a, b in zip(model.parameters(), make_model(len(make_tokenizer())).parameters(), strict=True))
+    assert all(
+        (a == b).all() for a, b in zip(model.parameters(), make_model(len(make_tokenizer())).parameters(), strict=True)
+    )
