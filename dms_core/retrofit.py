@@ -14,7 +14,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from dms_core.checkpoint import save_model
 from dms_core.config import DMSConfig, target_fraction
@@ -196,7 +196,14 @@ def retrofit(
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in place of the Trainer's own bar
     trainer.add_callback(ProgressBar())
-    trainer.train(resume_from_checkpoint=last_checkpoint(out / "trainer"))
+    last = last_checkpoint(out / "trainer")
+    if (
+        last is not None and int(last.rsplit("-", 1)[1]) >= recipe.steps
+    ):  # resumed, the Trainer would take one step more
+        trainer._load_from_checkpoint(last)
+        trainer.state = TrainerState.load_from_json(f"{last}/trainer_state.json")
+    else:
+        trainer.train(resume_from_checkpoint=last)
     (out / "retrofit.json").write_text(json.dumps({**facts, "log": trainer.state.log_history}, indent=1) + "\n")
     return model.eval()
 
