@@ -1,6 +1,5 @@
 """``dms reproduce``: the long stages, the notebooks in order with papermill, then the rendered book."""
 
-import shutil
 import time
 from pathlib import Path
 
@@ -43,9 +42,3 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
     content.cells = [cell for cell in content.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     nbformat.write(content, out)
     partial.unlink()
-
-
-def clear(root: Path = ROOT) -> None:
-    """Forget executed notebooks and the rendered book."""
-    shutil.rmtree(root / "book" / "notebooks", ignore_errors=True)
-    shutil.rmtree(root / "book" / "_build", ignore_errors=True)
