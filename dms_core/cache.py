@@ -11,9 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dms_core.config import DMSConfig
 from dms_core.pages import PagedRows
-from dms_kernels import decode_attention, prefill_attention
-
-NEVER = torch.iinfo(torch.long).max
+from dms_kernels import Past, decode_attention, prefill_attention
 
 
 class DMSLayer(CacheLayerMixin):
@@ -127,71 +125,60 @@ class DMSLayer(CacheLayerMixin):
         self.reads += length * valid[:, None]
 
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor, scale: float) -> Tensor:
-        """Many tokens a row, after any past: attend with expiries, then pack what stays."""
-        position = torch.where(valid, self.count[:, None] + valid.long().cumsum(1) - 1, -1)  # (B, T)
-        expiry = self._expiries(evict, position)  # (B, H, cells + T), by position from count - cells on
-        base = (self.count - self.cells)[:, None, None]
-        spread = position[:, None].expand(-1, self.heads, -1)
-        new_expiry = expiry.gather(2, (spread - base).clamp_min(0))
-        new_position = torch.where(valid[:, None], spread, NEVER)
-        old_k, old_v, old_position, old_expiry = self._past(expiry)
-        keys, values = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
-        k_position, k_expiry = torch.cat([old_position, new_position], 2), torch.cat([old_expiry, new_expiry], 2)
-        out = prefill_attention(q, keys, values, position, k_position, k_expiry, scale)
+        """Many tokens a row, after any past: attend, then hold what stays."""
+        padded = not bool(valid.all())
+        if padded:  # tokens first, padding behind them
+            order = torch.argsort((~valid).to(torch.int8), dim=1, stable=True)[:, None]
+            q, k, v = (_take(x, order.expand(-1, x.shape[1], -1)) for x in (q, k, v))
+            evict = evict.gather(2, order.expand(-1, self.heads, -1))
+        lengths = valid.sum(1)
+        says = torch.cat([self._ring(self.ring_evict), evict], 2)  # what the window's and the new tokens say
+        past = self._past()
+        about = self._decisions(says, lengths)
+        if past is None:
+            about = about[..., self.cells :]
+        out, kept = prefill_attention(q, k, v, about, self.config.window, past, lengths, scale)
 
         self.peak = torch.maximum(self.peak, self.rows.length.view_as(self.peak))
-        self.count = self.count + valid.sum(1)
-        last = self.count[:, None, None] - 1
-        stays = (k_position <= last) & (last < k_expiry)
-        order = torch.argsort((~stays).to(torch.int8), dim=2, stable=True)
-        length = stays.sum(2)
-        width = int(length.max())
-        order = order[..., :width]
-        packed = [x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1])).flatten(0, 1) for x in (keys, values)]
-        self.rows.load(torch.arange(self.rows.rows, device=k.device), *packed, length.flatten())
-        slots = torch.where(torch.arange(width, device=k.device) < length[..., None], k_position.gather(2, order), -1)
-        self._rebuild_rings(slots, evict, position)
-        return out
+        self.count = self.count + lengths
+        self.rows.load(self._every_row(), kept.k.flatten(0, 1), kept.v.flatten(0, 1), kept.length.flatten())
+        steps = torch.arange(self.cells, device=k.device)
+        cell = ((self.count[:, None] + steps) % self.cells)[:, None].expand(-1, self.heads, -1)  # oldest first
+        self.ring_slot.scatter_(2, cell, (kept.length[..., None] - self.cells + steps).clamp_min(0))
+        self.ring_evict.scatter_(2, cell, says.gather(2, (lengths[:, None] + steps)[:, None].expand_as(cell)))
+        return _take(out, torch.argsort(order, dim=2).expand(-1, q.shape[1], -1)) if padded else out
 
-    def _expiries(self, evict: Tensor, position: Tensor) -> Tensor:
-        """First query position that no longer sees a token, for positions count - cells .. count + T - 1."""
-        total = self.cells + position.shape[1]
-        steps = torch.arange(self.cells, device=evict.device)
-        cell = ((self.count[:, None] + steps) % self.cells)[:, None]
-        old = self.ring_evict.gather(2, cell.expand_as(self.ring_evict))
-        said = torch.cat([old, old.new_zeros(*old.shape[:2], position.shape[1] + 1)], 2)
-        at = torch.where(position >= 0, position - self.count[:, None] + self.cells, total)
-        said.scatter_(2, at[:, None].expand_as(evict), evict)  # what the token at each position said; last is a bin
-        said[..., total:] = False
-        marked = torch.zeros_like(said[..., :total])
-        lag = min(self.config.lag, total)
-        marked[..., : total - lag] = said[..., lag:total]
-        place = (self.count - self.cells)[:, None, None] + torch.arange(total, device=evict.device)
-        return torch.where(marked, place + self.cells, NEVER)
+    def _ring(self, ring: Tensor) -> Tensor:
+        """A ring's cells in order of position, oldest first: (B, H, cells)."""
+        steps = torch.arange(self.cells, device=ring.device)
+        return ring.gather(2, ((self.count[:, None] + steps) % self.cells)[:, None].expand_as(ring))
 
-    def _past(self, expiry: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys, values, positions and expiries of what is held: (B, H, S, .).  Outside the window position is -1."""
-        rows = torch.arange(self.rows.rows, device=expiry.device)
-        k, v = (x.unflatten(0, (self.batch, self.heads)) for x in self.rows.read(rows))
-        live = torch.arange(k.shape[2], device=expiry.device) < self.rows.length.view(self.batch, self.heads, 1)
-        position = torch.where(live, -1, NEVER)
-        until = torch.full_like(position, NEVER)
-        if k.shape[2]:
-            steps = torch.arange(self.cells, device=expiry.device)
-            place = (self.count - self.cells)[:, None] + steps  # (B, cells): positions in the window, oldest first
-            slot = self.ring_slot.gather(2, (place % self.cells)[:, None].expand_as(self.ring_slot))
-            b, h, c = (place >= 0)[:, None].expand_as(slot).nonzero(as_tuple=True)
-            position[b, h, slot[b, h, c]] = place[b, c]
-            until[b, h, slot[b, h, c]] = expiry[b, h, c]
-        return k, v, position, until
+    def _decisions(self, says: Tensor, lengths: Tensor) -> Tensor:
+        """At each token, what the token ``lag`` after it says about it; False while there is none."""
+        there = torch.arange(says.shape[2], device=says.device) < self.cells + lengths[:, None]
+        lag = min(self.config.lag, says.shape[2])
+        about = torch.zeros_like(says)
+        about[..., : says.shape[2] - lag] = (says & there[:, None])[..., lag:]
+        return about
 
-    def _rebuild_rings(self, slot_position: Tensor, evict: Tensor, position: Tensor) -> None:
-        """After packing: where the tokens in the window lie, and what the new ones said."""
-        b, h, s = (slot_position >= (self.count - self.cells).clamp_min(0)[:, None, None]).nonzero(as_tuple=True)
-        self.ring_slot[b, h, slot_position[b, h, s] % self.cells] = s
-        recent = (position >= (self.count - self.cells)[:, None]) & (position >= 0)
-        b, t = recent.nonzero(as_tuple=True)
-        self.ring_evict[b, :, position[b, t] % self.cells] = evict[b, :, t]
+    def _past(self) -> Past | None:
+        """What is held, the window's tokens apart."""
+        k, v = (x.unflatten(0, (self.batch, self.heads)) for x in self.rows.read(self._every_row()))
+        held = k.shape[2]
+        if held == 0:
+            return None
+        slot = self._ring(self.ring_slot).clamp_max(held - 1)
+        age = torch.arange(self.cells, 0, -1, device=slot.device)
+        exists = (age <= self.count[:, None])[:, None].expand_as(slot)
+        outside = torch.arange(held + 1, device=slot.device) < self.rows.length.view(self.batch, self.heads, 1)
+        outside.scatter_(2, torch.where(exists, slot, held), False)
+        outside = outside[..., :held]
+        count = outside.sum(2)
+        order = torch.argsort((~outside).to(torch.int8), dim=2, stable=True)[..., : int(count.max())]
+        return Past(_take(k, order), _take(v, order), count, _take(k, slot), _take(v, slot), self.count)
+
+    def _every_row(self) -> Tensor:
+        return torch.arange(self.rows.rows, device=self.count.device)
 
     # Rows one by one.
 
@@ -282,3 +269,8 @@ class DMSCache(Cache):
         """Empty single rows."""
         for layer in self.layers:
             layer.clear(indices)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, H, S, D), index (B, H, N): (B, H, N, D)."""
+    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))

@@ -6,9 +6,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import dms_kernels
-from dms_kernels import decode_attention, naive, prefill_attention, train_attention
+from dms_kernels import EXACT, Past, decode_attention, naive, prefill, prefill_attention, train_attention
+from dms_kernels.attention import CompactAttention
+from dms_kernels.cpu import dense
+from dms_kernels.plan import make_plan, training_plan
 
-NEVER = torch.iinfo(torch.long).max
 SHAPES = st.tuples(
     st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 5, 17, 63, 111]),
     st.sampled_from([4, 5, 16]),
@@ -48,22 +50,32 @@ def random_segments(shape, mode: str, g: torch.Generator):
     return segments
 
 
+def compacted(q, k, v, log_keep, window, segment_ids=None, scale=None):
+    """What train_attention does with sequences that are not short."""
+    plan = training_plan(log_keep.detach(), segment_ids, window, EXACT)
+    return CompactAttention.apply(q, k, v, log_keep, plan, q.shape[-1] ** -0.5 if scale is None else scale)[0]
+
+
+TRAINERS = {"dense": dense.train_attention, "compact": compacted}
 KEEPS = st.sampled_from(["soft", "hard", "mixed", "all", "none"])
 PACKINGS = st.sampled_from(["none", "packed", "padded"])
 WINDOWS = st.sampled_from([0, 1, 2, 7, 16, 62, 64, 200])
 
 
+@pytest.mark.parametrize("implementation", TRAINERS)
 @settings(max_examples=120)
 @given(shape=SHAPES, window=WINDOWS, mode=KEEPS, packing=PACKINGS, seed=st.integers(0, 2**31))
 @example(shape=(1, 2, 2, 128, 4), window=64, mode="hard", packing="packed", seed=1)
 @example(shape=(1, 2, 2, 129, 4), window=0, mode="mixed", packing="none", seed=2)
-def test_train_attention_and_its_gradients_equal_the_oracle(shape, window, mode, packing, seed):
+@example(shape=(2, 2, 2, 700, 4), window=7, mode="mixed", packing="packed", seed=3)
+@example(shape=(1, 1, 1, 800, 4), window=300, mode="soft", packing="padded", seed=4)
+def test_train_attention_and_its_gradients_equal_the_oracle(implementation, shape, window, mode, packing, seed):
     q, k, v, g = draws(shape, seed)
     log_keep, segments = random_log_keep(shape, mode, g), random_segments(shape, packing, g)
     scale = shape[-1] ** -0.5
     cotangent = torch.randn(q.shape, generator=g)
     results = []
-    for function in (naive.train_attention, train_attention):
+    for function in (naive.train_attention, TRAINERS[implementation]):
         leaves = [x.clone().requires_grad_() for x in (q, k, v, log_keep)]
         out = function(*leaves, window, segments, scale)
         out.backward(cotangent)
@@ -73,21 +85,23 @@ def test_train_attention_and_its_gradients_equal_the_oracle(shape, window, mode,
         torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("implementation", TRAINERS)
 @settings(max_examples=20)
 @given(shape=SHAPES, mode=KEEPS, seed=st.integers(0, 2**31))
-def test_logits_of_magnitude_1e4_stay_finite_and_right(shape, mode, seed):
+def test_logits_of_magnitude_1e4_stay_finite_and_right(implementation, shape, mode, seed):
     q, k, v, g = draws(shape, seed, size=1e4)
     log_keep = random_log_keep(shape, mode, g)
     leaves = [x.clone().requires_grad_() for x in (q, k, v, log_keep)]
-    out = train_attention(*leaves, 2, None, 1.0)
+    out = TRAINERS[implementation](*leaves, 2, None, 1.0)
     out.sum().backward()
     assert all(torch.isfinite(x).all() for x in (out, *(leaf.grad for leaf in leaves)))
     exact = naive.train_attention(q, k, v, log_keep, 2, None, 1.0)
     torch.testing.assert_close(out, exact, rtol=0, atol=0.05)  # fp32 resolves a logit of 1e4 to about 1e-3
 
 
+@pytest.mark.parametrize("implementation", TRAINERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_errs_at_most_twice_as_much_as_the_same_in_torch(dtype):
+def test_half_precision_errs_at_most_twice_as_much_as_the_same_in_torch(dtype, implementation):
     q, k, v, g = draws((2, 2, 2, 63, 16), 0)
     log_keep = random_log_keep((2, 2, 2, 63, 16), "hard", g)
     exact = naive.train_attention(q, k, v, log_keep, 7, None, 0.25)
@@ -96,36 +110,62 @@ def test_half_precision_errs_at_most_twice_as_much_as_the_same_in_torch(dtype):
     behind = torch.arange(63)[:, None] - torch.arange(63)
     bias = torch.where(behind > 7, group[2][:, :, None], 0.0).masked_fill(behind < 0, float("-inf")).to(dtype)
     plain = ((low[0] @ group[0].transpose(-1, -2) * 0.25 + bias).softmax(-1) @ group[1]).float()
-    out = train_attention(*low, log_keep, 7, None, 0.25)
+    out = TRAINERS[implementation](*low, log_keep, 7, None, 0.25)
     assert out.dtype == dtype
     assert (out.float() - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-5
 
 
-def test_train_attention_runs_forward_and_backward_under_autocast():
-    q, k, v, g = draws((1, 2, 2, 17, 4), 3)
-    leaves = [x.requires_grad_() for x in (q, k, v, random_log_keep((1, 2, 2, 17, 4), "soft", g))]
+@pytest.mark.parametrize("tokens", [17, 600])
+def test_train_attention_runs_forward_and_backward_under_autocast(tokens):
+    q, k, v, g = draws((1, 2, 2, tokens, 4), 3)
+    leaves = [x.requires_grad_() for x in (q, k, v, random_log_keep((1, 2, 2, tokens, 4), "soft", g))]
     with torch.autocast("cpu", torch.bfloat16):
         out = train_attention(leaves[0], leaves[1], leaves[2].bfloat16(), leaves[3], 2)
     out.float().sum().backward()
     assert all(leaf.grad.dtype == torch.float32 and torch.isfinite(leaf.grad).all() for leaf in leaves)
 
 
-@settings(max_examples=100)
-@given(shape=SHAPES, past=st.integers(0, 70), seed=st.integers(0, 2**31))
-def test_prefill_attention_equals_the_oracle_and_a_query_without_keys_gets_zero(shape, past, seed):
+@pytest.mark.parametrize("implementation", ["dense", "compact"])
+@settings(max_examples=120)
+@given(
+    shape=SHAPES, window=st.sampled_from([0, 1, 3, 16, 200]), before=st.sampled_from([None, 0, 1, 5, 40]),
+    evicted=st.sampled_from([0.0, 0.5, 1.0]), padded=st.booleans(), seed=st.integers(0, 2**31),
+)  # fmt: skip
+@example(shape=(2, 2, 2, 300, 4), window=7, before=40, evicted=0.7, padded=True, seed=1)
+def test_prefill_equals_the_oracle_and_keeps_what_its_last_token_sees(
+    implementation, shape, window, before, evicted, padded, seed
+):
     batch, heads, _, tokens, width = shape
     q, k, v, g = draws(shape, seed)
-    keys = past + tokens
-    k, v = (torch.randn(batch, heads, keys, width, generator=g) for _ in range(2))
-    q_position = torch.randint(-1, keys, (batch, tokens), generator=g)
-    k_position = torch.randint(0, keys, (batch, heads, keys), generator=g)
-    k_position[torch.rand(k_position.shape, generator=g) < 0.2] = NEVER  # empty slots
-    k_expiry = torch.where(torch.rand(k_position.shape, generator=g) < 0.5, k_position + 3, NEVER)
-    expected = naive.prefill_attention(q, k, v, q_position, k_position, k_expiry, width**-0.5)
-    actual = prefill_attention(q, k, v, q_position, k_position, k_expiry)
-    torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-5)
-    blind = (q_position == -1)[:, None, :, None].expand_as(actual)  # before every key
-    assert (actual[blind] == 0).all() and (expected[blind] == 0).all()
+    past, about = None, tokens
+    if before is not None:
+        seen = torch.randint(0, before + 1, (batch,), generator=g)
+        outside = (seen - window - 1).clamp_min(0)
+        count = (torch.rand(batch, heads, generator=g) * (outside[:, None] + 1)).long()
+        stored = [torch.randn(batch, heads, n, width, generator=g) for n in (int(count.max()),) * 2 + (window + 1,) * 2]
+        past, about = Past(*stored[:2], count, *stored[2:], seen), window + 1 + tokens
+    evict = torch.rand(batch, heads, about, generator=g) < evicted
+    lengths = torch.randint(0, tokens + 1, (batch,), generator=g) if padded else torch.full((batch,), tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefill, "DENSE", 0 if implementation == "compact" else 1 << 40)
+        out, kept = prefill_attention(q, k, v, evict.clone(), window, past, lengths)
+    expected, stays = naive.prefill_attention(q, k, v, evict, window, past, lengths, width**-0.5)
+    tokens_only = (torch.arange(tokens) < lengths[:, None])[:, None, :, None]
+    assert torch.isfinite(out).all()
+    torch.testing.assert_close(out * tokens_only, expected * tokens_only, rtol=2e-4, atol=2e-5)
+    assert (kept.length == stays.sum(2)).all()
+    everything = k if past is None else torch.cat([past.k, past.recent_k, k], 2)
+    for b in range(batch):
+        for h in range(heads):  # the window comes last, so in order
+            torch.testing.assert_close(kept.k[b, h, : kept.length[b, h]], everything[b, h, stays[b, h]])
+
+
+def test_a_plan_lists_each_kept_key_once_and_gives_the_list_room_if_asked():
+    keep = torch.tensor([[[True, False, True, True, False, True]]])
+    plan = make_plan(keep, torch.zeros(1, 6, dtype=torch.long), window=1, capacity=8)
+    assert plan.kept[0, 0].tolist() == [0, 2, 3, 5, 0, 0, 0, 0] and plan.count.item() == 4
+    assert plan.band[0].tolist() == [0, 0, 1, 2, 3, 4]
+    assert plan.last[0, 0].tolist() == [0, 0, 1, 1, 2, 3] and plan.first[0, 0].tolist() == [0] * 6
 
 
 @settings(max_examples=100)
@@ -190,7 +230,9 @@ def test_prefill_and_decode_name_mismatched_heads():
     q, k = torch.randn(1, 4, 2, 4), torch.randn(1, 3, 2, 4)
     at = torch.zeros(1, 3, 2, dtype=torch.long)
     with pytest.raises(ValueError, match="4 query heads over 3 KV heads"):
-        prefill_attention(q, k, k, at[:, 0], at, at)
+        prefill_attention(q, k, k, at > 0, 2)
+    with pytest.raises(ValueError, match=r"evict of shape \(1, 3, 2\): must be \(1, 2, 2\)"):
+        prefill_attention(q, k[:, :2], k[:, :2], at > 0, 2)
     with pytest.raises(ValueError, match="4 query heads over 3 KV heads"):
         decode_attention(q[:, :, :1], k[0], k[0], at[0, :, :1], torch.zeros(3, dtype=torch.long))
 

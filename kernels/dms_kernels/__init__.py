@@ -1,18 +1,33 @@
 """Compacted attention for DMS: tensor in, tensor out; knows nothing of models.
 
-The facade picks an implementation by device.  ``naive`` is the specification and the test oracle.
+The facade checks its input once and picks an implementation by device.  ``naive`` is the specification and the test
+oracle; ``cpu`` is stock torch; ``gpu`` is Triton.
 """
 
+import torch
 from torch import Tensor
 
-from dms_kernels import naive, torch_cpu
+from dms_kernels import naive
+from dms_kernels.attention import CompactAttention, common_dtype
+from dms_kernels.cpu import decode as _cpu_decode
+from dms_kernels.cpu import dense as _dense
+from dms_kernels.plan import training_plan
+from dms_kernels.prefill import Kept, Past, prefill_and_pack
 
-__all__ = ["decode_attention", "naive", "prefill_attention", "torch_cpu", "train_attention"]
+__all__ = ["EXACT", "Kept", "Past", "decode_attention", "naive", "prefill_attention", "train_attention"]
+
+EXACT = -40.0  # nats: a key with a smaller bias has neither value nor gradient in fp32
+SHORT = 512  # tokens up to which, on a CPU, the full matrix is faster than the list
 
 
 def _check_heads(q: Tensor, heads: int) -> None:
     if q.shape[1] % heads:
         raise ValueError(f"{q.shape[1]} query heads over {heads} KV heads: the first must be a multiple of the second")
+
+
+def _check_window(window: int) -> None:
+    if window < 0:
+        raise ValueError(f"window {window}: must be >= 0")
 
 
 def train_attention(
@@ -31,27 +46,41 @@ def train_attention(
     D ** -0.5.  Returns (B, Hq, T, D).  Raises ValueError for a negative window or mismatched heads.
     """
     _check_heads(q, k.shape[1])
-    if window < 0:
-        raise ValueError(f"window {window}: must be >= 0")
+    _check_window(window)
     if log_keep.shape != k.shape[:3]:
         raise ValueError(f"log_keep of shape {tuple(log_keep.shape)}: must be {tuple(k.shape[:3])}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch_cpu.train_attention(q, k, v, log_keep, window, segment_ids, scale)
+    if q.device.type == "cpu" and q.shape[2] <= SHORT:
+        return _dense.train_attention(q, k, v, log_keep, window, segment_ids, scale)
+    q, k, v = common_dtype(q, k, v)
+    plan = training_plan(log_keep.detach(), segment_ids, window, EXACT)
+    return CompactAttention.apply(q, k, v, log_keep, plan, scale)[0]
 
 
 def prefill_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_position: Tensor,
-    k_position: Tensor,
-    k_expiry: Tensor,
+    evict: Tensor,
+    window: int,
+    past: Past | None = None,
+    lengths: Tensor | None = None,
     scale: float | None = None,
-) -> Tensor:
-    """Attention of new tokens over past and new keys, hard decisions (shapes in naive.prefill_attention)."""
+) -> tuple[Tensor, Kept]:
+    """Attention of new tokens with hard decisions, and what the cache keeps of them and of its past, packed.
+
+    q (B, Hq, T, D); k, v (B, H, T, D); lengths (B,): how many of the T are tokens, the rest is padding behind them
+    (default: all).  evict: the decision about each token, at the token it is about, False while there is none:
+    (B, H, T), or (B, H, window + 1 + T) with a past, whose window comes first.  Padding gets finite garbage.
+    """
     _check_heads(q, k.shape[1])
+    _check_window(window)
+    about = k.shape[2] + (0 if past is None else window + 1)
+    if evict.shape != (*k.shape[:2], about):
+        raise ValueError(f"evict of shape {tuple(evict.shape)}: must be {(*k.shape[:2], about)}")
+    lengths = torch.full(q.shape[:1], q.shape[2], device=q.device) if lengths is None else lengths
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch_cpu.prefill_attention(q, k, v, q_position, k_position, k_expiry, scale)
+    return prefill_and_pack(q, k, v, evict, window, past, lengths, scale)
 
 
 def decode_attention(
@@ -60,4 +89,4 @@ def decode_attention(
     """Attention of one token a row over ragged, paged (batch, KV head) rows (shapes in naive.decode_attention)."""
     _check_heads(q, table.shape[0] // q.shape[0])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch_cpu.decode_attention(q, keys, values, table, lengths, scale)
+    return _cpu_decode.decode_attention(q, keys, values, table, lengths, scale)

@@ -39,17 +39,28 @@ def train_attention(
 
 
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_position: Tensor, k_position: Tensor, k_expiry: Tensor, scale: float
-) -> Tensor:
-    """Query at position i sees the keys with ``k_position <= i < k_expiry``.
-
-    q_position (B, T), k_position and k_expiry (B, H, S): integer token positions; a key that is never evicted
-    has an expiry beyond every query, an empty slot a position beyond every query.
+    q: Tensor, k: Tensor, v: Tensor, evict: Tensor, window: int, past, lengths: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Hard decisions after a past (shapes in the facade).  Returns out and the keys that remain, bool (B, H, S),
+    with keys numbered as [past.k, past.recent_k, k].
     """
-    i = q_position[:, None, :, None]
-    visible = (k_position[:, :, None, :] <= i) & (i < k_expiry[:, :, None, :])
+    seen = torch.zeros_like(lengths) if past is None else past.seen
+    position = seen[:, None] + torch.arange(q.shape[2], device=q.device)  # (B, T)
+    at = position
+    evict, outside = evict.clone(), q.new_zeros(*k.shape[:2], 0, dtype=torch.bool)
+    if past is not None:
+        at = seen[:, None] + torch.arange(-window - 1, q.shape[2], device=q.device)
+        outside = torch.arange(past.k.shape[2], device=q.device) < past.count[..., None]
+        k, v = torch.cat([past.k, past.recent_k, k], 2), torch.cat([past.v, past.recent_v, v], 2)
+    behind = position[:, :, None] - at[:, None, :]  # (B, T, R + T)
+    there = (at >= 0) & (at < (seen + lengths)[:, None])
+    seen_by = there[:, None, None] & (behind >= 0)[:, None] & ((behind <= window)[:, None] | ~evict[:, :, None])
+    visible = torch.cat([outside[:, :, None].expand(-1, -1, q.shape[2], -1), seen_by], 3)
     bias = torch.zeros(visible.shape, device=q.device).masked_fill(~visible, float("-inf"))
-    return attend(q, k, v, bias, scale)
+    out = attend(q, k, v, bias, scale)
+    since = (seen + lengths - 1)[:, None] - at  # as the last token sees it
+    stays = there[:, None] & ((since <= window)[:, None] | ~evict)
+    return out, torch.cat([outside, stays], 2)
 
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:

@@ -1,21 +1,11 @@
-"""Stock torch operations arranged for a CPU: the GQA group folded into rows, blocks of queries, in-place softmax."""
+"""Short sequences on a CPU: the whole batch in a few large products, cheaper there than lists."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NEVER = float("-inf")
 BLOCK = 64  # queries taken together in training
-
-
-def fold(q: Tensor, heads: int) -> Tensor:
-    """(B, Hq, T, D) to (B, H, G * T, D): the queries of a KV head side by side, so that its keys are read once."""
-    return q.unflatten(1, (heads, -1)).flatten(2, 3)
-
-
-def masked_softmax_(scores: Tensor, live: Tensor) -> Tensor:
-    """Softmax over the last dimension of the keys that are ``live``; rows without any get 0."""
-    weights = scores.masked_fill_(~live, NEVER).softmax(-1)
-    return torch.nan_to_num_(weights, nan=0.0)
 
 
 class _TrainAttention(torch.autograd.Function):
@@ -88,42 +78,8 @@ def train_attention(
     return _TrainAttention.apply(q, k, v, log_keep.to(q.dtype), window, segment_ids, scale)
 
 
-def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_position: Tensor, k_position: Tensor, k_expiry: Tensor, scale: float
-) -> Tensor:
-    """See naive.prefill_attention."""
-    tokens, heads = q.shape[2], k.shape[1]
-    i = q_position[:, None, :, None]
-    visible = (k_position[:, :, None, :] <= i) & (i < k_expiry[:, :, None, :])  # (B, H, T, S)
-    scores = torch.matmul(fold(q, heads), k.transpose(-1, -2)).mul_(scale).unflatten(2, (-1, tokens))
-    out = torch.matmul(masked_softmax_(scores, visible[:, :, None]).flatten(2, 3), v)
-    return out.unflatten(2, (-1, tokens)).flatten(1, 2)
-
-
-def decode_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """See naive.decode_attention.  Rows are taken in groups of similar length, so that padding stays small."""
-    batch, page = q.shape[0], keys.shape[1]
-    folded = q.unflatten(1, (table.shape[0] // batch, -1)).flatten(0, 1).squeeze(2)  # (R, G, D)
-    out = torch.empty_like(folded)
-    order = torch.argsort(lengths)
-    pages = (lengths[order] + page - 1) // page
-    for group in _similar(pages.tolist()):
-        rows = order[group]
-        columns = int(pages[group.stop - 1])
-        if columns == 0:
-            out[rows] = 0
-            continue
-        k, v = (pool[table[rows, :columns]].flatten(1, 2) for pool in (keys, values))  # (r, S, D)
-        live = torch.arange(columns * page, device=q.device) < lengths[rows, None]
-        scores = torch.matmul(folded[rows], k.transpose(-1, -2)).mul_(scale)
-        out[rows] = torch.matmul(masked_softmax_(scores, live[:, None]), v)
-    return out.unflatten(0, (batch, -1)).flatten(1, 2).unsqueeze(2)
-
-
-def _similar(sizes: list[int], spread: float = 2.0) -> list[slice]:
-    """Cut an ascending list into slices whose largest entry is at most ``spread`` times the smallest."""
-    cuts = [0]
-    for i, size in enumerate(sizes):
-        if size > spread * max(sizes[cuts[-1]], 1) or (size > 0 and sizes[cuts[-1]] == 0):
-            cuts.append(i)
-    return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], len(sizes)], strict=True)]
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """q (B, Hq, T, D), k and v (B, H, S, D), visible (B, H, T, S), at least one key a query."""
+    group = q.shape[1] // k.shape[1]
+    mask = visible.repeat_interleave(group, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=group > 1)

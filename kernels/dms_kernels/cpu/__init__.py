@@ -1,0 +1,1 @@
+"""The operations arranged for a CPU, in stock torch operations."""

@@ -1,0 +1,249 @@
+"""Attention that costs what is kept, on a CPU: torch's own flash kernel on the band and on the kept list.
+
+The band of all queries is one batched call over overlapping blocks of keys.  The kept list is gathered once per
+(batch, KV head); a block of queries reads the part that all of them see without a mask, the ragged rest with one.
+The parts are merged by log-sum-exp.  Backward: torch's kernel on the band, given the merged result; recomputed
+probabilities on the kept list, where the bias has a gradient, too.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dms_kernels.plan import Plan
+
+BAND_BLOCK = 128  # queries that share a block of band keys
+LIST_BLOCK = 256  # queries that read the kept list together
+LIST_CHUNK = 256  # entries of the kept list whose scores are held at once in the backward pass
+SLAB = 1 << 21  # largest band mask, in entries
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, log_keep: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """q (B, Hq, T, D); k, v (B, H, S, D); log_keep (B, H, S) or None.  Returns out as q, lse (B, Hq, T) fp32."""
+    group = q.shape[1] // k.shape[1]
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    for b in range(q.shape[0]):
+        band = _Band(plan, b, k.shape[2])
+        for h in range(k.shape[1]):
+            heads = slice(h * group, (h + 1) * group)
+            _band_forward(band, q[b, heads], k[b, h], v[b, h], out[b, heads], lse[b, heads], scale)
+            kept = _gather(plan, b, h, k, v, log_keep)
+            _list_forward(kept, q[b, heads], out[b, heads], lse[b, heads], scale)
+    return out, lse
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, log_keep: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of q, k, v and log_keep (None without one)."""
+    group = q.shape[1] // k.shape[1]
+    d_q = torch.empty_like(q)
+    d_k, d_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+    d_keep = None if log_keep is None else torch.zeros_like(log_keep)
+    delta = (grad.float() * out.float()).sum(-1)  # (B, Hq, T)
+    for b in range(q.shape[0]):
+        band = _Band(plan, b, k.shape[2])
+        for h in range(k.shape[1]):
+            at = b, slice(h * group, (h + 1) * group)
+            d_q[at], d_k[b, h], d_v[b, h] = _band_backward(
+                band, grad[at], q[at], k[b, h], v[b, h], out[at], lse[at], scale
+            )
+            kept = _gather(plan, b, h, k, v, log_keep)
+            parts = _list_backward(kept, grad[at], q[at], lse[at], delta[at], d_q[at], scale)
+            for total, part in zip((d_k[b, h], d_v[b, h]), parts, strict=False):
+                total.index_add_(0, kept.index, part.to(total.dtype))
+            if d_keep is not None:
+                d_keep[b, h].index_copy_(0, kept.index, parts[2].to(d_keep.dtype))
+    return d_q, d_k, d_v, d_keep
+
+
+# The band.
+
+
+class _Band:
+    """Where the blocks of one batch row lie: block n has queries n * BAND_BLOCK.., and the keys from ``width`` less on."""
+
+    def __init__(self, plan: Plan, b: int, keys: int) -> None:
+        self.queries = plan.band.shape[1]
+        self.width = min(plan.window, keys - 1)
+        self.span = BAND_BLOCK + self.width  # keys of a block
+        self.blocks = -(-self.queries // BAND_BLOCK)
+        self.before = max(self.width - plan.offset, 0)  # zeros put before the first key
+        self.skip = max(plan.offset - self.width, 0)  # keys that no band reaches
+        self.after = self.blocks * BAND_BLOCK - self.queries
+        self.first_key, self.offset = plan.band[b], plan.offset
+
+    def slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of blocks and their mask (blocks, 1, BAND_BLOCK, span)."""
+        step = max(SLAB // (BAND_BLOCK * self.span), 1)
+        query, key = torch.arange(BAND_BLOCK)[:, None], torch.arange(self.span)
+        causal = key > query + self.width
+        first = F.pad(self.first_key.long(), (0, self.after), value=self.queries + self.offset)
+        for start in range(0, self.blocks, step):
+            number = torch.arange(start, min(start + step, self.blocks))
+            earliest = first.view(-1, BAND_BLOCK)[number] - (number * BAND_BLOCK + self.offset - self.width)[:, None]
+            hidden = causal | (key < earliest[..., None])  # (blocks, BAND_BLOCK, span)
+            yield slice(start, start + len(number)), hidden[:, None]
+
+    def keys(self, x: Tensor, group: int) -> Tensor:
+        """(S, D) to overlapping blocks (blocks, G, span, D), a view of a padded copy."""
+        x = F.pad(x[self.skip :], (0, 0, self.before, self.after)).contiguous()
+        step, row = BAND_BLOCK * x.shape[1], x.shape[1]
+        return x.as_strided((self.blocks, group, self.span, row), (step, 0, row, 1))
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(G, T, ...) to (blocks, G, BAND_BLOCK, ...), padded with zeros."""
+        pad = (0, 0) * (x.ndim - 2) + (0, self.after)
+        return (F.pad(x, pad) if self.after else x).unflatten(1, (self.blocks, BAND_BLOCK)).transpose(0, 1)
+
+    def unrow(self, x: Tensor) -> Tensor:
+        """The inverse of ``rows``."""
+        return x.transpose(0, 1).flatten(1, 2)[:, : self.queries]
+
+    def unkeys(self, x: Tensor, keys: int) -> Tensor:
+        """Gradients of overlapping blocks (blocks, span, D) added up to (S, D)."""
+        pieces = -(-self.span // BAND_BLOCK)
+        total = x.new_zeros(self.blocks + pieces, BAND_BLOCK, x.shape[-1])
+        for piece in range(pieces):
+            part = x[:, piece * BAND_BLOCK : (piece + 1) * BAND_BLOCK]
+            total[piece : piece + self.blocks, : part.shape[1]] += part
+        inner = total.flatten(0, 1)[self.before : self.before + keys - self.skip]
+        return F.pad(inner, (0, 0, self.skip, 0))
+
+
+def _additive(hidden: Tensor, like: Tensor) -> Tensor:
+    """A finite floor where hidden, so that a row without any key gives a vanishing weight and not NaN."""
+    floor = -6e4 if like.dtype == torch.float16 else -1e30
+    return torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, floor)
+
+
+def _band_forward(band: _Band, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+    """One (batch, KV head): q, out (G, T, D), k, v (S, D), lse (G, T)."""
+    rows, keys, values = band.rows(q), band.keys(k, len(q)), band.keys(v, len(q))
+    outs, lses = [], []
+    for blocks, hidden in band.slabs():
+        mask = _additive(hidden, q)
+        o, l = _flash(rows[blocks], keys[blocks], values[blocks], 0.0, False, attn_mask=mask, scale=scale)
+        outs.append(o)
+        lses.append(l)
+    out.copy_(band.unrow(torch.cat(outs)))
+    lse.copy_(band.unrow(torch.cat(lses)))
+
+
+def _band_backward(band, grad, q, k, v, out, lse, scale) -> tuple[Tensor, Tensor, Tensor]:
+    """(G, T, D), (S, D), (S, D): the part of the gradients that flows through the band."""
+    keys, values = band.keys(k, len(q)), band.keys(v, len(q))
+    grad, rows, out, lse = (band.rows(x.contiguous()) for x in (grad, q, out, lse))
+    parts = []
+    for blocks, hidden in band.slabs():
+        mask = _additive(hidden, q)
+        at = [x[blocks] for x in (grad, rows, keys, values, out, lse)]
+        d_q, d_k, d_v = _flash_backward(*at, 0.0, False, attn_mask=mask, scale=scale)
+        parts.append((d_q, d_k.sum(1), d_v.sum(1)))
+    d_q, d_k, d_v = (torch.cat(x) for x in zip(*parts, strict=True))
+    return band.unrow(d_q), band.unkeys(d_k, len(k)), band.unkeys(d_v, len(v))
+
+
+# The kept list.
+
+
+@dataclass
+class _Kept:
+    """The kept list of one (batch, KV head), gathered; ``blocks``: (queries, first, from, to, last) entries.
+
+    All queries of a block see entries from .. to; the others in first .. last only some.
+    """
+
+    index: Tensor  # (N,)
+    k: Tensor  # (N, D)
+    v: Tensor  # (N, D)
+    bias: Tensor | None  # (N,)
+    first: Tensor  # (T,)
+    last: Tensor  # (T,)
+    blocks: list[tuple[slice, int, int, int, int]]
+
+    def hidden(self, rows: slice, entry: Tensor) -> Tensor:
+        """Which of the numbered entries each query of a block does not see: (t, entries)."""
+        return (entry < self.first[rows, None]) | (entry >= self.last[rows, None])
+
+
+def _gather(plan: Plan, b: int, h: int, k: Tensor, v: Tensor, log_keep: Tensor | None) -> _Kept:
+    index = plan.kept[b, h, : int(plan.count[b, h])].long()
+    first, last = plan.first[b, h], plan.last[b, h]
+    starts = list(range(0, len(first), LIST_BLOCK))
+    ends = [min(start + LIST_BLOCK, len(first)) - 1 for start in starts]
+    edges = zip(first[starts].tolist(), first[ends].tolist(), last[starts].tolist(), last[ends].tolist(), strict=True)
+    blocks = []
+    for start, end, (lowest, seen_from, seen_to, highest) in zip(starts, ends, edges, strict=True):
+        if seen_from >= seen_to:  # no entry that all of them see
+            seen_from = seen_to = lowest
+        blocks.append((slice(start, end + 1), lowest, seen_from, seen_to, highest))
+    bias = None if log_keep is None else log_keep[b, h].index_select(0, index)
+    return _Kept(index, k[b, h].index_select(0, index), v[b, h].index_select(0, index), bias, first, last, blocks)
+
+
+def _list_forward(kept: _Kept, q: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+    """Merge what the kept list gives into out (G, T, D) and lse (G, T)."""
+    for rows, lowest, seen_from, seen_to, highest in kept.blocks:
+        queries = q[None, :, rows]  # (1, G, t, D)
+        parts = []
+        if seen_to > seen_from:
+            k, v = kept.k[seen_from:seen_to], kept.v[seen_from:seen_to]
+            bias = None if kept.bias is None else kept.bias[None, None, None, seen_from:seen_to].to(q.dtype)
+            parts.append(_flash(queries.reshape(1, 1, -1, q.shape[-1]), k[None, None], v[None, None], 0.0, False,
+                                attn_mask=bias, scale=scale))  # fmt: skip
+        if (entry := _edges(lowest, seen_from, seen_to, highest)) is not None:
+            mask = _additive(kept.hidden(rows, entry), q)
+            if kept.bias is not None:
+                mask += kept.bias[entry].to(q.dtype)
+            k, v = (x[entry][None, None].expand(1, len(q), -1, -1) for x in (kept.k, kept.v))
+            parts.append(_flash(queries, k, v, 0.0, False, attn_mask=mask[None, None], scale=scale))
+        for o, l in parts:
+            _merge(out[:, rows], lse[:, rows], o.view(len(q), -1, q.shape[-1]), l.view(len(q), -1))
+
+
+def _edges(lowest: int, seen_from: int, seen_to: int, highest: int) -> Tensor | None:
+    """Numbers of the entries that only some queries of a block see."""
+    edge = torch.cat([torch.arange(lowest, seen_from), torch.arange(seen_to, highest)])
+    return edge if len(edge) else None
+
+
+def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
+    """Softmax over the union of two sets of keys, in place."""
+    out.lerp_(more, torch.sigmoid(more_lse - lse)[..., None].to(out.dtype))
+    lse.copy_(torch.logaddexp(lse, more_lse))
+
+
+def _list_backward(kept, grad, q, lse, delta, d_q, scale) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds to d_q (G, T, D); returns the gradients of the gathered keys, values and biases, fp32."""
+    k, v = kept.k.float(), kept.v.float()
+    d_k, d_v, d_bias = torch.zeros_like(k), torch.zeros_like(v), k.new_zeros(len(k))
+    for rows, lowest, seen_from, seen_to, highest in kept.blocks:
+        flat = [x[:, rows].float().flatten(0, 1) for x in (q, grad)]  # (G * t, D)
+        queries, g = flat[0] * scale, flat[1]
+        norm, shift = (x[:, rows].reshape(-1, 1).neg() for x in (lse, delta))
+        d_rows = torch.zeros_like(queries)
+        for start in range(lowest, highest, LIST_CHUNK):
+            part = slice(start, min(start + LIST_CHUNK, highest))
+            bias = norm if kept.bias is None else norm + kept.bias[part].float()
+            if part.start < seen_from or part.stop > seen_to:
+                hidden = kept.hidden(rows, torch.arange(part.start, part.stop)).repeat(len(q), 1)
+                bias = bias.expand(hidden.shape).masked_fill(hidden, float("-inf"))
+            weights = torch.addmm(bias, queries, k[part].T).exp_()  # (G * t, entries)
+            d_v[part].addmm_(weights.T, g)
+            d_scores = torch.addmm(shift, g, v[part].T).mul_(weights)
+            d_bias[part] += d_scores.sum(0)
+            d_k[part].addmm_(d_scores.T, queries)
+            d_rows.addmm_(d_scores, k[part], alpha=scale)
+        d_q[:, rows] += d_rows.unflatten(0, (len(q), -1)).to(d_q.dtype)
+    return d_k, d_v, d_bias

@@ -1,0 +1,92 @@
+"""Prefill with hard decisions, after any past: attention by a plan, then what the cache keeps, packed.
+
+Keys lie as [kept tokens from before the window, the window's tokens, new tokens]; the first part is visible to every
+query, the rest follows its decisions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dms_kernels.attention import backend
+from dms_kernels.cpu import dense
+from dms_kernels.plan import Plan, make_plan
+
+DENSE = 1 << 19  # queries times keys up to which, on a CPU, one masked call over the batch is faster
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a cache holds before a prefill.  R = window + 1."""
+
+    k: Tensor  # (B, H, F, D): kept tokens that have left the window, in any order; the first ``count`` are live
+    v: Tensor
+    count: Tensor  # (B, H)
+    recent_k: Tensor  # (B, H, R, D): the last R tokens in order; where fewer have been seen, the first are garbage
+    recent_v: Tensor
+    seen: Tensor  # (B,): tokens taken in so far
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a cache holds after a prefill: the window's tokens last, in order."""
+
+    k: Tensor  # (B, H, M, D); past ``length`` it is garbage
+    v: Tensor
+    length: Tensor  # (B, H)
+
+
+def prefill_and_pack(
+    q: Tensor, k: Tensor, v: Tensor, evict: Tensor, window: int, past: Past | None, lengths: Tensor, scale: float
+) -> tuple[Tensor, Kept]:
+    """See the facade's prefill_attention."""
+    before = 0
+    seen = torch.zeros_like(lengths)
+    keep = ~evict
+    new = keep[..., keep.shape[2] - q.shape[2] :]
+    new &= (torch.arange(q.shape[2], device=q.device) < lengths[:, None])[:, None]
+    if past is not None:
+        seen, recents, outside = past.seen, window + 1, past.k.shape[2]
+        keep[..., :recents] &= (torch.arange(recents, device=q.device) >= recents - seen[:, None])[:, None]
+        live = torch.arange(outside, device=q.device) < past.count[..., None]
+        keep = torch.cat([live, keep], 2)
+        k, v = torch.cat([past.k, past.recent_k, k], 2), torch.cat([past.v, past.recent_v, v], 2)
+        before = outside + recents
+    start = torch.where(seen <= window, before - seen, 0)  # (B,): the first key that exists, or the first of all
+    plan = make_plan(keep, start[:, None].expand(-1, q.shape[2]), window)
+    if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= DENSE:
+        out = dense.masked_attention(q, k, v, visible(plan, k.shape[2]), scale)
+    else:
+        out = backend(q.device)[0](q, k, v, plan, None, scale)[0]
+    return out, _pack(plan, k, v, start, before + lengths - 1)
+
+
+def _pack(plan: Plan, k: Tensor, v: Tensor, start: Tensor, last: Tensor) -> Kept:
+    """The keys that query ``last`` (B,), a key number, sees: those of the kept list, then the window's."""
+    band = torch.maximum(start, last - plan.window)[:, None]  # (B, 1)
+    entry = torch.arange(plan.kept.shape[2], device=k.device)
+    outside = ((entry < plan.count[..., None]) & (plan.kept < band[..., None])).sum(2)  # (B, H)
+    length = outside + (last[:, None] - band + 1).clamp_min(0)
+    place = torch.arange(int(length.max()), device=k.device) - outside[..., None]  # (B, H, M), from the window's start
+    index = band[..., None] + place
+    if len(entry):
+        listed = plan.kept.gather(2, (place + outside[..., None]).clamp_max(len(entry) - 1))
+        index = torch.where(place < 0, listed.long(), index)
+    index = index.clamp_max(k.shape[2] - 1)[..., None].expand(-1, -1, -1, k.shape[3])
+    return Kept(k.gather(2, index), v.gather(2, index), length)
+
+
+def visible(plan: Plan, keys: int) -> Tensor:
+    """The plan as a boolean matrix (B, H, T, keys)."""
+    batch, heads, queries = plan.first.shape
+    key = torch.arange(keys, device=plan.band.device)
+    band = (key >= plan.band[..., None]) & (key <= torch.arange(queries, device=key.device)[:, None] + plan.offset)
+    entry = torch.arange(plan.kept.shape[2], device=key.device)
+    live = (entry < plan.count[..., None]).expand(-1, -1, len(entry))
+    kept = torch.zeros(batch, heads, keys + 1, dtype=torch.bool, device=key.device)
+    kept.scatter_(2, torch.where(live, plan.kept.long(), keys), True)
+    kept = kept[..., :keys]
+    order = kept.cumsum(2)[:, :, None] - 1  # (B, H, 1, keys): each kept key's entry
+    listed = kept[:, :, None] & (order >= plan.first[..., None]) & (order < plan.last[..., None])
+    return band[:, None] | listed
