@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dms_core.config import DMSConfig
 from dms_core.pages import PagedRows
-from dms_kernels import Past, decode_attention, prefill_attention
+from dms_kernels import Past, cache_append, decode_attention, prefill_attention
 
 
 class DMSLayer(CacheLayerMixin):
@@ -28,13 +28,15 @@ class DMSLayer(CacheLayerMixin):
         batch, heads = key_states.shape[:2]
         device = key_states.device
         self.batch, self.heads = batch, heads
-        self.rows = PagedRows(batch * heads, key_states, self.page)
-        self.count = torch.zeros(batch, dtype=torch.long, device=device)  # tokens seen, padding excluded
-        self.ring_slot = torch.zeros(batch, heads, self.cells, dtype=torch.long, device=device)
-        self.ring_evict = torch.zeros(batch, heads, self.cells, dtype=torch.bool, device=device)
+        self.rows = PagedRows.new(batch * heads, key_states, self.page, self.config.window)
         self.reads = torch.zeros(batch, heads, dtype=torch.long, device=device)
         self.peak = torch.zeros_like(self.reads)  # most live tokens before the last prefill
         self.is_initialized = True
+
+    @property
+    def count(self) -> Tensor:
+        """Tokens that each batch row has taken in, padding excluded: (B,)."""
+        return self.rows.seen.view(self.batch, self.heads)[:, 0].long()
 
     # What transformers asks of a layer.
 
@@ -77,8 +79,7 @@ class DMSLayer(CacheLayerMixin):
             return
         indices = indices.to(self.count.device)
         self.rows = self.rows.select(self.row_numbers(indices))
-        for name in ("count", "ring_slot", "ring_evict", "reads", "peak"):
-            setattr(self, name, getattr(self, name)[indices])
+        self.reads, self.peak = self.reads[indices], self.peak[indices]
         self.batch = len(indices)
 
     # Storing and attending.
@@ -101,28 +102,12 @@ class DMSLayer(CacheLayerMixin):
         return self._prefill(q, k, v, evict, valid, scale)
 
     def _append(self, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor) -> None:
-        """One token a row: take the slot of the token that leaves the window marked, or a new slot."""
-        now = self.count[:, None, None].expand(-1, self.heads, 1)  # (B, H, 1), the new token's position
-        leaving = now - self.cells
-        if self.config.lag == self.cells:  # window 0: the new token itself decides about its predecessor
-            marked = evict[..., None]
-        else:
-            marked = self.ring_evict.gather(2, (leaving + self.config.lag) % self.cells)
-        cell = now % self.cells
+        """One token a row: k, v (B, H, D), evict (B, H), valid (B,)."""
         active = valid[:, None].expand(-1, self.heads)
-        reuse = (marked & (leaving >= 0))[..., 0]
-        length = self.rows.length.view_as(reuse)
-        slot = torch.where(reuse, self.ring_slot.gather(2, cell)[..., 0], length)
-        length = torch.where(active & ~reuse, length + 1, length)
-        self.rows.reserve(length.flatten())
-        self.rows.length = length.flatten()
-        row = active.flatten().nonzero()[:, 0]
-        self.rows.write(row, slot.flatten()[row], k.flatten(0, 1)[row], v.flatten(0, 1)[row])
-        keep = ~active[..., None]
-        self.ring_slot.scatter_(2, cell, torch.where(keep, self.ring_slot.gather(2, cell), slot[..., None]))
-        self.ring_evict.scatter_(2, cell, torch.where(keep, self.ring_evict.gather(2, cell), evict[..., None]))
-        self.count = self.count + valid
-        self.reads += length * valid[:, None]
+        self.rows.make_room()
+        new = [x.flatten(0, 1) for x in (k, v, evict, active)]
+        cache_append(self.rows, *new, self.config.lag)
+        self.reads += self.rows.length.view_as(self.reads) * active
 
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor, scale: float) -> Tensor:
         """Many tokens a row, after any past: attend, then hold what stays."""
@@ -132,7 +117,7 @@ class DMSLayer(CacheLayerMixin):
             q, k, v = (_take(x, order.expand(-1, x.shape[1], -1)) for x in (q, k, v))
             evict = evict.gather(2, order.expand(-1, self.heads, -1))
         lengths = valid.sum(1)
-        says = torch.cat([self._ring(self.ring_evict), evict], 2)  # what the window's and the new tokens say
+        says = torch.cat([self._ring(self.rows.ring_evict), evict], 2)  # what the window's and the new tokens say
         past = self._past()
         about = self._decisions(says, lengths)
         if past is None:
@@ -140,18 +125,22 @@ class DMSLayer(CacheLayerMixin):
         out, kept = prefill_attention(q, k, v, about, self.config.window, past, lengths, scale)
 
         self.peak = torch.maximum(self.peak, self.rows.length.view_as(self.peak))
-        self.count = self.count + lengths
+        count = self.count + lengths
         self.rows.load(self._every_row(), kept.k.flatten(0, 1), kept.v.flatten(0, 1), kept.length.flatten())
+        self.rows.seen.copy_(count.repeat_interleave(self.heads))
         steps = torch.arange(self.cells, device=k.device)
-        cell = ((self.count[:, None] + steps) % self.cells)[:, None].expand(-1, self.heads, -1)  # oldest first
-        self.ring_slot.scatter_(2, cell, (kept.length[..., None] - self.cells + steps).clamp_min(0))
-        self.ring_evict.scatter_(2, cell, says.gather(2, (lengths[:, None] + steps)[:, None].expand_as(cell)))
+        cell = ((count[:, None] + steps) % self.cells)[:, None].expand(-1, self.heads, -1)  # oldest first
+        slots = (kept.length[..., None] - self.cells + steps).clamp_min(0)
+        said = says.gather(2, (lengths[:, None] + steps)[:, None].expand_as(cell))
+        for ring, values in ((self.rows.ring_slot, slots.int()), (self.rows.ring_evict, said)):
+            ring.view_as(cell).scatter_(2, cell, values)
         return _take(out, torch.argsort(order, dim=2).expand(-1, q.shape[1], -1)) if padded else out
 
     def _ring(self, ring: Tensor) -> Tensor:
         """A ring's cells in order of position, oldest first: (B, H, cells)."""
         steps = torch.arange(self.cells, device=ring.device)
-        return ring.gather(2, ((self.count[:, None] + steps) % self.cells)[:, None].expand_as(ring))
+        cell = ((self.count[:, None] + steps) % self.cells)[:, None].expand(-1, self.heads, -1)
+        return ring.view(self.batch, self.heads, -1).gather(2, cell)
 
     def _decisions(self, says: Tensor, lengths: Tensor) -> Tensor:
         """At each token, what the token ``lag`` after it says about it; False while there is none."""
@@ -167,7 +156,7 @@ class DMSLayer(CacheLayerMixin):
         held = k.shape[2]
         if held == 0:
             return None
-        slot = self._ring(self.ring_slot).clamp_max(held - 1)
+        slot = self._ring(self.rows.ring_slot).long().clamp_max(held - 1)
         age = torch.arange(self.cells, 0, -1, device=slot.device)
         exists = (age <= self.count[:, None])[:, None].expand_as(slot)
         outside = torch.arange(held + 1, device=slot.device) < self.rows.length.view(self.batch, self.heads, 1)
@@ -178,21 +167,19 @@ class DMSLayer(CacheLayerMixin):
         return Past(_take(k, order), _take(v, order), count, _take(k, slot), _take(v, slot), self.count)
 
     def _every_row(self) -> Tensor:
-        return torch.arange(self.rows.rows, device=self.count.device)
+        return torch.arange(self.rows.count, device=self.count.device)
 
     # Rows one by one.
 
     def put(self, indices: Tensor, other: "DMSLayer", source: Tensor) -> None:
         """Batch rows ``indices`` become copies of rows ``source`` of another layer of the same shape."""
-        k, v = other.rows.read(other.row_numbers(source))
-        self.rows.load(self.row_numbers(indices), k, v, other.rows.length[other.row_numbers(source)])
-        for name in ("count", "ring_slot", "ring_evict", "reads", "peak"):
-            getattr(self, name)[indices] = getattr(other, name)[source]
+        self.rows.copy_rows(self.row_numbers(indices), other.rows, other.row_numbers(source))
+        self.reads[indices], self.peak[indices] = other.reads[source], other.peak[source]
 
     def clear(self, indices: Tensor) -> None:
         """Empty batch rows ``indices``; their pages go back to the pool."""
         self.rows.release(self.row_numbers(indices))
-        for counter in (self.count, self.reads, self.peak):
+        for counter in (self.reads, self.peak):
             counter[indices] = 0
 
 

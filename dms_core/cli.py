@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from dms_core.cli_kernels import run_bench, run_kernels
 from dms_core.curves import summarise
 from dms_core.profiles import PROFILES, get_profile
 
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if args.json:
         print(json.dumps(result))
-    return 0
+    return 0 if args.passed(result) else 1
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     def add(name: str, run, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--json", action="store_true", help="print the result as JSON, last")
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, passed=lambda result: True)
         return command
 
     command = add("reproduce", run_reproduce, "retrofit the embedded model, compute the curves, render the book")
@@ -51,6 +52,20 @@ def make_parser() -> argparse.ArgumentParser:
     command = add("cache-report", run_cache_report, "bytes held after one long generation by the embedded model")
     command.add_argument("--cr", type=float, default=8.0, help="compression ratio of the checkpoint")
     command.add_argument("--checkpoint", type=Path, help="a retrofitted model (default: runs/tiny, else data/reasoner)")
+
+    command = add("bench", run_bench, "time an operation of dms_kernels against what one would use otherwise")
+    command.add_argument("kind", metavar="KIND", help="prefill, train, decode or cache")
+    command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    command.add_argument("--case", action="append", metavar="NAME", help="only this case; may be given repeatedly")
+    command.add_argument("--repeats", type=int, help="timed rounds (default: what some seconds allow)")
+    command.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
+    command.add_argument("--save", nargs="?", const="", metavar="FILE",
+                         help="merge into data/results/kernels-DEVICE.json, or into FILE")  # fmt: skip
+
+    command = add("kernels", run_kernels, "which implementation serves which device; what the kernels compile to")
+    command.add_argument("--aot", action="store_true", help="compile every Triton kernel; needs no card, takes minutes")
+    command.add_argument("--target", type=int, nargs="+", metavar="SM", help="80, 90, 100 (default: all three)")
+    command.set_defaults(passed=lambda result: all(case["ok"] for case in result.get("cases", [])))
     return parser
 
 
@@ -63,6 +78,16 @@ JSON on standard output:
                            points, 95 % bootstrap intervals over problems, reads and peak in tokens per KV head
   dms cache-report --json  {"cr", "tokens", "window", "bytes_dense", "bytes_held", "bytes_window",
                            "ratio_excluding_window", "live_per_layer_head"}
+  dms bench --json         {"device", "environment", "cases": [{"name", "kind", "shape", "rounds", "ours_ms",
+                           "baseline_ms": {name: ms}, "ratio": {name: baseline over ours}, "quartiles_ms": {"ours":
+                           [low, high], name: ...}, "gbps", "copy_gbps", "flops", "peak_bytes": {"ours", name: ...},
+                           "notes": {name: why a baseline is missing}}]}; medians; gbps: 10^9 bytes a second that the
+                           operation must move, copy_gbps: that a copy moves; peak_bytes: beyond what was held before;
+                           "held_bytes" {"ours", name: ...} with cache
+  dms kernels --json       {"torch", "triton", "devices": {"cpu", "cuda": {"name", "modules": {operation: module} or
+                           null, "why": reason or null}}}
+  dms kernels --aot --json {"triton", "cases": [{"kernel", "target", "registers", "spills", "shared", "limit", "stack",
+                           "ok"}]}, shared, its limit and stack in bytes; status 1 if a case is not ok
 """
 
 

@@ -1,101 +1,118 @@
-"""Ragged rows of keys and values over one pool of pages: memory in proportion to live tokens.
+"""A cache's rows and their pool of pages, seen from the host: what needs to know sizes.
 
-A row is one (batch, KV head).  Its live tokens fill its pages from the first slot on; pages come from the pool
-and go back to it, and the pool grows by small steps, so that the tensors' size follows what is held.
+One decode step changes rows on the device alone (``dms_kernels.rows``).  Growing the pool, loading whole rows, copying
+and trimming are here; they wait for the device.  The pool grows by small steps, so that the tensors' size follows what
+is held.
 """
 
 import torch
 from torch import Tensor
 
+from dms_kernels import cache_release
+from dms_kernels.rows import Rows
 
-class PagedRows:
-    """keys, values (pages, page, D); table (R, columns) page numbers; length (R,) live tokens; owned (R,) pages."""
+AHEAD = 16  # decode steps for which room is made at once on a device that one does not like to wait for
 
-    def __init__(self, rows: int, like: Tensor, page: int) -> None:
-        self.page, self.rows = page, rows
-        self.keys = like.new_empty(0, page, like.shape[-1])
-        self.values = torch.empty_like(self.keys)
-        self.table = torch.zeros(rows, 1, dtype=torch.long, device=like.device)
-        self.length = torch.zeros(rows, dtype=torch.long, device=like.device)
-        self.owned = torch.zeros_like(self.length)
-        self.free = self.length.new_empty(0)  # page numbers nobody owns
+
+class PagedRows(Rows):
+    """Rows (see dms_kernels.rows) whose pool grows and shrinks."""
+
+    @classmethod
+    def new(cls, rows: int, like: Tensor, page: int, window: int) -> "PagedRows":
+        """Rows without any page; head dimension, dtype and device from ``like`` (..., D)."""
+        made = cls.empty(rows, 1, 1, page, window, like)
+        made.keys, made.values, made.free = made.keys[:0], made.values[:0], made.free[:0]
+        made.free_count.zero_()
+        return made
+
+    credit = 0  # appends for which there is room without looking
+
+    @property
+    def count(self) -> int:
+        return len(self.length)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the key and value tensors, free pages included."""
         return self.keys.nbytes + self.values.nbytes
 
-    def reserve(self, length: Tensor) -> None:
-        """Give every row pages for ``length`` (R,) tokens; never takes any away."""
-        want = (length + self.page - 1) // self.page
-        extra = (want - self.owned).clamp_min(0)
-        total = int(extra.sum())
-        if total == 0:
+    def make_room(self) -> None:
+        """Call before each append: the pool then has the pages that it may take."""
+        if self.credit:
+            self.credit -= 1
             return
-        self._grow(total - len(self.free))
-        if (columns := int(want.max())) > self.table.shape[1]:
-            more = max(columns - self.table.shape[1], 4)
-            self.table = torch.cat([self.table, self.table.new_zeros(self.rows, more)], 1)
-        row = torch.repeat_interleave(torch.arange(self.rows, device=extra.device), extra)
-        first = extra.cumsum(0) - extra  # position of each row's first new page among all new pages
-        column = self.owned[row] + torch.arange(total, device=extra.device) - first[row]
-        pages, self.free = self.free[:total], self.free[total:]
-        self.table[row, column] = pages
-        self.owned = self.owned + extra
+        steps = AHEAD if self.keys.is_cuda else 1
+        missing = (self._pages(self.length + steps) - self.owned).clamp_min(0)
+        self._grow(int(missing.sum()) - int(self.free_count), int(self._pages(self.length.max() + steps)))
+        self.credit = steps - 1
 
     def release(self, rows: Tensor) -> None:
-        """Return all pages of ``rows`` to the pool and empty them."""
-        columns = torch.arange(self.table.shape[1], device=rows.device)
-        held = columns < self.owned[rows, None]
-        self.free = torch.cat([self.free, self.table[rows][held]])
-        self.owned[rows] = 0
-        self.length[rows] = 0
+        """Return all pages of ``rows`` (N,) to the pool and empty them."""
+        which = torch.zeros(self.count, dtype=torch.bool, device=rows.device)
+        which[rows] = True
+        cache_release(self, which)
+        self.credit = 0
 
-    def write(self, row: Tensor, slot: Tensor, k: Tensor, v: Tensor) -> None:
-        """Put k, v (N, D) into ``slot`` (N,) of ``row`` (N,)."""
-        at = self.table[row, slot // self.page] * self.page + slot % self.page
-        self.keys.view(-1, k.shape[-1])[at] = k
-        self.values.view(-1, v.shape[-1])[at] = v
+    def load(self, rows: Tensor, k: Tensor, v: Tensor, length: Tensor) -> None:
+        """Replace the contents of ``rows`` (N,) by the first ``length`` (N,) tokens of k, v (N, S, D)."""
+        self.release(rows)
+        pages = self._pages(length)
+        total = int(pages.sum())
+        free = int(self.free_count)
+        self._grow(total - free, int(pages.max()) if len(pages) else 0)
+        free = max(free, total)
+        column = torch.arange(self.table.shape[1], device=rows.device)
+        row, column = (column < pages[:, None]).nonzero(as_tuple=True)
+        self.table[rows[row], column] = self.free[free - total : free].flip(0)
+        self.free_count.fill_(free - total)
+        self.owned[rows], self.length[rows] = pages.int(), length.int()
+        row, slot = (torch.arange(k.shape[1], device=k.device) < length[:, None]).nonzero(as_tuple=True)
+        at = self.table[rows[row], slot // self.page] * self.page + slot % self.page
+        for pool, new in ((self.keys, k), (self.values, v)):
+            pool.view(-1, pool.shape[-1])[at] = new[row, slot]
 
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of ``rows``, padded with garbage to whole pages of the longest: (N, S, D)."""
+        """Keys and values of ``rows`` (N,), padded with garbage to whole pages of the longest: (N, S, D)."""
         pages = self.table[rows, : int(self.owned[rows].max())] if len(rows) else self.table[rows, :0]
         return self.keys[pages].flatten(1, 2), self.values[pages].flatten(1, 2)
 
-    def load(self, rows: Tensor, k: Tensor, v: Tensor, length: Tensor) -> None:
-        """Replace the contents of ``rows`` by the first ``length`` (N,) tokens of k, v (N, S, D)."""
-        self.release(rows)
-        want = self.length.index_put((rows,), length)
-        self.reserve(want)
-        self.length = want
-        row, slot = (torch.arange(k.shape[1], device=k.device) < length[:, None]).nonzero(as_tuple=True)
-        self.write(rows[row], slot, k[row, slot], v[row, slot])
-
     def select(self, rows: Tensor) -> "PagedRows":
         """A new set of rows, each a copy of the row named in ``rows`` (N,); its pool has no free page."""
-        k, v = self.read(rows)
-        copy = PagedRows(len(rows), self.keys, self.page)
-        copy.load(torch.arange(len(rows), device=rows.device), k, v, self.length[rows])
+        copy = PagedRows.new(len(rows), self.keys, self.page, self.cells - 1)
+        copy.copy_rows(torch.arange(len(rows), device=rows.device), self, rows)
         copy.trim()
         return copy
 
+    def copy_rows(self, rows: Tensor, other: "PagedRows", source: Tensor) -> None:
+        """Rows (N,) become copies of rows ``source`` (N,) of ``other``."""
+        self.load(rows, *other.read(source), other.length[source])
+        for name in ("ring_slot", "ring_evict", "seen"):
+            getattr(self, name)[rows] = getattr(other, name)[source]
+
     def trim(self) -> None:
         """Give free pages back to the allocator."""
-        if not len(self.free):
-            return
         used = torch.ones(len(self.keys), dtype=torch.bool, device=self.free.device)
-        used[self.free] = False
-        renumber = used.cumsum(0) - 1
+        used[self.free[: int(self.free_count)]] = False
+        renumber = used.cumsum(0, dtype=torch.int32) - 1
         self.keys, self.values = self.keys[used], self.values[used]
-        self.table = renumber[self.table].clamp_min(0)
-        self.free = self.free[:0]
+        self.table = renumber[self.table].clamp_min_(0) if len(renumber) else self.table
+        self.free, self.credit = self.free[: len(self.keys)].clone(), 0
+        self.free_count.zero_()
 
-    def _grow(self, pages: int) -> None:
+    def _pages(self, length: Tensor) -> Tensor:
+        return (length + self.page - 1) // self.page
+
+    def _grow(self, pages: int, columns: int) -> None:
+        """Add at least ``pages`` free pages, and columns to the table up to ``columns``."""
+        if (more := columns - self.table.shape[1]) > 0:
+            self.table = torch.cat([self.table, self.table.new_zeros(self.count, max(more, 4))], 1)
         if pages <= 0:
             return
-        pages = max(pages, len(self.keys) // 16)
-        start = len(self.keys)
+        start, pages = len(self.keys), max(pages, len(self.keys) // 16)
         self.keys, self.values = (
             torch.cat([pool, pool.new_zeros(pages, *pool.shape[1:])]) for pool in (self.keys, self.values)
         )
-        self.free = torch.cat([self.free, torch.arange(start, start + pages, device=self.free.device)])
+        free = int(self.free_count)
+        added = torch.arange(start + pages - 1, start - 1, -1, dtype=torch.int32, device=self.free.device)
+        self.free = torch.cat([self.free[:free], added, self.free.new_zeros(start - free)])
+        self.free_count.fill_(free + pages)

@@ -110,10 +110,11 @@ class Model:
     def check_pages(self) -> None:
         pages = self.layer.rows
         owned = [page for row, n in zip(pages.table.tolist(), pages.owned.tolist(), strict=True) for page in row[:n]]
-        assert sorted(owned + pages.free.tolist()) == list(range(len(pages.keys)))  # each page once
+        free = pages.free[: int(pages.free_count)].tolist()
+        assert sorted(owned + free) == list(range(len(pages.keys)))  # each page once
         assert pages.owned.tolist() == [-(-n // self.page) for n in pages.length.tolist()]
         self.most_pages = max(self.most_pages, len(owned))
-        assert len(pages.keys) <= self.most_pages * 17 / 16
+        assert len(pages.keys) <= (self.most_pages + pages.count) * 17 / 16  # a row may have one page ahead
         assert pages.nbytes == 2 * len(pages.keys) * self.page * WIDTH * 4
 
     # What can happen to a cache besides new tokens.
@@ -160,7 +161,7 @@ class Model:
                 self.rows[i] = other.rows[j].copy()
         elif what == "trim":
             self.layer.rows.trim()
-            assert not len(self.layer.rows.free)
+            assert self.layer.rows.free_count == 0
             self.most_pages = 0
         self.check()
 
@@ -212,7 +213,7 @@ def test_everything_marked_holds_the_window_and_nothing_more():
         model.feed(1, torch.ones(2, 1, dtype=torch.bool), 1.0)
         model.check()
     assert model.layer.rows.length.tolist() == [6] * 4
-    assert len(model.layer.rows.keys) <= 4 * 3 * 17 / 16
+    assert len(model.layer.rows.keys) <= 4 * (3 + 1) * 17 / 16  # a row may have one page ahead
 
 
 def test_nothing_marked_is_a_dense_cache():

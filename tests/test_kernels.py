@@ -204,6 +204,17 @@ def test_decode_attention_over_a_pool_without_pages_is_zero():
     assert (out == 0).all()
 
 
+def test_lse_on_request_is_that_of_the_visible_scores():
+    q, k, v, g = draws((1, 2, 2, 63, 8), 6)
+    log_keep = random_log_keep((1, 2, 2, 63, 8), "soft", g)
+    out, lse = train_attention(q, k, v, log_keep, 5, return_lse=True)
+    torch.testing.assert_close(out, train_attention(q, k, v, log_keep, 5), rtol=2e-4, atol=2e-5)
+    behind = torch.arange(63)[:, None] - torch.arange(63)
+    bias = torch.where(behind > 5, log_keep[:, :, None], 0.0).masked_fill(behind < 0, float("-inf"))
+    scores = q @ k.repeat_interleave(2, 1).mT * 8**-0.5 + bias.repeat_interleave(2, 1)
+    torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
 def test_scale_defaults_to_one_over_the_root_of_the_head_dimension():
     q, k, v, g = draws((1, 2, 2, 9, 4), 5)
     log_keep = random_log_keep((1, 2, 2, 9, 4), "hard", g)

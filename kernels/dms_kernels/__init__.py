@@ -9,12 +9,24 @@ from torch import Tensor
 
 from dms_kernels import naive
 from dms_kernels.attention import CompactAttention, common_dtype
-from dms_kernels.cpu import decode as _cpu_decode
+from dms_kernels.backend import on
 from dms_kernels.cpu import dense as _dense
 from dms_kernels.plan import training_plan
 from dms_kernels.prefill import Kept, Past, prefill_and_pack
+from dms_kernels.rows import Rows
 
-__all__ = ["EXACT", "Kept", "Past", "decode_attention", "naive", "prefill_attention", "train_attention"]
+__all__ = [
+    "EXACT",
+    "Kept",
+    "Past",
+    "Rows",
+    "cache_append",
+    "cache_release",
+    "decode_attention",
+    "naive",
+    "prefill_attention",
+    "train_attention",
+]
 
 EXACT = -40.0  # nats: a key with a smaller bias has neither value nor gradient in fp32
 SHORT = 512  # tokens up to which, on a CPU, the full matrix is faster than the list
@@ -38,23 +50,27 @@ def train_attention(
     window: int,
     segment_ids: Tensor | None = None,
     scale: float | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention with delayed eviction, differentiable in q, k, v and log_keep (paper, sections 3.1-3.2).
 
     q (B, Hq, T, D); k, v (B, H, T, D); log_keep (B, H, T), the bias of a key more than ``window`` tokens behind
-    the query, in nats, <= 0; segment_ids (B, T) integers, or None for one document a row; scale defaults to
-    D ** -0.5.  Returns (B, Hq, T, D).  Raises ValueError for a negative window or mismatched heads.
+    the query, in nats, <= 0; segment_ids (B, T) integers, a document is a run of equal ones (padding is one more),
+    or None for one document a row; scale defaults to D ** -0.5.  Keys with a bias below EXACT count as evicted.
+    Returns (B, Hq, T, D), and with ``return_lse`` the log-sum-exp of the scores, (B, Hq, T) in fp32, without gradient.
+    Raises ValueError for a negative window or mismatched heads.
     """
     _check_heads(q, k.shape[1])
     _check_window(window)
     if log_keep.shape != k.shape[:3]:
         raise ValueError(f"log_keep of shape {tuple(log_keep.shape)}: must be {tuple(k.shape[:3])}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if q.device.type == "cpu" and q.shape[2] <= SHORT:
+    if q.device.type == "cpu" and q.shape[2] <= SHORT and not return_lse:
         return _dense.train_attention(q, k, v, log_keep, window, segment_ids, scale)
     q, k, v = common_dtype(q, k, v)
     plan = training_plan(log_keep.detach(), segment_ids, window, EXACT)
-    return CompactAttention.apply(q, k, v, log_keep, plan, scale)[0]
+    out, lse = CompactAttention.apply(q, k, v, log_keep, plan, scale)
+    return (out, lse) if return_lse else out
 
 
 def prefill_attention(
@@ -89,4 +105,14 @@ def decode_attention(
     """Attention of one token a row over ragged, paged (batch, KV head) rows (shapes in naive.decode_attention)."""
     _check_heads(q, table.shape[0] // q.shape[0])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _cpu_decode.decode_attention(q, keys, values, table, lengths, scale)
+    return on(q.device, "decode").decode_attention(q, keys, values, table, lengths, scale)
+
+
+def cache_append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int) -> None:
+    """One token a row, in place, without waiting for the device (see rows.append)."""
+    on(k.device, "append").append(rows, k, v, evict, active, lag)
+
+
+def cache_release(rows: Rows, which: Tensor) -> None:
+    """Empty the rows in ``which`` (R,) bool; their pages go back to the pool (see rows.release)."""
+    on(which.device, "append").release(rows, which)

@@ -1,21 +1,10 @@
 """Compacted attention with gradients: a plan, a backend for its device, one autograd function over both."""
 
-import importlib
-
 import torch
 from torch import Tensor
 
+from dms_kernels.backend import on
 from dms_kernels.plan import Plan
-
-
-def backend(device: torch.device):
-    """(forward, backward) for tensors on ``device``: Triton on CUDA, stock torch elsewhere."""
-    if device.type == "cuda":
-        gpu = [importlib.import_module(f"dms_kernels.gpu.{name}") for name in ("forward", "backward")]
-        return gpu[0].forward, gpu[1].backward
-    from dms_kernels.cpu import compact
-
-    return compact.forward, compact.backward
 
 
 class CompactAttention(torch.autograd.Function):
@@ -23,7 +12,7 @@ class CompactAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor | None, plan: Plan, scale: float):
-        out, lse = backend(q.device)[0](q, k, v, plan, log_keep, scale)
+        out, lse = on(q.device, "forward").forward(q, k, v, plan, log_keep, scale)
         ctx.save_for_backward(q, k, v, log_keep, out, lse)
         ctx.plan, ctx.scale = plan, scale
         ctx.mark_non_differentiable(lse)
@@ -32,7 +21,7 @@ class CompactAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _):
         q, k, v, log_keep, out, lse = ctx.saved_tensors
-        grads = backend(q.device)[1](grad, q, k, v, out, lse, ctx.plan, log_keep, ctx.scale)
+        grads = on(q.device, "backward").backward(grad, q, k, v, out, lse, ctx.plan, log_keep, ctx.scale)
         return *grads, None, None
 
 

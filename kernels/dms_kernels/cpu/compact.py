@@ -71,7 +71,7 @@ def backward(
 
 
 class _Band:
-    """Where the blocks of one batch row lie: block n has queries n * BAND_BLOCK.., and the keys from ``width`` less on."""
+    """Where the blocks of one batch row lie: BAND_BLOCK queries each, and their keys, ``width`` more to the left."""
 
     def __init__(self, plan: Plan, b: int, keys: int) -> None:
         self.queries = plan.band.shape[1]
@@ -133,9 +133,9 @@ def _band_forward(band: _Band, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse
     outs, lses = [], []
     for blocks, hidden in band.slabs():
         mask = _additive(hidden, q)
-        o, l = _flash(rows[blocks], keys[blocks], values[blocks], 0.0, False, attn_mask=mask, scale=scale)
-        outs.append(o)
-        lses.append(l)
+        part, part_lse = _flash(rows[blocks], keys[blocks], values[blocks], 0.0, False, attn_mask=mask, scale=scale)
+        outs.append(part)
+        lses.append(part_lse)
     out.copy_(band.unrow(torch.cat(outs)))
     lse.copy_(band.unrow(torch.cat(lses)))
 
@@ -208,8 +208,8 @@ def _list_forward(kept: _Kept, q: Tensor, out: Tensor, lse: Tensor, scale: float
                 mask += kept.bias[entry].to(q.dtype)
             k, v = (x[entry][None, None].expand(1, len(q), -1, -1) for x in (kept.k, kept.v))
             parts.append(_flash(queries, k, v, 0.0, False, attn_mask=mask[None, None], scale=scale))
-        for o, l in parts:
-            _merge(out[:, rows], lse[:, rows], o.view(len(q), -1, q.shape[-1]), l.view(len(q), -1))
+        for more, more_lse in parts:
+            _merge(out[:, rows], lse[:, rows], more.view(len(q), -1, q.shape[-1]), more_lse.view(len(q), -1))
 
 
 def _edges(lowest: int, seen_from: int, seen_to: int, highest: int) -> Tensor | None:

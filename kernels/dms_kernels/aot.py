@@ -1,0 +1,156 @@
+"""Compile every kernel at the configurations that are launched, without a GPU, and say what it needs.
+
+Triton brings ptxas, cuobjdump and nvdisasm.  The compiler does not run where ``TRITON_INTERPRET`` is set, so the work
+is done in child processes without it.  From a shell: ``python -m dms_kernels.aot --json``.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+MODULES = ("forward", "backward", "decode", "append")  # of dms_kernels.gpu
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may have
+MISSING = "ahead-of-time compilation needs triton: pip install triton (Linux only)"
+
+
+def report(targets: tuple[int, ...] = (80, 90, 100), jobs: int = 1, only: str | None = None) -> list[dict]:
+    """One dict a kernel, configuration and target, sorted: {"kernel", "target", "registers", "spills", "shared",
+    "limit", "stack", "ok"}, with "error" where it does not compile.
+
+    registers a thread; spills: instructions that touch local memory; shared and its limit in bytes a block; stack
+    in bytes a thread.  ``targets``: compute capabilities times ten; ``jobs``: processes; ``only``: a regular
+    expression that the kernel's name must contain.  Raises ValueError for unknown targets, ImportError without triton.
+    """
+    if unknown := set(targets) - set(SHARED_LIMIT):
+        raise ValueError(f"target {min(unknown)}: must be one of {', '.join(map(str, SHARED_LIMIT))}")
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError(MISSING)
+    with tqdm(total=0, desc="compiling", unit="kernel", file=sys.stderr) as bar, ThreadPoolExecutor(jobs) as pool:
+        shares = list(pool.map(lambda n: _child(list(targets), n, jobs, only, bar), range(jobs)))
+    return sorted((case for share in shares for case in share), key=lambda case: (case["kernel"], case["target"]))
+
+
+def _clean_environment() -> dict[str, str]:
+    """This process's environment without the interpreter, in which this package can be imported."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    roots = [str(Path(__file__).parents[1]), *filter(None, [env.get("PYTHONPATH")])]
+    return {**env, "PYTHONPATH": os.pathsep.join(roots)}
+
+
+def _child(targets: list[int], number: int, jobs: int, only: str | None, bar: tqdm) -> list[dict]:
+    """Start child ``number`` of ``jobs`` and collect its lines."""
+    code = f"from dms_kernels.aot import _work; _work({targets!r}, {number}, {jobs}, {only!r})"
+    with tempfile.TemporaryFile("w+") as log:
+        command = [sys.executable, "-c", code]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=_clean_environment())
+        cases = []
+        for line in child.stdout:
+            if line.startswith('{"total"'):
+                bar.total += json.loads(line)["total"]
+                bar.refresh()
+            elif line.startswith('{"kernel"'):
+                cases.append(json.loads(line))
+                bar.update()
+        if child.wait():
+            log.seek(0)
+            raise RuntimeError(f"compiling ended with code {child.returncode}:\n{log.read()[-2000:]}")
+    return cases
+
+
+def _work(targets: list[int], number: int, jobs: int, only: str | None) -> None:
+    """In a child: every ``jobs``-th case, one line of JSON each."""
+    cases = []
+    for target in targets:
+        for module in MODULES:
+            found = importlib.import_module(f"dms_kernels.gpu.{module}").aot_cases(target)
+            cases += [(target, *case) for case in found if only is None or re.search(only, case[0])]
+    mine = cases[number::jobs]
+    print(json.dumps({"total": len(mine)}), flush=True)
+    for case in mine:
+        print(json.dumps(_compile(*case)), flush=True)
+
+
+def _compile(target, name, kernel, signature, constants, options, attributes=None) -> dict:
+    """Compile one case.  Attributes default to what torch gives: pointers aligned to 16 bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    types = {arg: "constexpr" if arg in constants else signature[arg] for arg in names}
+    if attributes is None:
+        attributes = {arg: [["tt.divisibility", 16]] for arg, kind in types.items() if kind.startswith("*")}
+    attributes = {(names.index(key),) if isinstance(key, str) else key: value for key, value in attributes.items()}
+    result = {"kernel": name, "target": target}
+    try:
+        source = ASTSource(kernel, types, constants, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=dict(options))
+    except Exception as error:
+        return {**result, "error": f"{type(error).__name__}: {str(error)[:500]}", "ok": False}
+    used = {**_resources(compiled.asm["cubin"]), "shared": compiled.metadata.shared, "limit": SHARED_LIMIT[target]}
+    return {**result, **used, "ok": used["spills"] == 0 and used["shared"] <= used["limit"]}
+
+
+def _resources(cubin: bytes) -> dict:
+    """Registers and stack of a cubin's kernel, and how many of its instructions touch local memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _tool("cuobjdump", "--dump-resource-usage", path)
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if found is None:
+            raise RuntimeError(f"cuobjdump said nothing about registers:\n{usage}")
+        registers, stack = map(int, found.groups())
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", _tool("nvdisasm", "-c", path)))
+    return {"registers": registers, "spills": spills, "stack": stack}
+
+
+def _tool(name: str, *arguments) -> str:
+    """Output of one of the CUDA tools that come with triton."""
+    import triton
+
+    program = Path(inspect.getfile(triton)).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([program, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dms_kernels.aot", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
+    parser.add_argument("--targets", type=int, nargs="+", default=list(SHARED_LIMIT), help="80, 90, 100")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--only", help="a regular expression that the kernel's name must contain")
+    chosen = parser.parse_args(arguments)
+    try:
+        cases = report(tuple(chosen.targets), chosen.jobs, chosen.only)
+    except (ImportError, ValueError) as error:
+        parser.error(str(error))
+    if chosen.json:
+        from importlib.metadata import version
+
+        print(json.dumps({"triton": version("triton"), "cases": cases}))
+    else:
+        for case in cases:
+            print(_line(case))
+    return 0 if all(case["ok"] for case in cases) else 1
+
+
+def _line(case: dict) -> str:
+    if "error" in case:
+        return f"{case['kernel']:40} sm_{case['target']:<4} {case['error'].splitlines()[0]}"
+    needs = f"{case['registers']:4} registers {case['spills']:4} spills {case['shared']:7} of {case['limit']} B shared"
+    return f"{case['kernel']:40} sm_{case['target']:<4} {needs}" + ("" if case["ok"] else "  TOO MUCH")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

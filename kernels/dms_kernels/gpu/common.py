@@ -1,0 +1,196 @@
+"""What the attention kernels share: jitted helpers, launch configurations, the description of cases to compile."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dms_kernels.gpu.interpret import repair
+from dms_kernels.plan import Plan
+
+repair()
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+FLOOR = tl.constexpr(-1e30)  # a running maximum that is finite where nothing was seen yet
+
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+class Launch(NamedTuple):
+    """Tile of query rows, tile of keys, warps, pipeline stages."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def config(kind: str, head_dim: int, dtype: torch.dtype, target: int) -> Launch:
+    """Launch configuration of ``kind`` (forward, dq or dkv) on sm_``target`` (80, 90 or 100)."""
+    width = triton.next_power_of_2(head_dim)
+    if dtype == torch.float32:
+        return Launch(32, 32, 4, 1)
+    return Launch(128, 64, 8, 2)
+
+
+def list_bias(plan: Plan, log_keep: Tensor | None) -> Tensor | None:
+    """The bias of each kept-list entry, (B, H, M) fp32 in base 2: contiguous, as a gather in every tile of queries
+    costs registers.  Past ``count`` it means nothing."""
+    if log_keep is None:
+        return None
+    return torch.gather(log_keep, 2, plan.kept.long()).float().mul_(LOG2E.value)
+
+
+def target_of(device: torch.device) -> int:
+    """The compute capability whose configurations a device runs."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+def blocks(head_dim: int, launch: Launch) -> dict[str, int]:
+    """The constexpr arguments and launch options that every kernel here takes."""
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
+        "BLOCK_M": launch.rows,
+        "BLOCK_N": launch.keys,
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+    }
+
+
+@triton.jit
+def load_rows(base, index, stride, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows ``index`` of a matrix of HEAD_DIM columns, padded to BLOCK_D; if MASKED, rows not ``live`` are 0."""
+    column = tl.arange(0, BLOCK_D)
+    pointers = base + index.to(tl.int64)[:, None] * stride + column[None, :]
+    if MASKED and HEAD_DIM != BLOCK_D:
+        return tl.load(pointers, mask=live[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(pointers, mask=live[:, None], other=0.0)
+    elif HEAD_DIM != BLOCK_D:
+        return tl.load(pointers, mask=(column < HEAD_DIM)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def load_lanes(base, begin, live, LANES: tl.constexpr, MASKED: tl.constexpr):
+    """Entries begin .. begin + LANES of an array; if MASKED, those not ``live`` are 0.  With a scalar address
+    plus ``arange`` a thread holds one address, not one an element."""
+    if MASKED:
+        return tl.load(base + begin + tl.arange(0, LANES), mask=live, other=0)
+    else:
+        return tl.load(base + begin + tl.arange(0, LANES))
+
+
+@triton.jit
+def store_rows(base, index, stride, live, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write the ``live`` ones of ``rows`` (., BLOCK_D) as rows ``index`` of a matrix of HEAD_DIM columns."""
+    column = tl.arange(0, BLOCK_D)
+    pointers = base + index.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.store(pointers, rows.to(base.dtype.element_ty), mask=live[:, None] & (column < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def hidden_zero(index):
+    """0, unknown to the compiler, from an ``index`` >= 0.  Adding it to a program's number makes addresses that are
+    needed again after the loops be computed again, instead of held in registers or spilled meanwhile."""
+    return tl.minimum(index, 0)
+
+
+@triton.jit
+def cut(low, inner_low, inner_high, high, BLOCK: tl.constexpr):
+    """Cut [low, high) into ``number`` blocks, of which [whole, rest) lie within [inner_low, inner_high)."""
+    number = tl.cdiv(high - low, BLOCK)
+    whole = tl.minimum(tl.cdiv(inner_low - low, BLOCK), number)
+    rest = tl.minimum(tl.maximum((inner_high - low) // BLOCK, whole), number)
+    return whole, rest, number
+
+
+@triton.jit
+def first_above(array, low, high, value, span):
+    """For each element, the first index in [low, high) whose entry of a non-decreasing array is above ``value``, else
+    ``high``; ``span``: the most that high - low can be."""
+    while span > 0:
+        middle, unsure = (low + high) // 2, low < high
+        above = tl.load(array + middle, mask=unsure, other=0) > value
+        high = tl.where(unsure & above, middle, high)
+        low = tl.where(unsure & (above == 0), middle + 1, low)
+        span = span // 2
+    return low
+
+
+@triton.jit
+def tile_rows(tile, tokens, group, BLOCK_M: tl.constexpr):
+    """A tile of query rows, the G heads of a token side by side: token and head of each row, whether it exists, and the
+    first and last token of the tile.  Rows past the end repeat the last token."""
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = tile * BLOCK_M // group
+    end = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // group, tokens - 1)
+    return tl.minimum(row // group, tokens - 1), row % group, row < tokens * group, start, end
+
+
+@triton.jit
+def list_range(FIRST, LAST, token, start, end, BLOCK_N: tl.constexpr):
+    """What a tile reads of the kept list: each row's entries [low, high), the first and one past the last entry of the
+    tile, and its blocks (see ``cut``)."""
+    origin, limit = tl.load(FIRST + start), tl.load(LAST + end)
+    whole, rest, number = cut(origin, tl.load(FIRST + end), tl.load(LAST + start), limit, BLOCK_N)
+    return tl.load(FIRST + token), tl.load(LAST + token), origin, limit, whole, rest, number
+
+
+@triton.jit
+def band_range(BAND, token, start, end, offset, BLOCK_N: tl.constexpr):
+    """What a tile reads of the band, as ``list_range`` says it; entries are key numbers."""
+    origin, limit = tl.load(BAND + start), end + offset + 1
+    whole, rest, number = cut(origin, tl.load(BAND + end), start + offset + 1, limit, BLOCK_N)
+    return tl.load(BAND + token), token + offset + 1, origin, limit, whole, rest, number
+
+
+@triton.jit
+def block_keys(KEPT, step, origin, limit, whole, rest, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+    """First entry of one block, and entries, key numbers and existence of its keys; masked blocks are those outside
+    [whole, rest)."""
+    block = step
+    if MASKED:
+        block = tl.where(step < whole, step, step + rest - whole)
+    begin = origin + block * BLOCK_N
+    entry = begin + tl.arange(0, BLOCK_N)
+    live = entry < limit
+    key = entry
+    if KEPT is not None:
+        key = load_lanes(KEPT, begin, live, BLOCK_N, MASKED)
+    return begin, entry, key, live
+
+
+def described(
+    fn: triton.JITFunction,
+    pointers: dict[str, str | None],
+    integers: Iterable[str],
+    aligned: Iterable[str],
+    launch: dict,
+) -> tuple[dict, dict, dict, dict]:
+    """Signature, constexprs, options and attributes of one compilation: pointers by name (None: not given), the names
+    of integer arguments, those among them that are multiples of 16, and ``blocks``."""
+    options = {name: launch[name] for name in ("num_warps", "num_stages")}
+    constexprs = {name: value for name, value in launch.items() if name not in options}
+    constexprs |= {name: None for name, kind in pointers.items() if kind is None}
+    kinds = {name: kind for name, kind in pointers.items() if kind} | dict.fromkeys(integers, "i32")
+    signature = {name: kinds.get(name, "fp32") for name in fn.arg_names}
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    whole = {*aligned, *(name for name, kind in pointers.items() if kind)}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names) if name in whole}
+    return signature, constexprs, options, attrs
+
+
+def shipped(kind: str, target: int) -> Iterator[tuple[torch.dtype, int, dict]]:
+    """Every configuration of a kind of kernel: dtype, head dim, ``blocks``."""
+    for dtype in DTYPES:
+        for head_dim in HEAD_DIMS:
+            yield dtype, head_dim, blocks(head_dim, config(kind, head_dim, dtype, target))

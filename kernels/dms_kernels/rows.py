@@ -1,0 +1,123 @@
+"""Ragged, paged rows of a cache as tensors, and one decode step on them without waiting for the device.
+
+A row is one (batch, KV head).  Its live tokens fill the slots 0 .. length - 1 of its pages.  The token at position
+i - (w + 1) leaves the window when the one at position i arrives; if it was marked, the new token takes its slot,
+otherwise the row grows by one (paper, section 3.2).
+
+These functions are the specification of ``gpu.append`` and run on any device.  The caller guarantees capacity:
+after a step no row may need more than ``columns`` pages, nor all rows together more than the pool has.  A row
+for which this fails takes no token, stays as it was, and sets ``overflow``, which nothing here reads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Rows:
+    """One layer's cache; R rows.  All functions work in place; integer tensors are int32."""
+
+    keys: Tensor  # (pages, page, D)
+    values: Tensor  # (pages, page, D)
+    table: Tensor  # (R, columns): page numbers of each row, in order
+    length: Tensor  # (R,): live tokens
+    owned: Tensor  # (R,): pages of the row
+    free: Tensor  # (pages,): a stack of page numbers, entries 0 .. free_count - 1
+    free_count: Tensor  # (1,)
+    ring_slot: Tensor  # (R, w + 1): slot of the token at position p, in cell p % (w + 1)
+    ring_evict: Tensor  # (R, w + 1) bool: what that token's gate said
+    seen: Tensor  # (R,): tokens taken in so far, so the position of the next
+    overflow: Tensor  # (1,) bool: some token found no page, once and for all
+
+    @classmethod
+    def empty(cls, rows: int, pages: int, columns: int, page: int, window: int, like: Tensor) -> "Rows":
+        """No token yet; head dimension, dtype and device from ``like`` (..., D)."""
+        if min(rows, pages, columns, page) < 1 or window < 0:
+            raise ValueError(
+                f"rows {rows}, pages {pages}, columns {columns}, page {page}: must be >= 1; window {window}: >= 0"
+            )
+        keys, values = (like.new_zeros(pages, page, like.shape[-1]) for _ in range(2))
+        on = {"dtype": torch.int32, "device": like.device}
+        flags = {"dtype": torch.bool, "device": like.device}
+        return cls(
+            keys=keys,
+            values=values,
+            table=torch.zeros(rows, columns, **on),
+            length=torch.zeros(rows, **on),
+            owned=torch.zeros(rows, **on),
+            free=torch.arange(pages - 1, -1, -1, **on),
+            free_count=torch.full((1,), pages, **on),
+            ring_slot=torch.zeros(rows, window + 1, **on),
+            ring_evict=torch.zeros(rows, window + 1, **flags),
+            seen=torch.zeros(rows, **on),
+            overflow=torch.zeros(1, **flags),
+        )
+
+    @property
+    def page(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def cells(self) -> int:
+        """Tokens a window holds, the newest included."""
+        return self.ring_slot.shape[1]
+
+
+def append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int) -> None:
+    """One token a row: k, v (R, D); ``evict`` (R,) bool, what its gate says about the token ``lag`` before it.
+
+    Rows outside ``active`` (R,) bool keep what they have.  ``lag`` 1: delayed eviction, w: immediate.  With window 0,
+    lag 1 lets the new token itself decide about its predecessor.  Pages are handed out in row order.
+    """
+    cells, page, columns = rows.cells, rows.page, rows.table.shape[1]
+    cell = (rows.seen % cells).long()[:, None]  # (R, 1)
+    marked = evict if lag == cells else rows.ring_evict.gather(1, (rows.seen[:, None] + lag).long() % cells)[:, 0]
+    reuse = marked & (rows.seen >= cells)
+    slot = torch.where(reuse, rows.ring_slot.gather(1, cell)[:, 0], rows.length)
+
+    fresh = active & (slot >= rows.owned * page)
+    wants = fresh & (rows.owned < columns)
+    rank = wants.cumsum(0) - wants.int()
+    gets = wants & (rank < rows.free_count)
+    takes = active & (gets | ~fresh)
+    rows.overflow.logical_or_((active & ~takes).amax(0, keepdim=True))
+
+    on_stack = (rows.free_count - 1 - rank).clamp_(0, len(rows.free) - 1)
+    column = (slot // page).clamp_max(columns - 1).long()[:, None]
+    number = torch.where(gets, rows.free.gather(0, on_stack), rows.table.gather(1, column)[:, 0])
+    rows.table.scatter_(1, column, number[:, None])
+    rows.owned += gets
+    rows.free_count -= gets.sum(0, keepdim=True, dtype=torch.int32)
+    rows.length += takes & ~reuse
+    rows.seen += takes
+
+    rows.ring_slot.scatter_(1, cell, torch.where(takes[:, None], slot[:, None], rows.ring_slot.gather(1, cell)))
+    rows.ring_evict.scatter_(1, cell, torch.where(takes[:, None], evict[:, None], rows.ring_evict.gather(1, cell)))
+    _store(rows, number.long() * page + slot % page, takes, k, v)
+
+
+def _store(rows: Rows, place: Tensor, takes: Tensor, k: Tensor, v: Tensor) -> None:
+    """Put k, v (R, D) at ``place`` (R,) of the flat pools, for the rows that take a token.
+
+    The others repeat the write of one that does, so that nothing depends on the order of writes.
+    """
+    source = torch.where(takes, torch.arange(len(takes), device=takes.device), takes.int().argmax())
+    place, real = place[source], takes[source, None]
+    for pool, new in ((rows.keys, k), (rows.values, v)):
+        flat = pool.view(-1, pool.shape[-1])
+        flat[place] = torch.where(real, new[source].to(pool.dtype), flat[place])
+
+
+def release(rows: Rows, which: Tensor) -> None:
+    """Empty the rows in ``which`` (R,) bool; their pages go back on the stack, in row order."""
+    columns, pages = rows.table.shape[1], len(rows.free)
+    held = torch.arange(columns, device=which.device) < (rows.owned * which)[:, None]  # (R, columns)
+    rank = held.flatten().cumsum(0) - 1
+    place = torch.where(held.flatten(), rows.free_count + rank, pages).clamp_(0, pages)
+    stack = torch.cat([rows.free, rows.free.new_zeros(1)])  # the last entry is a bin
+    rows.free.copy_(stack.scatter_(0, place, rows.table.flatten())[:pages])
+    rows.free_count += rank[-1:] + 1
+    for counter in (rows.length, rows.owned, rows.seen):
+        counter *= ~which

@@ -1,0 +1,83 @@
+"""Every kernel compiled for each target without a GPU: no spills, shared memory within the target's limit."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dms_kernels import aot
+
+if importlib.util.find_spec("triton") is None:  # not imported here: other tests want it interpreted
+    pytest.skip("needs triton", allow_module_level=True)
+
+HEAVY = (  # the largest tiles of each module
+    r"^(forward_bias|dq_bias|dkv_list_bias)_bf16_d256$|^append\.allocate rows1024 self0$"
+    r"|^decode\.split (bf16 D256 page16 G32|fp32 D256 page64 G4|bf16 D64 page16 G32)$"
+)
+
+
+def check(cases: list[dict]) -> None:
+    for case in cases:
+        assert "error" not in case, case
+        assert case["spills"] == 0 and case["stack"] == 0, case
+        assert 0 < case["registers"] <= 255 and case["shared"] <= case["limit"], case
+        assert case["ok"], case
+
+
+def test_heaviest_kernels_compile_without_spills_and_within_shared_memory(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # must not reach the compiling processes
+    cases = aot.report(only=HEAVY)
+    assert {case["target"] for case in cases} == {80, 90, 100} and len(cases) == 3 * 7
+    check(cases)
+
+
+@pytest.mark.slow  # about 10 minutes on one core with an empty cache of triton's
+def test_every_shipped_configuration_compiles_without_spills_and_within_shared_memory():
+    cases = aot.report()
+    for name in ("forward", "dq", "dkv", "decode", "append"):
+        assert any(case["kernel"].startswith(name) for case in cases), name
+    assert len({(case["kernel"], case["target"]) for case in cases}) == len(cases)  # names are unique
+    check(cases)
+
+
+def test_command_prints_one_line_of_json():
+    command = [sys.executable, "-m", "dms_kernels.aot", "--json", "--targets", "90", "--only", "^append.push"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1 and result["triton"]
+    (case,) = result["cases"]
+    assert set(case) == {"kernel", "target", "registers", "spills", "shared", "limit", "stack", "ok"}
+
+
+def test_a_kernel_that_spills_or_does_not_compile_is_reported(tmp_path):
+    source = tmp_path / "made.py"
+    source.write_text(
+        "import triton, triton.language as tl\n"
+        "@triton.jit\n"
+        "def share(x, SIZE: tl.constexpr):\n"
+        "    a = tl.load(x + tl.arange(0, SIZE))\n"
+        "    tl.store(x + tl.arange(0, SIZE), a / tl.sum(a, 0))\n"
+    )
+    code = (
+        "import json, made; from dms_kernels import aot\n"
+        "options = {'num_warps': 1, 'maxnreg': 32}\n"
+        "for size in (2048, 100):\n"
+        "    print(json.dumps(aot._compile(90, 'share', made.share, {'x': '*fp32'}, {'SIZE': size}, options)))\n"
+    )
+    env = {**aot._clean_environment(), "PYTHONPATH": f"{tmp_path}:{aot._clean_environment()['PYTHONPATH']}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    spilling, wrong = map(json.loads, done.stdout.splitlines())
+    assert spilling["spills"] > 0 and not spilling["ok"]
+    assert "error" in wrong and not wrong["ok"]
+
+
+def test_unknown_target_and_missing_triton_are_named(monkeypatch):
+    with pytest.raises(ValueError, match="target 75: must be one of 80, 90, 100"):
+        aot.report((75,))
+    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install triton"):
+        aot.report((90,))
