@@ -27,14 +27,14 @@ TINY = Profile(
     name="tiny",
     dms=DMSConfig(gate="adapter", window=16, scale=10.0),
     recipe=RetrofitConfig(
-        train="all", aux_weight=2.0, final_cr=8.0, steps_per_unit=45, rests=((4.0, 130), (8.0, 480)), batch=12,
-        optimizer="muon", lr=2e-3, gate_lr=3e-3, warmup=10, save_steps=150,
+        train="all", aux_weight=2.0, final_cr=8.0, steps_per_unit=45, rests=((4.0, 200), (8.0, 435)), batch=12,
+        optimizer="muon", lr=1.5e-3, gate_lr=3e-3, warmup=10, save_steps=150,
     ),
     compare_cr=4.0,
     crs=(4.0, 8.0),
     problems=300,
     chains=8,
-    lengths=(64, 96, 128, 160, 192, 256, 320, 384),
+    lengths=(64, 96, 128, 192, 256, 320, 384, 448),
     widths=(1, 2, 4, 8),
 )  # fmt: skip
 

@@ -58,11 +58,15 @@ class Case:
         self.past, self.window, self.scale, self.device = past, window, width**-0.5, device
         self.q = torch.randn(batch, keys, heads * group, width, generator=g).mul_(size).to(device).transpose(1, 2)
         self.k, self.v = torch.randn(2, batch, heads, keys, width + 16, generator=g)[..., :width].to(device)
-        if not strided:
-            self.q, self.k, self.v = (x.contiguous() for x in (self.q, self.k, self.v))
         self.log_keep = random_log_keep((batch, heads, keys), mode, g).to(device)
         self.segments = random_segments((batch, keys), packing, g)
         self.grad = torch.randn(self.q[:, :, past:].shape, generator=g).to(device)
+        if strided:
+            self.log_keep, self.grad = (
+                x.transpose(1, -1).contiguous().transpose(1, -1) for x in (self.log_keep, self.grad)
+            )
+        else:
+            self.q, self.k, self.v = (x.contiguous() for x in (self.q, self.k, self.v))
         if self.segments is None:
             start = torch.zeros(batch, tokens, dtype=torch.long, device=device)
         else:

@@ -26,24 +26,25 @@ def value(name: str, sides: dict[str, str]) -> int:
 
 def follow(trace: str, goal: str, sides: dict[str, str]) -> None:
     """Walk the trace as a machine with a stack; every line must be a legal move of the docstring's procedure."""
-    stack, known = [("?", goal)], {}
+    stack, visited = [["?", goal, sides[goal]]], {goal}  # who asked, for which variable, what its line knows so far
     for line in trace.split(";"):
-        parent, name = stack[-1]
-        visit = f"{name}={sides[name]}"
-        assert line.startswith(visit)
-        open_operands = [x for x in re.findall("[A-Za-z]", sides[name]) if x not in known]
-        if line[len(visit)] == ">":
-            assert line[len(visit) + 1 :] in open_operands
-            stack.append((name, line[-1]))
+        parent, name, known = stack[-1]
+        assert line.startswith(f"{name}={known}")
+        rest = line[len(f"{name}={known}") :]
+        if rest[0] == ">":
+            operand = rest[1:]
+            assert operand.isalpha() and operand in known
+            visited.add(operand)
+            stack.append([name, operand, sides[operand]])
             continue
-        assert not open_operands
-        known[name] = value(name, sides)
-        values = re.sub(r"\w", lambda m: str(value(m[0], sides)), sides[name])
-        assert line == (visit if len(sides[name]) == 1 else f"{visit}={values}={known[name]}") + f"<{parent}"
+        assert not re.search("[A-Za-z]", known)
+        found = str(value(name, sides))
+        assert rest == ("" if len(known) == 1 else f"={found}") + f"<{parent}"
         stack.pop()
         if not stack:
             break
-    assert not stack and set(known) == needed(goal, sides)
+        stack[-1][2] = stack[-1][2].replace(name, found)
+    assert not stack and visited == needed(goal, sides)
 
 
 def needed(name: str, sides: dict[str, str]) -> set[str]:

@@ -3,11 +3,12 @@
 A problem is a shuffled straight-line program over digits modulo 10 with a goal variable and distractor
 lines.  The model writes a depth-first evaluation trace, then the answer::
 
-    ?j;T=4-I;e=T+T;I=3;q=j+2;j=T+e;!                                                           prompt
-    j=T+e>T;T=4-I>I;I=3<T;T=4-I=4-3=1<j;j=T+e>e;e=T+T=1+1=2<j;j=T+e=1+2=3<?;#3                trace
+    ?j;T=4-I;e=I+8;I=3;q=j+2;j=T+e;!                                           prompt
+    j=T+e>T;T=4-I>I;I=3<T;T=4-3=1<j;j=1+e>e;e=I+8>I;I=3<e;e=3+8=1<j;j=1+1=2<?;#2     trace
 
-Every line says where it is.  A visit to ``X`` repeats its definition and then either goes down, ``X=a+b>a;``, to an
-operand that has no value yet, or closes, ``X=a+b=1+2=3<P;``, and goes back to the line that asked for it (``?`` for
+Every line says where it is and what is known there.  A first visit to ``X`` repeats its definition from the prompt;
+a return repeats X's last line with the value just found in place of its name.  The line then goes down to an operand
+that is still a name, ``X=1+b>b;``, or closes, ``X=1+3=4<P;``, and goes back to the line that asked for it (``?`` for
 the goal).  Which operand comes first is drawn at random, so that the chains of one problem take different paths and
 fail at different places.
 
@@ -25,7 +26,7 @@ ANSWER_MARK = "#"
 ALPHABET = LETTERS + DIGITS + OPERATORS + "?;=<>" + PROMPT_END + ANSWER_MARK
 SPLITS = ("train", "retrofit", "validation", "test")
 
-EVALUATION_MIX = (4, 17)  # needed variables, inclusive; the mix every reported accuracy refers to
+EVALUATION_MIX = (4, 18)  # needed variables, inclusive; the mix every reported accuracy refers to
 DISTRACTORS = (2, 6)  # lines that the goal does not depend on, inclusive
 
 
@@ -92,33 +93,33 @@ def _needed_lines(rng: random.Random, names: list[str]) -> dict[str, tuple[str, 
         free = [p for p in range(i) if len(operands[p]) < 2]
         parent = free[-1] if rng.random() < 0.5 else rng.choice(free)
         operands[parent].append(names[i])
-    for i, uses in enumerate(operands):
-        shared = [name for name in names[i + 1 :] if name not in uses]
+    leaves = [name for name, uses in zip(names, operands, strict=True) if not uses]
+    for name, uses in zip(names, operands, strict=True):
+        shared = [leaf for leaf in leaves if leaf not in uses and leaf != name]
         if len(uses) == 1 and shared and rng.random() < 0.5:
-            uses.append(rng.choice(shared))  # a value used twice: looked up, not computed again
+            uses.append(rng.choice(shared))  # a digit used twice
     return {name: _line(rng, uses) for name, uses in zip(names, operands, strict=True)}
 
 
 def _trace(goal: str, lines: dict[str, tuple[str, ...]], rng: random.Random) -> tuple[str, str]:
     """A depth-first trace of ``goal``, operands in random order, and its value."""
-    values: dict[str, str] = {}
     out: list[str] = []
 
-    def expand(name: str, parent: str) -> None:
-        right = lines[name]
-        here = f"{name}={''.join(right)}"
+    def expand(name: str, parent: str) -> str:
+        right = list(lines[name])
         operands = [right[0], right[-1]] if rng.random() < 0.5 else [right[-1], right[0]]
         for term in operands:
-            if term in lines and term not in values:
-                out.append(f"{here}>{term};")
-                expand(term, name)
-        if len(right) == 1:
-            values[name] = right[0]
-            out.append(f"{here}<{parent};")
-            return
-        a, b = (values.get(term, term) for term in (right[0], right[2]))
-        values[name] = str((int(a) + int(b) if right[1] == "+" else int(a) - int(b)) % 10)
-        out.append(f"{here}={a}{right[1]}{b}={values[name]}<{parent};")
+            if term in right and term in lines:
+                out.append(f"{name}={''.join(right)}>{term};")
+                value = expand(term, name)
+                right = [value if part == term else part for part in right]
+        value = right[0]
+        if len(right) == 3:
+            a, sign, b = right
+            value = str((int(a) + int(b) if sign == "+" else int(a) - int(b)) % 10)
+            right += ["=", value]
+        out.append(f"{name}={''.join(right)}<{parent};")
+        return value
 
-    expand(goal, "?")
-    return "".join(out) + ANSWER_MARK + values[goal], values[goal]
+    answer = expand(goal, "?")
+    return "".join(out) + ANSWER_MARK + answer, answer

@@ -28,10 +28,13 @@ from dms_kernels.gpu.common import (
     list_range,
     load_lanes,
     load_rows,
+    products,
+    query_tile,
+    rows_at,
     shipped,
     store_rows,
     target_of,
-    tile_rows,
+    with_whole_rows,
 )
 from dms_kernels.plan import Plan
 
@@ -43,12 +46,12 @@ def _strides(*names: str) -> list[str]:
 QUERY_STRIDES = _strides("q", "k", "v", "o", "g", "dq")
 KEY_STRIDES = _strides("q", "k", "v", "g", "dk", "dv")
 QUERY_SIZES = ["offset", "tokens", "capacity", "heads", "group"]
-KEY_SIZES = ["offset", "window", "tokens", "keys", *QUERY_SIZES[2:], "stride_dwb", "stride_dwh"]
+KEY_SIZES = ["offset", "window", "tokens", "keys", "capacity", "heads", "group"]
 
 
 @triton.jit
 def _read(
-    dq, q, grad, lse, delta, K, V, BIAS, KEPT, stride_kt, stride_vt, factor,
+    dq, q, grad, q_rows, grad_rows, q_live, lse, delta, K, V, BIAS, KEPT, stride_kt, stride_vt, factor,
     low, high, origin, limit, whole, rest, number,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -59,16 +62,18 @@ def _read(
         first, stop = whole, rest
     for step in range(first, stop):
         begin, entry, key, live = block_keys(KEPT, step, origin, limit, whole, rest, BLOCK_N, MASKED)
-        k = load_rows(K, key, stride_kt, live, HEAD_DIM, BLOCK_D, MASKED)
-        v = load_rows(V, key, stride_vt, live, HEAD_DIM, BLOCK_D, MASKED)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * factor  # (BLOCK_M, BLOCK_N), base 2
+        k_rows, v_rows = rows_at(K, key, stride_kt), rows_at(V, key, stride_vt)
+        k = load_rows(k_rows, live, HEAD_DIM, BLOCK_D, MASKED)
+        v = load_rows(v_rows, live, HEAD_DIM, BLOCK_D, MASKED)
+        logits = products(q, k, q_rows, k_rows, q_live, live, HEAD_DIM, BLOCK_D) * factor  # (BLOCK_M, BLOCK_N), base 2
         if BIAS is not None:
             logits += load_lanes(BIAS, begin, live, BLOCK_N, MASKED)[None, :]
         if MASKED:
             seen = (low[:, None] <= entry[None, :]) & (entry[None, :] < high[:, None])
             logits = tl.where(seen, logits, float("-inf"))
         weights = tl.exp2(logits - lse[:, None])
-        d_logits = weights * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
+        d_weights = products(grad, v, grad_rows, v_rows, q_live, live, HEAD_DIM, BLOCK_D)
+        d_logits = weights * (d_weights - delta[:, None])
         dq = tl.dot(d_logits.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
@@ -81,16 +86,15 @@ def _query_kernel(
     offset, tokens, capacity, heads, group,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, B * H), long tiles first; tiles as in the forward pass."""
-    place = tl.program_id(1)
-    batch, head = (place // heads).to(tl.int64), (place % heads).to(tl.int64)
-    place = place.to(tl.int64)
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    token, member, live, start, end = tile_rows(tile, tokens, group, BLOCK_M)
-    t, h = token.to(tl.int64), head * group + member
-    q = load_rows(Q + batch * stride_qb, h * stride_qh + t * stride_qt, 1, live, HEAD_DIM, BLOCK_D, True)
-    grad = load_rows(GRAD + batch * stride_gb, h * stride_gh + t * stride_gt, 1, live, HEAD_DIM, BLOCK_D, True)
-    out = load_rows(OUT + batch * stride_ob, h * stride_oh + t * stride_ot, 1, live, HEAD_DIM, BLOCK_D, True)
+    """Grid (tiles, B * H); see ``query_tile``."""
+    batch, head, h, t, live, start, end = query_tile(heads, tokens, group, 0, BLOCK_M)
+    place = batch * heads + head
+    q_rows = Q + batch * stride_qb + h * stride_qh + t * stride_qt
+    grad_rows = GRAD + batch * stride_gb + h * stride_gh + t * stride_gt
+    out_rows = OUT + batch * stride_ob + h * stride_oh + t * stride_ot
+    q = load_rows(q_rows, live, HEAD_DIM, BLOCK_D, True)
+    grad = load_rows(grad_rows, live, HEAD_DIM, BLOCK_D, True)
+    out = load_rows(out_rows, live, HEAD_DIM, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     row = (batch * heads * group + h) * tokens + t  # of (B, Hq, T)
     tl.store(DELTA + row, delta, mask=live)
@@ -103,29 +107,26 @@ def _query_kernel(
     factor = scale * LOG2E
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     low, high, origin, limit, whole, rest, number = list_range(
-        FIRST + place * tokens, LAST + place * tokens, token, start, end, BLOCK_N
+        FIRST + place * tokens, LAST + place * tokens, t, start, end, BLOCK_N
     )
     for turn in tl.static_range(2):
         dq = _read(
-            dq, q, grad, lse, delta, K, V, BIAS, KEPT, stride_kt, stride_vt, factor,
+            dq, q, grad, q_rows, grad_rows, live, lse, delta, K, V, BIAS, KEPT, stride_kt, stride_vt, factor,
             low, high, origin, limit, whole, rest, number, HEAD_DIM, BLOCK_D, BLOCK_N, turn == 0,
         )  # fmt: skip
-    low, high, origin, limit, whole, rest, number = band_range(
-        BAND + batch * tokens, token, start, end, offset, BLOCK_N
-    )
+    low, high, origin, limit, whole, rest, number = band_range(BAND + batch * tokens, t, start, end, offset, BLOCK_N)
     for turn in tl.static_range(2):
         dq = _read(
-            dq, q, grad, lse, delta, K, V, None, None, stride_kt, stride_vt, factor,
+            dq, q, grad, q_rows, grad_rows, live, lse, delta, K, V, None, None, stride_kt, stride_vt, factor,
             low, high, origin, limit, whole, rest, number, HEAD_DIM, BLOCK_D, BLOCK_N, turn == 0,
         )  # fmt: skip
-    token, member, live, start, end = tile_rows(tile + hidden_zero(origin), tokens, group, BLOCK_M)
-    t, h = token.to(tl.int64), head * group + member
-    store_rows(DQ + batch * stride_dqb, h * stride_dqh + t * stride_dqt, 1, live, dq * scale, HEAD_DIM, BLOCK_D)
+    batch, head, h, t, live, start, end = query_tile(heads, tokens, group, hidden_zero(origin), BLOCK_M)
+    store_rows(DQ + batch * stride_dqb + h * stride_dqh + t * stride_dqt, live, dq * scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _gather(
-    dk, dv, d_bias, k, v, bias, low, high, Q, GRAD, LSE, DELTA, factor, tokens, group,
+    dk, dv, d_bias, k, v, k_rows, v_rows, k_live, bias, low, high, Q, GRAD, LSE, DELTA, factor, tokens, group,
     stride_qh, stride_qt, stride_gh, stride_gt, origin, limit, whole, rest, number,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -142,16 +143,19 @@ def _gather(
         token = begin + tl.arange(0, BLOCK_M)
         live = token < limit
         h = member.to(tl.int64)
-        q = load_rows(Q + h * stride_qh, token, stride_qt, live, HEAD_DIM, BLOCK_D, MASKED)
-        grad = load_rows(GRAD + h * stride_gh, token, stride_gt, live, HEAD_DIM, BLOCK_D, MASKED)
-        logits = tl.dot(k, tl.trans(q), input_precision="ieee") * factor + bias[:, None]  # (BLOCK_N, BLOCK_M), base 2
+        q_rows = rows_at(Q + h * stride_qh, token, stride_qt)
+        grad_rows = rows_at(GRAD + h * stride_gh, token, stride_gt)
+        q = load_rows(q_rows, live, HEAD_DIM, BLOCK_D, MASKED)
+        grad = load_rows(grad_rows, live, HEAD_DIM, BLOCK_D, MASKED)
+        logits = products(k, q, k_rows, q_rows, k_live, live, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_M)
+        logits = logits * factor + bias[:, None]  # base 2
         if MASKED:
             seen = (low[:, None] <= token[None, :]) & (token[None, :] < high[:, None])
             logits = tl.where(seen, logits, float("-inf"))
         lse = load_lanes(LSE + h * tokens, begin, live, BLOCK_M, MASKED) * LOG2E
         weights = tl.exp2(logits - lse[None, :])
         dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision="ieee")
-        d_weights = tl.dot(v, tl.trans(grad), input_precision="ieee")
+        d_weights = products(v, grad, v_rows, grad_rows, k_live, live, HEAD_DIM, BLOCK_D)
         delta = load_lanes(DELTA + h * tokens, begin, live, BLOCK_M, MASKED)
         d_logits = weights * (d_weights - delta[None, :])
         dk = tl.dot(d_logits.to(q.dtype), q, dk, input_precision="ieee")
@@ -170,9 +174,9 @@ def _band_readers(BAND, key, offset, window, tokens):
 @triton.jit
 def _list_readers(FIRST, LAST, entry, tokens):
     """Tokens [low, high) that read each entry of the kept list."""
-    none, all = tl.zeros_like(entry), tl.zeros_like(entry) + tokens
-    low = first_above(LAST, none, all, entry, tokens)
-    return low, first_above(FIRST, low, all, entry, tokens)
+    first, end = tl.zeros_like(entry), tl.zeros_like(entry) + tokens
+    low = first_above(LAST, first, end, entry, tokens)
+    return low, first_above(FIRST, low, end, entry, tokens)
 
 
 @triton.jit(do_not_specialize=KEY_SIZES)
@@ -180,7 +184,7 @@ def _key_kernel(
     Q, K, V, BIAS, GRAD, LSE, DELTA, DK, DV, DKEEP, BAND, KEPT, COUNT, FIRST, LAST, scale,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
-    offset, window, tokens, keys, capacity, heads, group, stride_dwb, stride_dwh,
+    offset, window, tokens, keys, capacity, heads, group,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks, B * H).  Without KEPT the blocks are keys read through the band, and all of dk and dv is written;
@@ -204,8 +208,10 @@ def _key_kernel(
         low, high = _list_readers(FIRST + place * tokens, LAST + place * tokens, entry, tokens)
     origin, limit = tl.min(low), tl.max(tl.where(live, high, 0))
     whole, rest, number = cut(origin, tl.max(low), tl.min(high), limit, BLOCK_M)
-    k = load_rows(K + batch * stride_kb + head * stride_kh, key, stride_kt, live, HEAD_DIM, BLOCK_D, True)
-    v = load_rows(V + batch * stride_vb + head * stride_vh, key, stride_vt, live, HEAD_DIM, BLOCK_D, True)
+    k_rows = rows_at(K + batch * stride_kb + head * stride_kh, key, stride_kt)
+    v_rows = rows_at(V + batch * stride_vb + head * stride_vh, key, stride_vt)
+    k = load_rows(k_rows, live, HEAD_DIM, BLOCK_D, True)
+    v = load_rows(v_rows, live, HEAD_DIM, BLOCK_D, True)
     bias = tl.zeros([BLOCK_N], tl.float32)
     if BIAS is not None:
         bias = tl.load(BIAS + place * capacity + entry, mask=live, other=0.0)
@@ -218,25 +224,25 @@ def _key_kernel(
     d_bias = tl.zeros([BLOCK_N], tl.float32)
     for turn in tl.static_range(2):
         dk, dv, d_bias = _gather(
-            dk, dv, d_bias, k, v, bias, low, high, Q, GRAD, LSE, DELTA, scale * LOG2E, tokens, group,
-            stride_qh, stride_qt, stride_gh, stride_gt, origin, limit, whole, rest, number,
+            dk, dv, d_bias, k, v, k_rows, v_rows, live, bias, low, high, Q, GRAD, LSE, DELTA, scale * LOG2E,
+            tokens, group, stride_qh, stride_qt, stride_gh, stride_gt, origin, limit, whole, rest, number,
             HEAD_DIM, BLOCK_D, BLOCK_M, turn == 0,
         )  # fmt: skip
-    DK += batch * stride_dkb + head * stride_dkh
-    DV += batch * stride_dvb + head * stride_dvh
-    dk *= scale
     entry += hidden_zero(limit)
     live, key = entry < stop, entry
     if KEPT is not None:
         key = tl.load(KEPT + place * capacity + entry, mask=live, other=0)
         if DKEEP is not None:
-            DKEEP += batch * stride_dwb + head * stride_dwh
-            tl.store(DKEEP + key, d_bias.to(DKEEP.dtype.element_ty), mask=live)
-        dk += load_rows(DK, key, stride_dkt, live, HEAD_DIM, BLOCK_D, True).to(tl.float32)
-    store_rows(DK, key, stride_dkt, live, dk, HEAD_DIM, BLOCK_D)
+            tl.store(DKEEP + place * keys + key, d_bias.to(DKEEP.dtype.element_ty), mask=live)
+    dk_rows = rows_at(DK + batch * stride_dkb + head * stride_dkh, key, stride_dkt)
+    dk *= scale
     if KEPT is not None:
-        dv += load_rows(DV, key, stride_dvt, live, HEAD_DIM, BLOCK_D, True).to(tl.float32)
-    store_rows(DV, key, stride_dvt, live, dv, HEAD_DIM, BLOCK_D)
+        dk += load_rows(dk_rows, live, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    store_rows(dk_rows, live, dk, HEAD_DIM, BLOCK_D)
+    dv_rows = rows_at(DV + batch * stride_dvb + head * stride_dvh, key, stride_dvt)
+    if KEPT is not None:
+        dv += load_rows(dv_rows, live, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    store_rows(dv_rows, live, dv, HEAD_DIM, BLOCK_D)
 
 
 def backward(
@@ -244,11 +250,11 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v and log_keep (None without one) from ``grad``, that of out; the rest as in ``forward``."""
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grad, q, k, v, out = map(with_whole_rows, (grad, q, k, v, out))
     bias, delta = list_bias(plan, log_keep), torch.empty_like(lse)
     dq = _query_gradient(grad, q, k, v, out, lse, delta, plan, bias, scale)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    d_keep = None if log_keep is None else torch.zeros_like(log_keep)
+    d_keep = None if log_keep is None else torch.zeros(k.shape[:3], dtype=log_keep.dtype, device=k.device)
     _key_gradient(grad, q, k, v, lse, delta, dk, dv, plan, None, None, scale, through="band")
     if plan.kept.shape[2]:
         _key_gradient(grad, q, k, v, lse, delta, dk, dv, plan, bias, d_keep, scale, through="list")
@@ -276,11 +282,10 @@ def _key_gradient(grad, q, k, v, lse, delta, dk, dv, plan, bias, d_keep, scale, 
     kept = (plan.kept, plan.count, plan.first, plan.last) if listed else (None,) * 4
     launch = config("dkv", head_dim, q.dtype, target_of(q.device))
     strides = [step for x in (q, k, v, grad, dk, dv) for step in x.stride()[:3]]
-    keep_strides = (0, 0) if d_keep is None else d_keep.stride()[:2]
     capacity = plan.kept.shape[2]
     _key_kernel[triton.cdiv(capacity if listed else keys, launch.keys), batch * heads](
         q, k, v, bias, grad, lse, delta, dk, dv, d_keep, None if listed else plan.band, *kept, scale, *strides,
-        plan.offset, plan.window, q.shape[2], keys, capacity, heads, q.shape[1] // heads, *keep_strides,
+        plan.offset, plan.window, q.shape[2], keys, capacity, heads, q.shape[1] // heads,
         **blocks(head_dim, launch),
     )  # fmt: skip
 
@@ -291,11 +296,8 @@ def aot_cases(target: int) -> Iterator[tuple]:
         for dtype, head_dim, launch in shipped(kind, target):
             for name, fn, pointers in _variants(kind, f"*{DTYPES[dtype]}"):
                 strides, sizes = (QUERY_STRIDES, QUERY_SIZES) if kind == "dq" else (KEY_STRIDES, KEY_SIZES)
-                yield (
-                    f"{name}_{DTYPES[dtype]}_d{head_dim}",
-                    fn,
-                    *described(fn, pointers, [*strides, *sizes], strides, launch),
-                )
+                case = described(fn, pointers, [*strides, *sizes], strides, launch)
+                yield f"{name}_{DTYPES[dtype]}_d{head_dim}", fn, *case
 
 
 def _variants(kind: str, data: str) -> Iterator[tuple[str, triton.JITFunction, dict]]:

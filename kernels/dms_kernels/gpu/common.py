@@ -15,6 +15,7 @@ repair()
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+CHUNK = tl.constexpr(32)  # columns
 FLOOR = tl.constexpr(-1e30)  # a running maximum that is finite where nothing was seen yet
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
@@ -30,12 +31,34 @@ class Launch(NamedTuple):
     stages: int
 
 
+# By kind and target, for head dims up to 64, 128 and 256: the largest tiles that compile without spilling registers.
+_HALF = {
+    ("forward", 80): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 64, 8, 2)),
+    ("forward", 90): (Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(128, 64, 8, 2)),
+    ("forward", 100): (Launch(128, 64, 8, 3), Launch(128, 32, 8, 3), Launch(128, 32, 8, 2)),
+    ("dq", 80): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 64, 8, 2)),
+    ("dq", 90): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(128, 32, 8, 2)),
+    ("dq", 100): (Launch(128, 128, 8, 2), Launch(128, 64, 8, 3), Launch(128, 32, 8, 2)),
+    ("dkv", 80): (Launch(64, 128, 8, 2), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
+    ("dkv", 90): (Launch(64, 128, 8, 3), Launch(64, 128, 8, 3), Launch(64, 32, 8, 3)),
+    ("dkv", 100): (Launch(64, 128, 8, 3), Launch(64, 128, 8, 3), Launch(64, 64, 8, 1)),
+}
+_FULL = {  # fp32 runs without tensor cores
+    "forward": (Launch(64, 32, 8, 1), Launch(32, 32, 8, 1), Launch(64, 32, 8, 1)),
+    "dq": (Launch(32, 32, 8, 1), Launch(64, 32, 8, 1), Launch(64, 32, 8, 1)),
+    "dkv": (Launch(32, 32, 8, 1), Launch(16, 32, 8, 1), Launch(16, 16, 8, 1)),
+}
+
+
 def config(kind: str, head_dim: int, dtype: torch.dtype, target: int) -> Launch:
     """Launch configuration of ``kind`` (forward, dq or dkv) on sm_``target`` (80, 90 or 100)."""
-    width = triton.next_power_of_2(head_dim)
-    if dtype == torch.float32:
-        return Launch(32, 32, 4, 1)
-    return Launch(128, 64, 8, 2)
+    size = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
+    return _FULL[kind][size] if dtype == torch.float32 else _HALF[kind, target][size]
+
+
+def with_whole_rows(x: Tensor) -> Tensor:
+    """x, copied if its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def list_bias(plan: Plan, log_keep: Tensor | None) -> Tensor | None:
@@ -65,10 +88,16 @@ def blocks(head_dim: int, launch: Launch) -> dict[str, int]:
 
 
 @triton.jit
-def load_rows(base, index, stride, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows ``index`` of a matrix of HEAD_DIM columns, padded to BLOCK_D; if MASKED, rows not ``live`` are 0."""
+def rows_at(base, index, stride):
+    """Addresses of rows of a matrix."""
+    return base + index.to(tl.int64) * stride
+
+
+@triton.jit
+def load_rows(rows, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """The HEAD_DIM columns of rows at these addresses, padded to BLOCK_D; if MASKED, rows not ``live`` are 0."""
     column = tl.arange(0, BLOCK_D)
-    pointers = base + index.to(tl.int64)[:, None] * stride + column[None, :]
+    pointers = rows[:, None] + column[None, :]
     if MASKED and HEAD_DIM != BLOCK_D:
         return tl.load(pointers, mask=live[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
     elif MASKED:
@@ -77,6 +106,23 @@ def load_rows(base, index, stride, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.con
         return tl.load(pointers, mask=(column < HEAD_DIM)[None, :], other=0.0)
     else:
         return tl.load(pointers)
+
+
+@triton.jit
+def products(x, y, x_rows, y_rows, x_live, y_live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """x y^T of loaded rows.  Without tensor cores a dot holds its operands in registers, so that long fp32 rows are
+    taken from their addresses anew, a few columns at a time."""
+    if x.dtype != tl.float32 or BLOCK_D <= CHUNK * 2:
+        return tl.dot(x, tl.trans(y), input_precision="ieee")
+    else:
+        total = tl.zeros([x.shape[0], y.shape[0]], tl.float32)
+        for start in range(0, HEAD_DIM, CHUNK):
+            column = start + tl.arange(0, CHUNK)
+            inside = (column < HEAD_DIM)[None, :]
+            x_part = tl.load(x_rows[:, None] + column[None, :], mask=x_live[:, None] & inside, other=0.0)
+            y_part = tl.load(y_rows[:, None] + column[None, :], mask=y_live[:, None] & inside, other=0.0)
+            total = tl.dot(x_part, tl.trans(y_part), total, input_precision="ieee")
+        return total
 
 
 @triton.jit
@@ -90,11 +136,11 @@ def load_lanes(base, begin, live, LANES: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def store_rows(base, index, stride, live, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write the ``live`` ones of ``rows`` (., BLOCK_D) as rows ``index`` of a matrix of HEAD_DIM columns."""
+def store_rows(rows, live, values, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write the ``live`` ones of ``values`` (., BLOCK_D) as rows at these addresses."""
     column = tl.arange(0, BLOCK_D)
-    pointers = base + index.to(tl.int64)[:, None] * stride + column[None, :]
-    tl.store(pointers, rows.to(base.dtype.element_ty), mask=live[:, None] & (column < HEAD_DIM)[None, :])
+    pointers = rows[:, None] + column[None, :]
+    tl.store(pointers, values.to(rows.dtype.element_ty), mask=live[:, None] & (column < HEAD_DIM)[None, :])
 
 
 @triton.jit
@@ -127,13 +173,17 @@ def first_above(array, low, high, value, span):
 
 
 @triton.jit
-def tile_rows(tile, tokens, group, BLOCK_M: tl.constexpr):
-    """A tile of query rows, the G heads of a token side by side: token and head of each row, whether it exists, and the
-    first and last token of the tile.  Rows past the end repeat the last token."""
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    start = tile * BLOCK_M // group
-    end = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // group, tokens - 1)
-    return tl.minimum(row // group, tokens - 1), row % group, row < tokens * group, start, end
+def query_tile(heads, tokens, group, hidden, BLOCK_M: tl.constexpr):
+    """The query rows of a program of grid (tiles, B * H), long tiles first, the G heads of a token side by side: batch,
+    KV head, query head and token of each row, whether it exists, and the first and last token.  Rows past the end
+    repeat the last token.  ``hidden``: see ``hidden_zero``."""
+    place = tl.program_id(1) + hidden
+    batch, head = (place // heads).to(tl.int64), (place % heads).to(tl.int64)
+    begin = (tl.num_programs(0) - 1 - tl.program_id(0) + hidden) * BLOCK_M
+    row = begin + tl.arange(0, BLOCK_M)
+    token = tl.minimum(row // group, tokens - 1)
+    start, end = begin // group, tl.minimum((begin + BLOCK_M - 1) // group, tokens - 1)
+    return batch, head, head * group + row % group, token.to(tl.int64), row < tokens * group, start, end
 
 
 @triton.jit
@@ -150,7 +200,7 @@ def band_range(BAND, token, start, end, offset, BLOCK_N: tl.constexpr):
     """What a tile reads of the band, as ``list_range`` says it; entries are key numbers."""
     origin, limit = tl.load(BAND + start), end + offset + 1
     whole, rest, number = cut(origin, tl.load(BAND + end), start + offset + 1, limit, BLOCK_N)
-    return tl.load(BAND + token), token + offset + 1, origin, limit, whole, rest, number
+    return tl.load(BAND + token), token.to(tl.int32) + offset + 1, origin, limit, whole, rest, number
 
 
 @triton.jit

@@ -26,10 +26,13 @@ from dms_kernels.gpu.common import (
     list_range,
     load_lanes,
     load_rows,
+    products,
+    query_tile,
+    rows_at,
     shipped,
     store_rows,
     target_of,
-    tile_rows,
+    with_whole_rows,
 )
 from dms_kernels.plan import Plan
 
@@ -39,7 +42,8 @@ SIZES = ["offset", "tokens", "capacity", "heads", "group"]
 
 @triton.jit
 def _read(
-    acc, peak, total, q, K, V, BIAS, KEPT, stride_ks, stride_vs, factor, low, high, origin, limit, whole, rest, number,
+    acc, peak, total, q, q_rows, q_live, K, V, BIAS, KEPT, stride_ks, stride_vs, factor,
+    low, high, origin, limit, whole, rest, number,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the blocks of one range, either all that need a mask or all that do not."""
@@ -49,8 +53,9 @@ def _read(
         first, stop = whole, rest
     for step in range(first, stop):
         begin, entry, key, live = block_keys(KEPT, step, origin, limit, whole, rest, BLOCK_N, MASKED)
-        k = load_rows(K, key, stride_ks, live, HEAD_DIM, BLOCK_D, MASKED)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * factor  # (BLOCK_M, BLOCK_N), base 2
+        k_rows = rows_at(K, key, stride_ks)
+        k = load_rows(k_rows, live, HEAD_DIM, BLOCK_D, MASKED)
+        logits = products(q, k, q_rows, k_rows, q_live, live, HEAD_DIM, BLOCK_D) * factor  # (BLOCK_M, BLOCK_N), base 2
         if BIAS is not None:
             logits += load_lanes(BIAS, begin, live, BLOCK_N, MASKED)[None, :]
         if MASKED:
@@ -60,7 +65,7 @@ def _read(
         weights = tl.exp2(logits - top[:, None])
         fade = tl.exp2(peak - top)
         total = total * fade + tl.sum(weights, 1)
-        v = load_rows(V, key, stride_vs, live, HEAD_DIM, BLOCK_D, MASKED)
+        v = load_rows(rows_at(V, key, stride_vs), live, HEAD_DIM, BLOCK_D, MASKED)
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         peak = top
     return acc, peak, total
@@ -73,14 +78,11 @@ def _forward_kernel(
     stride_ob, stride_oh, stride_ot, offset, tokens, capacity, heads, group,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, B * H), long tiles first."""
-    place = tl.program_id(1)
-    batch, head = (place // heads).to(tl.int64), (place % heads).to(tl.int64)
-    place = place.to(tl.int64)
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    token, member, live, start, end = tile_rows(tile, tokens, group, BLOCK_M)
-    t, h = token.to(tl.int64), head * group + member
-    q = load_rows(Q + batch * stride_qb, h * stride_qh + t * stride_qt, 1, live, HEAD_DIM, BLOCK_D, True)
+    """Grid (tiles, B * H); see ``query_tile``."""
+    batch, head, h, t, live, start, end = query_tile(heads, tokens, group, 0, BLOCK_M)
+    place = batch * heads + head
+    q_rows = Q + batch * stride_qb + h * stride_qh + t * stride_qt
+    q = load_rows(q_rows, live, HEAD_DIM, BLOCK_D, True)
     K += batch * stride_kb + head * stride_kh
     V += batch * stride_vb + head * stride_vh
     KEPT += place * capacity
@@ -91,25 +93,22 @@ def _forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     factor = scale * LOG2E
     low, high, origin, limit, whole, rest, number = list_range(
-        FIRST + place * tokens, LAST + place * tokens, token, start, end, BLOCK_N
+        FIRST + place * tokens, LAST + place * tokens, t, start, end, BLOCK_N
     )
     for turn in tl.static_range(2):
         acc, peak, total = _read(
-            acc, peak, total, q, K, V, BIAS, KEPT, stride_ks, stride_vs, factor, low, high, origin, limit,
+            acc, peak, total, q, q_rows, live, K, V, BIAS, KEPT, stride_ks, stride_vs, factor, low, high, origin, limit,
             whole, rest, number, HEAD_DIM, BLOCK_D, BLOCK_N, turn == 0,
         )  # fmt: skip
-    low, high, origin, limit, whole, rest, number = band_range(
-        BAND + batch * tokens, token, start, end, offset, BLOCK_N
-    )
+    low, high, origin, limit, whole, rest, number = band_range(BAND + batch * tokens, t, start, end, offset, BLOCK_N)
     for turn in tl.static_range(2):
         acc, peak, total = _read(
-            acc, peak, total, q, K, V, None, None, stride_ks, stride_vs, factor, low, high, origin, limit,
+            acc, peak, total, q, q_rows, live, K, V, None, None, stride_ks, stride_vs, factor, low, high, origin, limit,
             whole, rest, number, HEAD_DIM, BLOCK_D, BLOCK_N, turn == 0,
         )  # fmt: skip
     out = acc / total[:, None]
-    token, member, live, start, end = tile_rows(tile + hidden_zero(origin), tokens, group, BLOCK_M)
-    t, h = token.to(tl.int64), head * group + member
-    store_rows(OUT + batch * stride_ob, h * stride_oh + t * stride_ot, 1, live, out, HEAD_DIM, BLOCK_D)
+    batch, head, h, t, live, start, end = query_tile(heads, tokens, group, hidden_zero(origin), BLOCK_M)
+    store_rows(OUT + batch * stride_ob + h * stride_oh + t * stride_ot, live, out, HEAD_DIM, BLOCK_D)
     row = (batch * heads * group + h) * tokens + t  # of (B, Hq, T)
     tl.store(LSE + row, (peak + tl.log2(total)) * LN2, mask=live)
 
@@ -119,9 +118,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``plan``, and the natural logarithm of its normaliser.
 
-    q (B, Hq, T, D); k, v (B, H, S, D); log_keep (B, H, S) is the bias of kept-list keys, None for no bias.  Any strides
-    but a last one of 1.  Returns out (B, Hq, T, D) in q's dtype and lse (B, Hq, T) fp32.
+    q (B, Hq, T, D); k, v (B, H, S, D); log_keep (B, H, S) is the bias of kept-list keys, None for no bias.  Rows
+    that are not contiguous are copied.  Returns out (B, Hq, T, D) in q's dtype and lse (B, Hq, T) fp32.
     """
+    q, k, v = map(with_whole_rows, (q, k, v))
     batch, query_heads, tokens, head_dim = q.shape
     heads, group = k.shape[1], query_heads // k.shape[1]
     out = torch.empty_like(q)
