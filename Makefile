@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 test: lint
-	$(BIN)/pytest -q -m "not gpu"
+	$(BIN)/pytest -q -n auto -m "not gpu"
 
 lint: setup
 	$(BIN)/ruff check .
