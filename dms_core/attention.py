@@ -36,19 +36,25 @@ def dms_attention(module, query, key, value, attention_mask, scaling=None, **kwa
     dms = module.__dict__.get("dms")
     if dms is None or dms.step is None:
         raise ValueError("attention implementation 'dms' needs dms_core.attach(model, config) first")
-    if unknown := [name for name in ("softcap", "s_aux", "sliding_window") if kwargs.get(name) is not None]:
+    if unknown := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
         raise ValueError(f"attention with {unknown}: must be plain causal softmax attention")
     step, layer, config = dms.step, module.layer_idx, dms.config
+    sliding = dms.sliding[layer]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     z = step.logits.get(layer)
     if z is not None and config.gate == "neuron":
         query = dms.silence_neuron(query, key.shape[1])
     if step.cache is not None:
-        evict = torch.zeros(key.shape[:3], dtype=torch.bool, device=key.device) if z is None else hard_decisions(z)
+        evict = (
+            hard_decisions(z) if z is not None else torch.full_like(key[..., 0], sliding is not None, dtype=torch.bool)
+        )
         out = step.cache.layers[layer].attend(query, key, value, evict, step.valid, scale)
     else:
-        log_keep = _log_keep(step, layer, z, config, key)
-        out = train_attention(query, key, value, log_keep, config.window, step.segment_ids, scale)
+        if sliding is None:
+            log_keep, window = _log_keep(step, layer, z, config, key), config.window
+        else:  # a sliding window is one that everything leaves marked
+            log_keep, window = torch.full_like(key[..., 0], float("-inf")), sliding - 1
+        out = train_attention(query, key, value, log_keep, window, step.segment_ids, scale)
     return out.transpose(1, 2), None
 
 

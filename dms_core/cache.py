@@ -5,6 +5,9 @@ the window, their slot and what their gate said.  When a token leaves the window
 slot; otherwise the row grows by one.  Keys are cached after RoPE, so order inside a row does not matter.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -189,22 +192,27 @@ class DMSCache(Cache):
     Gates off (``dms.disabled()``), it is a dense cache with the same counters.
     """
 
-    def __init__(self, config: DMSConfig, layers: int, page: int = 16) -> None:
+    def __init__(self, config: DMSConfig, layers: int, page: int = 16, sliding: Sequence[int | None] = ()) -> None:
+        """``sliding``: per layer the tokens of its sliding window, or None; such a layer holds just these."""
         if layers < 1 or page < 1:
             raise ValueError(f"layers {layers}, page {page}: both must be >= 1")
-        super().__init__(layers=[DMSLayer(config, page) for _ in range(layers)])
-        self.config = config
+        sliding = list(sliding) or [None] * layers
+        if len(sliding) != layers:
+            raise ValueError(f"sliding windows of {len(sliding)} layers: must be {layers}")
+        configs = [config if n is None else replace(config, window=n - 1, eviction="delayed") for n in sliding]
+        super().__init__(layers=[DMSLayer(each, page) for each in configs])
+        self.config, self.sliding = config, sliding
 
     @classmethod
     def for_model(cls, model, page: int = 16) -> "DMSCache":
         """An empty cache for a model that ``attach`` has prepared."""
         if getattr(model, "dms", None) is None:
             raise ValueError(f"{type(model).__name__} has no DMS gates: call dms_core.attach(model, config) first")
-        return cls(model.dms.config, model.dms.layers, page)
+        return cls(model.dms.config, model.dms.layers, page, model.dms.sliding)
 
     def empty_like(self, batch: int) -> "DMSCache":
         """An empty cache of ``batch`` rows with this one's settings, heads, dtype and device."""
-        other = DMSCache(self.config, len(self.layers), self.layers[0].page)
+        other = DMSCache(self.config, len(self.layers), self.layers[0].page, self.sliding)
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             theirs.lazy_initialization(mine.rows.keys.new_empty(batch, mine.heads, 0, mine.rows.keys.shape[-1]))
         return other

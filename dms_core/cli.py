@@ -53,6 +53,13 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--cr", type=float, default=8.0, help="compression ratio of the checkpoint")
     command.add_argument("--checkpoint", type=Path, help="a retrofitted model (default: runs/tiny, else data/reasoner)")
 
+    command = add("plan", run_plan, "what decoding a model costs, by the roofline model of the paper's appendix I")
+    command.add_argument("--model", required=True, help="a built-in name such as llama-3.1-8b, a directory or a hub id")
+    command.add_argument("--batch", type=int, default=1, help="sequences decoded together")
+    command.add_argument("--context", type=int, default=8192, help="tokens of each")
+    command.add_argument("--cr", type=float, default=1.0, help="compression ratio of the cache")
+    command.add_argument("--device", default="h100", help="a100, h100 (default) or h200")
+
     command = add("bench", run_bench, "time an operation of dms_kernels against what one would use otherwise")
     command.add_argument("kind", metavar="KIND", help="prefill, train, decode or cache")
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
@@ -78,6 +85,9 @@ JSON on standard output:
                            points, 95 % bootstrap intervals over problems, reads and peak in tokens per KV head
   dms cache-report --json  {"cr", "tokens", "window", "bytes_dense", "bytes_held", "bytes_window",
                            "ratio_excluding_window", "live_per_layer_head"}
+  dms plan --json          {"model", "batch", "context", "cr", "device", "parameters", "weight_bytes", "kv_bytes",
+                           "kv_bytes_per_token", "flops", "read_bytes", "latency_s", "tokens_per_s",
+                           "kv_latency_share", "largest_batch", "retrofit_h100_hours"}
   dms bench --json         {"device", "environment", "cases": [{"name", "kind", "shape", "rounds", "ours_ms",
                            "baseline_ms": {name: ms}, "ratio": {name: baseline over ours}, "quartiles_ms": {"ours":
                            [low, high], name: ...}, "gbps", "copy_gbps", "flops", "peak_bytes": {"ours", name: ...},
@@ -142,6 +152,15 @@ def draw_curves(summary: dict, file: Path) -> None:
     for axis, ax in zip(("reads", "peak"), axes, strict=True):
         report.plot_curves(summary, axis, ax)
     fig.savefig(file, dpi=120)
+
+
+def run_plan(args) -> dict:
+    from dms_core.planner import lines, plan
+
+    result = plan(args.model, args.batch, args.context, args.cr, args.device)
+    if not args.json:
+        print("\n".join(lines(result)))
+    return result
 
 
 def run_cache_report(args) -> dict:

@@ -39,6 +39,7 @@ class Hardware:
 
     flops: float  # operations per second
     bandwidth: float  # bytes per second
+    memory: float  # bytes
 
 
 ARCHITECTURES = {
@@ -47,9 +48,16 @@ ARCHITECTURES = {
     "qwen-r1-1.5b": Architecture(28, 1536, 8960, 256, 151936),
     "qwen-r1-7b": Architecture(28, 3584, 18944, 512, 152064),
     "qwen-r1-32b": Architecture(64, 5120, 27648, 1024, 152064),
+    "qwen2.5-7b": Architecture(28, 3584, 18944, 512, 152064),
     "qwen3-8b": Architecture(36, 4096, 12288, 1024, 151936),
 }
-H100 = Hardware(flops=989.5e12, bandwidth=3.35e12)  # bf16 without sparsity, SXM5: the paper's figures
+# Dense bf16 rates of the SXM boards, by their data sheets; H100 as the paper has it.
+H100 = Hardware(flops=989.5e12, bandwidth=3.35e12, memory=80e9)
+DEVICES = {
+    "a100": Hardware(flops=312e12, bandwidth=2.039e12, memory=80e9),
+    "h100": H100,
+    "h200": Hardware(flops=989.5e12, bandwidth=4.8e12, memory=141e9),
+}
 
 
 def flops(arch: Architecture, batch: int, items: float) -> float:

@@ -7,6 +7,7 @@ train mode; with a DMSCache it frees memory; inside ``model.dms.disabled()`` it 
 
 import contextlib
 import inspect
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class DMS:
         decoder = model.get_decoder()
         self.attentions = [layer.self_attn for layer in decoder.layers]
         self.layers = len(self.attentions)
+        self.sliding = [_sliding_window(attention, model) for attention in self.attentions]  # tokens, None: full
         text = model.config.get_text_config()
         self.heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         self.head_dim = getattr(self.attentions[0], "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -47,6 +49,8 @@ class DMS:
     def _attach_layer(self, index: int, layer: nn.Module, text) -> None:
         attention = layer.self_attn
         attention.__dict__["dms"] = self
+        if self.sliding[index] is not None:
+            return
         if self.config.gate == "adapter":
             weight = next(attention.parameters())
             gate = AdapterGate(text.hidden_size, self.heads, getattr(text, "rms_norm_eps", 1e-6))
@@ -63,11 +67,14 @@ class DMS:
                 if not self.enabled:
                     return output
                 q = output.unflatten(-1, (-1, self.head_dim)) if output.ndim == 3 else output  # (B, T, Hq, D)
+                if heads_first:
+                    q = q.transpose(1, 2)
                 x, q = read_neuron(q, self.heads, self.config.neuron, self.neuron_factor)
                 self._put(index, lambda: x)
-                return q.view_as(output)
+                return q.transpose(1, 2) if heads_first else q.view_as(output)
 
             source = getattr(attention, "q_norm", None) or attention.q_proj
+            heads_first = source is not attention.q_proj and text.model_type.startswith("gemma3")  # (B, Hq, T, D)
             self.hooks.append(source.register_forward_hook(take_neuron))
 
     def _put(self, index: int, gate) -> None:
@@ -146,6 +153,8 @@ def _segments(valid: Tensor, position_ids: Tensor | None, padded: bool) -> Tenso
 def attach(model: PreTrainedModel, config: DMSConfig) -> PreTrainedModel:
     """Put gates on ``model`` in place and return it; ``model.dms`` is their handle.
 
+    Layers with a sliding window keep it: gates go on the layers with full attention, and a warning names the others.
+
     Raises ValueError if the model already has gates, or its attention cannot be intercepted.
     """
     if getattr(model, "dms", None) is not None:
@@ -155,8 +164,7 @@ def attach(model: PreTrainedModel, config: DMSConfig) -> PreTrainedModel:
         raise ValueError(f"{type(model).__name__}: no decoder layers with self_attn: cannot intercept its attention")
     if not getattr(model, "_supports_attention_backend", False) or NAME not in AttentionInterface._global_mapping:
         raise ValueError(f"{type(model).__name__} does not use transformers' attention interface: cannot intercept it")
-    if sliding := {size for layer in decoder.layers if (size := _sliding_window(layer.self_attn, model))}:
-        raise ValueError(f"sliding-window attention of {sorted(sliding)} tokens: must be full attention (None)")
+    _check_attention(decoder, model)
     before = model.config._attn_implementation
     model.dms = DMS(model, config)
     model.dms.attention_before = before
@@ -164,10 +172,25 @@ def attach(model: PreTrainedModel, config: DMSConfig) -> PreTrainedModel:
     return model
 
 
+def _check_attention(decoder: nn.Module, model: PreTrainedModel) -> None:
+    """Raises ValueError for what is not softmax attention over a cache of keys and values per head."""
+    name, text = type(model).__name__, model.config.get_text_config()
+    if getattr(text, "kv_lora_rank", None):
+        raise ValueError(f"{name}: multi-head latent attention has no keys and values per head; not supported")
+    if cap := getattr(text, "attn_logit_softcapping", None):
+        raise ValueError(f"{name}: attn_logit_softcapping {cap}: must be None, scores are not capped here")
+    sliding = [_sliding_window(layer.self_attn, model) for layer in decoder.layers]
+    if None not in sliding:
+        raise ValueError(f"{name}: sliding-window attention of {sorted(set(sliding))} tokens in all layers: DMS needs "
+                         "layers with full attention (None)")  # fmt: skip
+    if slide := [index for index, size in enumerate(sliding) if size is not None]:
+        warnings.warn(f"{name}: layers {slide} keep their sliding window; DMS is on the other layers", stacklevel=3)
+
+
 def _sliding_window(attention: nn.Module, model: PreTrainedModel) -> int | None:
     """A layer's sliding window; models differ in whether the layer or only the configuration knows it."""
     of_config = getattr(model.config.get_text_config(), "sliding_window", None)
-    return getattr(attention, "sliding_window", of_config)
+    return getattr(attention, "sliding_window", of_config) or None
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:

@@ -341,7 +341,7 @@ def small_mistral(window):
         (lambda m: detach(detach(m)), "no DMS gates"),
         (lambda m: DMSCache.for_model(detach(m)), "LlamaForCausalLM has no DMS gates"),
         (lambda m: attach(small_gpt2(), DMSConfig()), "GPT2LMHeadModel.*cannot intercept"),
-        (lambda m: attach(small_mistral(64), DMSConfig()), r"\[64\] tokens: must be full attention"),
+        (lambda m: attach(small_mistral(64), DMSConfig()), r"\[64\] tokens in all layers: DMS needs"),
         (lambda m: m(random_ids(1, 3), attention_mask=torch.zeros(1, 1, 3, 3)), "attention_mask of 4 dimensions"),
         (lambda m: m(random_ids(1, 3), attention_mask={"full_attention": None}), "attention_mask of type dict"),
         (lambda m: m(random_ids(1, 3), past_key_values=DMSCache(DMSConfig(window=7), 2)), "window=7.*window=3"),

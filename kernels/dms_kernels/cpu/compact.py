@@ -6,17 +6,18 @@ The parts are merged by log-sum-exp.  Backward: torch's kernel on the band, give
 probabilities on the kept list, where the bias has a gradient, too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dms_kernels.cpu.pool import run
 from dms_kernels.plan import Plan
 
 BAND_BLOCK = 128  # queries that share a block of band keys
-LIST_BLOCK = 256  # queries that read the kept list together
+LIST_BLOCK = 1024  # queries that read the kept list together
 LIST_CHUNK = 256  # entries of the kept list whose scores are held at once in the backward pass
 SLAB = 1 << 21  # largest band mask, in entries
 
@@ -31,13 +32,23 @@ def forward(
     group = q.shape[1] // k.shape[1]
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
-    for b in range(q.shape[0]):
-        band = _Band(plan, b, k.shape[2])
-        for h in range(k.shape[1]):
-            heads = slice(h * group, (h + 1) * group)
-            _band_forward(band, q[b, heads], k[b, h], v[b, h], out[b, heads], lse[b, heads], scale)
-            kept = _gather(plan, b, h, k, v, log_keep)
-            _list_forward(kept, q[b, heads], out[b, heads], lse[b, heads], scale)
+    bands = [_Band(plan, b, k.shape[2]) for b in range(q.shape[0])]
+    rows = [(b, h) for b in range(q.shape[0]) for h in range(k.shape[1])]
+
+    def prepare(b: int, h: int) -> tuple:
+        return bands[b].keys(k[b, h], 1), bands[b].keys(v[b, h], 1), _gather(plan, b, h, k, v, log_keep)
+
+    ready = dict(zip(rows, run(prepare, rows), strict=True))
+
+    def attend(b: int, h: int, block: tuple) -> None:
+        keys, values, kept = ready[b, h]
+        queries, *seen = block
+        at = b, slice(h * group, (h + 1) * group), queries
+        out[at], lse[at] = bands[b].attend(q[at], keys, values, queries, scale)
+        _list_forward(kept, q[at], out[at], lse[at], queries, seen, scale)
+
+    pieces = [(b, h, block) for b, h in rows for block in ready[b, h][2].blocks]
+    run(attend, sorted(pieces, key=lambda piece: -piece[2][-1]))  # the longest first
     return out, lse
 
 
@@ -81,34 +92,41 @@ class _Band:
         self.before = max(self.width - plan.offset, 0)  # zeros put before the first key
         self.skip = max(plan.offset - self.width, 0)  # keys that no band reaches
         self.after = self.blocks * BAND_BLOCK - self.queries
-        self.first_key, self.offset = plan.band[b], plan.offset
+        self.offset = plan.offset
+        self.first = F.pad(plan.band[b].long(), (0, self.after), value=self.queries + self.offset).view(-1, BAND_BLOCK)
+        self.query, self.key = torch.arange(BAND_BLOCK), torch.arange(self.span)
+        self.causal = self.key > self.query[:, None] + self.width
+        self.inner = self.causal | (self.key < self.query[:, None])
 
-    def slabs(self) -> Iterator[tuple[slice, Tensor]]:
-        """Runs of blocks and their mask (blocks, 1, BAND_BLOCK, span)."""
+    def slabs(self, blocks: range) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of ``blocks`` and what their queries do not see, (blocks, 1, BAND_BLOCK, span), or (1, 1, ...)."""
         step = max(SLAB // (BAND_BLOCK * self.span), 1)
-        query, key = torch.arange(BAND_BLOCK)[:, None], torch.arange(self.span)
-        causal = key > query + self.width
-        first = F.pad(self.first_key.long(), (0, self.after), value=self.queries + self.offset)
-        for start in range(0, self.blocks, step):
-            number = torch.arange(start, min(start + step, self.blocks))
-            earliest = first.view(-1, BAND_BLOCK)[number] - (number * BAND_BLOCK + self.offset - self.width)[:, None]
-            hidden = causal | (key < earliest[..., None])  # (blocks, BAND_BLOCK, span)
+        for start in range(blocks.start, blocks.stop, step):
+            number = torch.arange(start, min(start + step, blocks.stop))
+            earliest = self.first[number] - (number * BAND_BLOCK + self.offset - self.width)[:, None]
+            if (earliest == self.query).all():  # no document, padding or edge within reach
+                hidden = self.inner[None]
+            else:
+                hidden = self.causal | (self.key < earliest[..., None])  # (blocks, BAND_BLOCK, span)
             yield slice(start, start + len(number)), hidden[:, None]
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, queries: slice, scale: float) -> tuple[Tensor, Tensor]:
+        """Out (G, t, D) and lse (G, t) of the ``queries`` q (G, t, D), which begin with a block."""
+        first, count = queries.start // BAND_BLOCK, -(-q.shape[1] // BAND_BLOCK)
+        rows = _blocked(q, count)
+        parts = []
+        for blocks, hidden in self.slabs(range(first, first + count)):
+            mine = rows[blocks.start - first : blocks.stop - first].flatten(1, 2)[:, None]  # (blocks, 1, G * t, D)
+            mask = _additive(hidden, q).repeat(1, 1, len(q), 1)
+            parts.append(_flash(mine, keys[blocks], values[blocks], 0.0, False, attn_mask=mask, scale=scale))
+        outs = (torch.cat(x).squeeze(1).unflatten(1, rows.shape[1:3]) for x in zip(*parts, strict=True))
+        return tuple(_unblocked(x, q.shape[1]) for x in outs)
 
     def keys(self, x: Tensor, group: int) -> Tensor:
         """(S, D) to overlapping blocks (blocks, G, span, D), a view of a padded copy."""
         x = F.pad(x[self.skip :], (0, 0, self.before, self.after)).contiguous()
         step, row = BAND_BLOCK * x.shape[1], x.shape[1]
         return x.as_strided((self.blocks, group, self.span, row), (step, 0, row, 1))
-
-    def rows(self, x: Tensor) -> Tensor:
-        """(G, T, ...) to (blocks, G, BAND_BLOCK, ...), padded with zeros."""
-        pad = (0, 0) * (x.ndim - 2) + (0, self.after)
-        return (F.pad(x, pad) if self.after else x).unflatten(1, (self.blocks, BAND_BLOCK)).transpose(0, 1)
-
-    def unrow(self, x: Tensor) -> Tensor:
-        """The inverse of ``rows``."""
-        return x.transpose(0, 1).flatten(1, 2)[:, : self.queries]
 
     def unkeys(self, x: Tensor, keys: int) -> Tensor:
         """Gradients of overlapping blocks (blocks, span, D) added up to (S, D)."""
@@ -127,31 +145,31 @@ def _additive(hidden: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, floor)
 
 
-def _band_forward(band: _Band, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
-    """One (batch, KV head): q, out (G, T, D), k, v (S, D), lse (G, T)."""
-    rows, keys, values = band.rows(q), band.keys(k, len(q)), band.keys(v, len(q))
-    outs, lses = [], []
-    for blocks, hidden in band.slabs():
-        mask = _additive(hidden, q)
-        part, part_lse = _flash(rows[blocks], keys[blocks], values[blocks], 0.0, False, attn_mask=mask, scale=scale)
-        outs.append(part)
-        lses.append(part_lse)
-    out.copy_(band.unrow(torch.cat(outs)))
-    lse.copy_(band.unrow(torch.cat(lses)))
+def _blocked(x: Tensor, blocks: int) -> Tensor:
+    """(G, T, ...) to (blocks, G, BAND_BLOCK, ...), padded with zeros."""
+    if after := blocks * BAND_BLOCK - x.shape[1]:
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, after))
+    return x.unflatten(1, (blocks, BAND_BLOCK)).transpose(0, 1)
+
+
+def _unblocked(x: Tensor, tokens: int) -> Tensor:
+    """The inverse of ``_blocked``."""
+    return x.transpose(0, 1).flatten(1, 2)[:, :tokens]
 
 
 def _band_backward(band, grad, q, k, v, out, lse, scale) -> tuple[Tensor, Tensor, Tensor]:
     """(G, T, D), (S, D), (S, D): the part of the gradients that flows through the band."""
     keys, values = band.keys(k, len(q)), band.keys(v, len(q))
-    grad, rows, out, lse = (band.rows(x.contiguous()) for x in (grad, q, out, lse))
+    tokens = q.shape[1]
+    grad, rows, out, lse = (_blocked(x.contiguous(), band.blocks) for x in (grad, q, out, lse))
     parts = []
-    for blocks, hidden in band.slabs():
+    for blocks, hidden in band.slabs(range(band.blocks)):
         mask = _additive(hidden, q)
         at = [x[blocks] for x in (grad, rows, keys, values, out, lse)]
         d_q, d_k, d_v = _flash_backward(*at, 0.0, False, attn_mask=mask, scale=scale)
         parts.append((d_q, d_k.sum(1), d_v.sum(1)))
     d_q, d_k, d_v = (torch.cat(x) for x in zip(*parts, strict=True))
-    return band.unrow(d_q), band.unkeys(d_k, len(k)), band.unkeys(d_v, len(v))
+    return _unblocked(d_q, tokens), band.unkeys(d_k, len(k)), band.unkeys(d_v, len(v))
 
 
 # The kept list.
@@ -192,24 +210,25 @@ def _gather(plan: Plan, b: int, h: int, k: Tensor, v: Tensor, log_keep: Tensor |
     return _Kept(index, k[b, h].index_select(0, index), v[b, h].index_select(0, index), bias, first, last, blocks)
 
 
-def _list_forward(kept: _Kept, q: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
-    """Merge what the kept list gives into out (G, T, D) and lse (G, T)."""
-    for rows, lowest, seen_from, seen_to, highest in kept.blocks:
-        queries = q[None, :, rows]  # (1, G, t, D)
-        parts = []
-        if seen_to > seen_from:
-            k, v = kept.k[seen_from:seen_to], kept.v[seen_from:seen_to]
-            bias = None if kept.bias is None else kept.bias[None, None, None, seen_from:seen_to].to(q.dtype)
-            parts.append(_flash(queries.reshape(1, 1, -1, q.shape[-1]), k[None, None], v[None, None], 0.0, False,
-                                attn_mask=bias, scale=scale))  # fmt: skip
-        if (entry := _edges(lowest, seen_from, seen_to, highest)) is not None:
-            mask = _additive(kept.hidden(rows, entry), q)
-            if kept.bias is not None:
-                mask += kept.bias[entry].to(q.dtype)
-            k, v = (x[entry][None, None].expand(1, len(q), -1, -1) for x in (kept.k, kept.v))
-            parts.append(_flash(queries, k, v, 0.0, False, attn_mask=mask[None, None], scale=scale))
-        for more, more_lse in parts:
-            _merge(out[:, rows], lse[:, rows], more.view(len(q), -1, q.shape[-1]), more_lse.view(len(q), -1))
+def _list_forward(
+    kept: _Kept, q: Tensor, out: Tensor, lse: Tensor, rows: slice, seen: Sequence[int], scale: float
+) -> None:
+    """Merge what the kept list gives into out (G, t, D) and lse (G, t) of the queries ``rows``."""
+    lowest, seen_from, seen_to, highest = seen
+    parts = []
+    if seen_to > seen_from:
+        k, v = kept.k[seen_from:seen_to], kept.v[seen_from:seen_to]
+        bias = None if kept.bias is None else kept.bias[None, None, None, seen_from:seen_to].to(q.dtype)
+        parts.append(_flash(q.reshape(1, 1, -1, q.shape[-1]), k[None, None], v[None, None], 0.0, False, attn_mask=bias,
+                            scale=scale))  # fmt: skip
+    if (entry := _edges(lowest, seen_from, seen_to, highest)) is not None:
+        mask = _additive(kept.hidden(rows, entry), q)
+        if kept.bias is not None:
+            mask += kept.bias[entry].to(q.dtype)
+        k, v = (x[entry][None, None].expand(1, len(q), -1, -1) for x in (kept.k, kept.v))
+        parts.append(_flash(q[None], k, v, 0.0, False, attn_mask=mask[None, None], scale=scale))
+    for more, more_lse in parts:
+        _merge(out, lse, more.view(out.shape), more_lse.view(lse.shape))
 
 
 def _edges(lowest: int, seen_from: int, seen_to: int, highest: int) -> Tensor | None:

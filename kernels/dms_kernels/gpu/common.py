@@ -1,5 +1,6 @@
 """What the attention kernels share: jitted helpers, launch configurations, the description of cases to compile."""
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -31,29 +32,29 @@ class Launch(NamedTuple):
     stages: int
 
 
-# By kind and target, for head dims up to 64, 128 and 256: the largest tiles that compile without spilling registers.
+# By kind and target, for head dims up to 64, 96, 128 and 256: the largest tiles that compile without spills.
 _HALF = {
-    ("forward", 80): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 64, 8, 2)),
-    ("forward", 90): (Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(128, 64, 8, 2)),
-    ("forward", 100): (Launch(128, 64, 8, 3), Launch(128, 32, 8, 3), Launch(128, 32, 8, 2)),
-    ("dq", 80): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 64, 8, 2)),
-    ("dq", 90): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(128, 32, 8, 2)),
-    ("dq", 100): (Launch(128, 128, 8, 2), Launch(128, 64, 8, 3), Launch(128, 32, 8, 2)),
-    ("dkv", 80): (Launch(64, 128, 8, 2), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
-    ("dkv", 90): (Launch(64, 128, 8, 3), Launch(64, 128, 8, 3), Launch(64, 32, 8, 3)),
-    ("dkv", 100): (Launch(64, 128, 8, 3), Launch(64, 128, 8, 3), Launch(64, 64, 8, 1)),
+    ("forward", 80): [(128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)],
+    ("forward", 90): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 2)],
+    ("forward", 100): [(128, 64, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3), (128, 32, 8, 2)],
+    ("dq", 80): [(128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)],
+    ("dq", 90): [(128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)],
+    ("dq", 100): [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)],
+    ("dkv", 80): [(64, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)],
+    ("dkv", 90): [(64, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 3), (64, 32, 8, 3)],
+    ("dkv", 100): [(64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 1)],
 }
 _FULL = {  # fp32 runs without tensor cores
-    "forward": (Launch(64, 32, 8, 1), Launch(32, 32, 8, 1), Launch(64, 32, 8, 1)),
-    "dq": (Launch(32, 32, 8, 1), Launch(64, 32, 8, 1), Launch(64, 32, 8, 1)),
-    "dkv": (Launch(32, 32, 8, 1), Launch(16, 32, 8, 1), Launch(16, 16, 8, 1)),
+    "forward": [(64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (64, 32, 8, 1)],
+    "dq": [(32, 32, 8, 1), (64, 32, 16, 1), (64, 32, 16, 1), (64, 32, 8, 1)],
+    "dkv": [(32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)],
 }
 
 
 def config(kind: str, head_dim: int, dtype: torch.dtype, target: int) -> Launch:
     """Launch configuration of ``kind`` (forward, dq or dkv) on sm_``target`` (80, 90 or 100)."""
-    size = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
-    return _FULL[kind][size] if dtype == torch.float32 else _HALF[kind, target][size]
+    table = _FULL[kind] if dtype == torch.float32 else _HALF[kind, target]
+    return Launch(*table[bisect_left((64, 96, 128), head_dim)])
 
 
 def with_whole_rows(x: Tensor) -> Tensor:
