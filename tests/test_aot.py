@@ -1,5 +1,6 @@
 """Every kernel compiled for each target without a GPU: no spills, shared memory within the target's limit."""
 
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -12,6 +13,11 @@ from dms_kernels import aot
 if importlib.util.find_spec("triton") is None:  # not imported here: other tests want it interpreted
     pytest.skip("needs triton", allow_module_level=True)
 
+TUNED = "3.6."  # the release of triton with which launch configurations are chosen
+tuned = pytest.mark.skipif(
+    not importlib.metadata.version("triton").startswith(TUNED), reason=f"configurations are chosen with triton {TUNED}"
+)
+
 HEAVY = (  # the largest tiles of each module
     r"^(forward_bias|dq_bias|dkv_list_bias)_bf16_d256$|^append\.allocate rows1024 self0$"
     r"|^decode\.split (bf16 D256 page16 G32|fp32 D256 page64 G4|bf16 D64 page16 G32)$"
@@ -21,11 +27,12 @@ HEAVY = (  # the largest tiles of each module
 def check(cases: list[dict]) -> None:
     for case in cases:
         assert "error" not in case, case
-        assert case["spills"] == 0 and case["stack"] == 0, case
+        assert case["spills"] == 0, case
         assert 0 < case["registers"] <= 255 and case["shared"] <= case["limit"], case
         assert case["ok"], case
 
 
+@tuned
 def test_heaviest_kernels_compile_without_spills_and_within_shared_memory(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # must not reach the compiling processes
     cases = aot.report(only=HEAVY)
@@ -33,6 +40,7 @@ def test_heaviest_kernels_compile_without_spills_and_within_shared_memory(monkey
     check(cases)
 
 
+@tuned
 @pytest.mark.slow  # about 10 minutes on one core with an empty cache of triton's
 def test_every_shipped_configuration_compiles_without_spills_and_within_shared_memory():
     cases = aot.report()

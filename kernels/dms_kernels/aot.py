@@ -112,7 +112,9 @@ def _resources(cubin: bytes) -> dict:
         if found is None:
             raise RuntimeError(f"cuobjdump said nothing about registers:\n{usage}")
         registers, stack = map(int, found.groups())
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", _tool("nvdisasm", "-c", path)))
+        spills = 0  # without a stack there is nothing to spill to; disassembling takes as long as compiling
+        if stack:
+            spills = len(re.findall(r"\b(?:LDL|STL)\b", _tool("nvdisasm", "-c", path)))
     return {"registers": registers, "spills": spills, "stack": stack}
 
 
