@@ -1,18 +1,20 @@
 """Save and load retrofitted models: safetensors and JSON only.
 
-A directory holds ``dms.json`` (the settings and the shape of the model they belong to), for the adapter gate
+A directory of ours holds ``dms.json`` (the settings and the shape of the model they belong to), for the adapter gate
 ``dms_gates.safetensors``, and for a whole model the usual transformers files, loadable without DMS as well.
+Checkpoints of the authors' code load too: ``dms_core.interop`` knows their names.
 """
 
 import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dms_core import interop
 from dms_core.config import DMSConfig
+from dms_core.files import HUB_OPTIONS, local_directory, read_object, read_safetensors
 from dms_core.model import attach, detach
 
 SETTINGS, GATES = "dms.json", "dms_gates.safetensors"
@@ -53,67 +55,92 @@ def read_settings(directory: Path | str) -> dict:
     """dms.json of a checkpoint.  Raises ValueError where there is none or it cannot be read."""
     file = Path(directory) / SETTINGS
     try:
-        settings = json.loads(file.read_text())
+        settings = read_object(file)
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file; {directory} is not a DMS checkpoint") from None
-    except ValueError as error:  # JSON, or its encoding
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(settings, dict) or not {"dms", "model"} <= set(settings):
+    if not {"dms", "model"} <= set(settings):
         raise ValueError(f"{file}: must hold an object with 'dms' and 'model'")
     return settings
 
 
+def is_checkpoint(directory: Path | str) -> bool:
+    """Does a directory hold a retrofitted model, ours or the authors'?  False for a plain model."""
+    return (Path(directory) / SETTINGS).exists() or interop.is_foreign(directory)
+
+
 def load_gates(model: PreTrainedModel, directory: Path | str) -> PreTrainedModel:
-    """Attach the gates saved in ``directory`` to ``model``.  Raises ValueError if they belong to another model."""
-    settings = read_settings(directory)
-    if (shape := model_shape(model)) != settings["model"]:
-        raise ValueError(f"{directory} holds gates for {settings['model']}: this model is {shape}")
-    config = DMSConfig.from_dict(settings["dms"])
-    gates = read_safetensors(Path(directory) / GATES) if config.gate == "adapter" else {}
+    """Attach the gates saved in a directory or hub repository to ``model``.
+
+    Raises ValueError if they belong to another model, or are damaged; ``model`` is then as it was.
+    """
+    directory = local_directory(directory)
+    foreign = interop.is_foreign(directory)
+    if foreign:
+        config, shape = interop.read_foreign_settings(directory), interop.read_foreign_shape(directory)
+    else:
+        settings = read_settings(directory)
+        config, shape = DMSConfig.from_dict(settings["dms"]), settings["model"]
+    if (given := model_shape(model)) != shape:
+        raise ValueError(f"{directory} holds gates for {shape}: this model is {given}")
+    if foreign:
+        gates, place, spelling = interop.read_foreign_gates(directory), directory, interop.foreign_name
+    else:
+        place, spelling = directory / GATES, str
+        gates = read_safetensors(place) if config.gate == "adapter" else {}
     attach(model, config)
     try:
-        _check_gates(gates, model, Path(directory) / GATES)
+        _check_gates(gates, model, place, spelling)
     except ValueError:
         detach(model)
         raise
-    model.load_state_dict(gates, strict=False)
+    ours = [name for name in model.state_dict() if ".dms_gate." in name]
+    model.load_state_dict({name: gates[spelling(name)] for name in ours}, strict=False)
     return model
 
 
-def _check_gates(gates: dict[str, torch.Tensor], model: PreTrainedModel, file: Path) -> None:
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items() if ".dms_gate." in name}
+def _check_gates(gates: dict[str, torch.Tensor], model: PreTrainedModel, place: Path, spelling) -> None:
+    """``spelling`` turns our name of a parameter into the one it has in ``place``."""
+    expected = {spelling(name): tuple(p.shape) for name, p in model.state_dict().items() if ".dms_gate." in name}
     if set(gates) != set(expected):
-        raise ValueError(f"{file}: tensors {sorted(set(gates) ^ set(expected))[:4]} missing or unknown")
+        raise ValueError(f"{place}: tensors {sorted(set(gates) ^ set(expected))[:4]} missing or unknown")
     for name, tensor in gates.items():
         if tuple(tensor.shape) != expected[name]:
-            raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, must be {expected[name]}")
+            raise ValueError(f"{place}: {name} has shape {tuple(tensor.shape)}, must be {expected[name]}")
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{file}: {name} has NaN or infinite values")
+            raise ValueError(f"{place}: {name} has NaN or infinite values")
 
 
-def load_model(directory: Path | str, **from_pretrained) -> PreTrainedModel:
-    """A retrofitted model in eval mode, gates attached."""
-    read_settings(directory)
-    return load_gates(load_base(directory, **from_pretrained), directory).eval()
+def load_model(name: Path | str, **from_pretrained) -> PreTrainedModel:
+    """A retrofitted model in eval mode, gates attached, from a directory or the hub.
+
+    Ours, or one of the authors' (nvidia/Qwen3-8B-DMS-8x, Model-Optimizer's student models), told apart by the keys
+    of config.json; of the latter no code is executed, whatever ``trust_remote_code`` says.
+    """
+    hub = {key: from_pretrained.pop(key) for key in HUB_OPTIONS if key in from_pretrained}
+    directory = local_directory(name, **hub)
+    if interop.is_foreign(directory):
+        interop.read_foreign_settings(directory)
+        if not any(directory.glob("model*.safetensors")):
+            raise ValueError(f"{directory}: no model*.safetensors; if it holds adapters alone, use "
+                             "load_gates(load_base(NAME OF THE BASE MODEL), directory)")  # fmt: skip
+        model = load_base(directory, **{**from_pretrained, "trust_remote_code": False})
+        interop.forget_foreign_keys(model)
+    else:
+        read_settings(directory)
+        model = load_base(directory, **from_pretrained)
+    return load_gates(model, directory).eval()
 
 
 def load_base(name: Path | str, **from_pretrained) -> PreTrainedModel:
     """A transformers model from a directory or the hub, safetensors only, no remote code unless asked for."""
     for file in sorted(Path(name).glob("model*.safetensors")) if Path(name).is_dir() else []:
         read_safetensors(file)
-    model, report = AutoModelForCausalLM.from_pretrained(
-        name, use_safetensors=True, output_loading_info=True, **from_pretrained
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True, **from_pretrained
+        )
+    except OSError as error:  # a file, or one of its shards, is not there
+        raise ValueError(f"{name}: {str(error).splitlines()[0]}") from None
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{name}: {len(missing)} weights are missing, such as {missing[:3]}; all must be there")
     return model.eval()
-
-
-def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file.  Raises ValueError that names a missing, truncated or damaged one."""
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: truncated or damaged ({error})") from None
