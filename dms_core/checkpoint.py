@@ -83,7 +83,7 @@ def load_gates(model: PreTrainedModel, directory: Path | str) -> PreTrainedModel
     if (given := model_shape(model)) != shape:
         raise ValueError(f"{directory} holds gates for {shape}: this model is {given}")
     if foreign:
-        gates, place, spelling = interop.read_foreign_gates(directory), directory, interop.foreign_name
+        (gates, place), spelling = interop.read_foreign_gates(directory), interop.foreign_name
     else:
         place, spelling = directory / GATES, str
         gates = read_safetensors(place) if config.gate == "adapter" else {}
@@ -114,7 +114,8 @@ def load_model(name: Path | str, **from_pretrained) -> PreTrainedModel:
     """A retrofitted model in eval mode, gates attached, from a directory or the hub.
 
     Ours, or one of the authors' (nvidia/Qwen3-8B-DMS-8x, Model-Optimizer's student models), told apart by the keys
-    of config.json; of the latter no code is executed, whatever ``trust_remote_code`` says.
+    of config.json; of the latter no code is executed, whatever ``trust_remote_code`` says.  While their base loads,
+    transformers reports the adapters' tensors as unexpected: they are read after it.
     """
     hub = {key: from_pretrained.pop(key) for key in HUB_OPTIONS if key in from_pretrained}
     directory = local_directory(name, **hub)

@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+from dms_core.cli_eval import HELP as EVAL_HELP
+from dms_core.cli_eval import add_eval_arguments, run_eval
 from dms_core.cli_kernels import run_bench, run_kernels
 from dms_core.curves import summarise
 from dms_core.profiles import PROFILES, get_profile
@@ -60,6 +62,8 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--cr", type=float, default=1.0, help="compression ratio of the cache")
     command.add_argument("--device", default="h100", help="a100, h100 (default) or h200")
 
+    add_eval_arguments(add("eval", run_eval, "run tasks of lm-evaluation-harness on a retrofitted model"))
+
     command = add("bench", run_bench, "time an operation of dms_kernels against what one would use otherwise")
     command.add_argument("kind", metavar="KIND", help="prefill, train, decode or cache")
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
@@ -76,7 +80,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-JSON_HELP = """\
+JSON_HELP = (
+    """\
 JSON on standard output:
   dms reproduce --json     {"seconds", "retrofit": {"steps", "seconds", "cr_target", "cr_measured", "cr_live"}, "book"}
   dms curves --json        {"points": [{"method", "cr", "L", "W", "problems", "accuracy", "low", "high", "reads",
@@ -99,6 +104,8 @@ JSON on standard output:
   dms kernels --aot --json {"triton", "cases": [{"kernel", "target", "registers", "spills", "shared", "limit", "stack",
                            "ok"}]}, shared, its limit and stack in bytes; status 1 if a case is not ok
 """
+    + EVAL_HELP
+)
 
 
 def run_reproduce(args) -> dict:

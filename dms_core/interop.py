@@ -107,19 +107,20 @@ def foreign_name(name: str) -> str:
     return name.replace(".dms_gate.norm.", f".{MARK}_norm.").replace(".dms_gate.proj.", f".{MARK}.")
 
 
-def read_foreign_gates(directory: Path | str) -> dict[str, torch.Tensor]:
-    """The adapters' tensors by their own names, from all safetensors files of a directory.
+def read_foreign_gates(directory: Path | str) -> tuple[dict[str, torch.Tensor], Path]:
+    """The adapters' tensors by their own names, and the file that holds them (the directory if several or none do).
 
     ``dms_proj_alpha.bias``, which a model with ``attention_bias`` has, must be zero: our gate has none.
     """
-    gates = {}
+    gates, files = {}, []
     for file in sorted(Path(directory).glob("*.safetensors")):
-        for name, tensor in read_safetensors(file, part=MARK).items():
-            if not name.endswith(f"{MARK}.bias"):
-                gates[name] = tensor
-            elif tensor.any():
+        found = read_safetensors(file, part=MARK)
+        for name in [name for name in found if name.endswith(f"{MARK}.bias")]:
+            if found.pop(name).any():
                 raise ValueError(f"{file}: {name} is not zero: a bias of the gate is not supported, it must be zero")
-    return gates
+        gates |= found
+        files += [file] if found else []
+    return gates, files[0] if len(files) == 1 else Path(directory)
 
 
 def forget_foreign_keys(model: PreTrainedModel) -> None:
