@@ -21,43 +21,24 @@ from dms_core.tasks.reasoner import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 CR8 = ROOT / "data" / "reasoner" / "dms-cr8"
-PROBLEMS = [make_problem("test", 0, index, (5, 7)) for index in range(4)]
-CHOICE = """\
-task: program_answer
-output_type: multiple_choice
-doc_to_text: "{{prompt}}{{half}}"
-doc_to_choice: ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}]
-"""
-GENERATE = """\
-task: program_trace
-output_type: generate_until
-doc_to_text: "{{prompt}}"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["<eos>"], do_sample: false, max_gen_toks: 200}
-filter_list: [{name: answer, filter: [{function: regex, regex_pattern: "#(\\\\d)"}, {function: take_first}]}]
-metric_list: [{metric: exact_match}]
-"""
+DATA = ROOT / "tests" / "data"
+PROBLEMS = [make_problem("test", 0, index, (5, 7)) for index in range(40)]
 TASKS = ["program_answer", "program_trace"]
+
+
+def test_the_committed_problems_are_those_of_the_generator():
+    rows = [{"prompt": p.prompt, "trace": p.trace[:-1], "answer": p.answer} for p in PROBLEMS]
+    assert (DATA / "problems.jsonl").read_text() == "".join(json.dumps(row) + "\n" for row in rows)
 
 
 @pytest.fixture(scope="module")
 def task_folder(tmp_path_factory):
-    """Two tasks of the harness on a local file: likelihood of an answer digit, and a generated trace."""
+    """The committed tasks, with absolute paths and a cache of their own: likelihood of an answer, and a trace."""
     folder = tmp_path_factory.mktemp("tasks")
-    rows = [
-        {"prompt": p.prompt, "half": p.trace[: len(p.trace) // 2].rpartition("=")[0] + "=", "answer": p.answer}
-        for p in PROBLEMS
-    ]
-    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {
-        "dataset_path": "json", "test_split": "test", "target_delimiter": "",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "problems.jsonl")}, "cache_dir": str(folder / "cache")},
-    }  # fmt: skip
-    for text in (CHOICE, GENERATE):
-        lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in common.items())
-        (folder / f"{text.split()[1]}.yaml").write_text(text + lines)
+    for name in TASKS:
+        text = (DATA / f"{name}.yaml").read_text()
+        there = f"data_files: {{test: {DATA / 'problems.jsonl'}}}, cache_dir: {folder / 'cache'}"
+        (folder / f"{name}.yaml").write_text(text.replace("data_files: {test: tests/data/problems.jsonl}", there))
     return folder
 
 
@@ -70,23 +51,23 @@ def manager(task_folder):
 def sparse(manager):
     """The model at CR 8 and what the harness says of it."""
     lm = DMSLM(str(CR8), batch_size=2)
-    return lm, evaluate(lm, TASKS, manager)
+    return lm, evaluate(lm, TASKS, manager, limit=4)
 
 
 def ask(lm, kind: str, *arguments) -> list:
     return getattr(lm, kind)([Instance(kind, {}, each, 0) for each in arguments], disable_tqdm=True)
 
 
-QUESTIONS = [(p.prompt, p.trace) for p in PROBLEMS]
-COMMANDS = [(p.prompt, {"until": ["<eos>"], "do_sample": False, "max_gen_toks": 200}) for p in PROBLEMS]
+QUESTIONS = [(p.prompt, p.trace) for p in PROBLEMS[:4]]
+COMMANDS = [(p.prompt, {"until": ["<eos>"], "do_sample": False, "max_gen_toks": 200}) for p in PROBLEMS[:4]]
 
 
 def test_gates_off_is_the_plain_model(manager):
     plain_model = AutoModelForCausalLM.from_pretrained(CR8).eval()
     plain = HFLM(plain_model, tokenizer=load_tokenizer(CR8), batch_size=2)
     off = DMSLM(str(CR8), gates=False, batch_size=2)
-    expected = simple_evaluate(plain, tasks=TASKS, task_manager=manager, log_samples=False)
-    found = evaluate(off, TASKS, manager)
+    expected = simple_evaluate(plain, tasks=TASKS, task_manager=manager, limit=4, log_samples=False)
+    found = evaluate(off, TASKS, manager, limit=4)
     assert found["results"] == expected["results"] and found["samples"] == dict.fromkeys(TASKS, 4)
     assert found["results"]["program_trace"]["exact_match,answer"] > 0
     assert ask(off, "generate_until", *COMMANDS) == ask(plain, "generate_until", *COMMANDS)
