@@ -11,7 +11,7 @@ from dms_kernels.benchmarks.case import Case, Work
 from dms_kernels.benchmarks.inputs import SEED, draw, live_rows
 
 SHAPES = {
-    "cpu": {"batch": 8, "heads": 3, "group": 3, "dim": 64, "tokens": 32768, "window": 256, "page": 128,
+    "cpu": {"batch": 8, "heads": 3, "group": 3, "dim": 64, "tokens": 32768, "window": 256, "page": 64,
             "dtype": "float32"},
     "cuda": {"batch": 32, "heads": 8, "group": 4, "dim": 128, "tokens": 32768, "window": 256, "page": 64,
              "dtype": "bfloat16"},

@@ -16,7 +16,7 @@ from torch import Tensor
 from dms_kernels.cpu.pool import run
 from dms_kernels.plan import Plan
 
-BAND_BLOCK = 128  # queries that share a block of band keys
+BAND_BLOCK = 32  # queries that share a block of band keys
 LIST_BLOCK = 1024  # queries that read the kept list together
 LIST_CHUNK = 256  # entries of the kept list whose scores are held at once in the backward pass
 SLAB = 1 << 21  # largest band mask, in entries
@@ -113,14 +113,15 @@ class _Band:
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, queries: slice, scale: float) -> tuple[Tensor, Tensor]:
         """Out (G, t, D) and lse (G, t) of the ``queries`` q (G, t, D), which begin with a block."""
         first, count = queries.start // BAND_BLOCK, -(-q.shape[1] // BAND_BLOCK)
-        rows = _blocked(q, count)
+        rows = _blocked(q, count)  # (blocks, G, BAND_BLOCK, D)
+        keys, values = (x.expand(-1, len(q), -1, -1) for x in (keys, values))
         parts = []
         for blocks, hidden in self.slabs(range(first, first + count)):
-            mine = rows[blocks.start - first : blocks.stop - first].flatten(1, 2)[:, None]  # (blocks, 1, G * t, D)
-            mask = _additive(hidden, q).repeat(1, 1, len(q), 1)
+            mine = rows[blocks.start - first : blocks.stop - first]
+            mask = _additive(hidden, q)
             parts.append(_flash(mine, keys[blocks], values[blocks], 0.0, False, attn_mask=mask, scale=scale))
-        outs = (torch.cat(x).squeeze(1).unflatten(1, rows.shape[1:3]) for x in zip(*parts, strict=True))
-        return tuple(_unblocked(x, q.shape[1]) for x in outs)
+        out, lse = parts[0] if len(parts) == 1 else (torch.cat(x) for x in zip(*parts, strict=True))
+        return _unblocked(out, q.shape[1]), _unblocked(lse, q.shape[1])
 
     def keys(self, x: Tensor, group: int) -> Tensor:
         """(S, D) to overlapping blocks (blocks, G, span, D), a view of a padded copy."""

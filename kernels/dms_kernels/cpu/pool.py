@@ -26,9 +26,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def run(work: Callable, pieces: Iterable[tuple]) -> list:
-    """[work(*piece), ...], as many at once as torch has threads.  ``work`` builds no graph."""
-    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
-    if threads == 1:
+    """[work(*piece), ...], as many at once as torch has threads; those share each of a few.  No graph is built."""
+    pieces, threads, inference = list(pieces), torch.get_num_threads(), torch.is_inference_mode_enabled()
+    if threads == 1 or len(pieces) <= threads:
         with torch.no_grad():
             return [work(*piece) for piece in pieces]
 
