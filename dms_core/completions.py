@@ -1,0 +1,104 @@
+"""Conversations in which the model itself answers procedural questions: the data of a retrofit without any corpus.
+
+The paper does the same for Llama 3.2 1B (appendix on training data): the student learns to evict on the text that it
+will have to write.  Questions come from reasoning-gym, answers are the model's own, greedy, right or wrong; several
+exchanges make one document, so that most of what was said is over and can be forgotten.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from dms_core.sampling import SamplingConfig, sample_chains
+
+QUESTIONS = (
+    "basic_arithmetic", "calendar_arithmetic", "chain_sum", "family_relationships", "gsm_symbolic", "leg_counting",
+    "letter_counting", "number_sorting", "simple_equations", "spell_backward", "time_intervals", "word_sorting",
+)  # fmt: skip
+
+
+def questions(count: int, seed: int) -> list[str]:
+    """``count`` questions, the kinds in turn; another seed gives others.  Needs reasoning-gym."""
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise ValueError("questions come from reasoning-gym: pip install reasoning-gym") from None
+    each = -(-count // len(QUESTIONS))
+    kinds = [reasoning_gym.create_dataset(name, size=each, seed=seed) for name in QUESTIONS]
+    return [kinds[i % len(kinds)][i // len(kinds)]["question"] for i in range(count)]
+
+
+def conversations(
+    model, tokenizer, count: int, turns: int, seed: int, max_new_tokens: int = 160, batch: int = 48
+) -> Iterator[list[dict]]:
+    """``count`` conversations of ``turns`` exchanges as chat messages; every question is answered by itself.
+
+    ``model`` has DMS gates and answers with them off.
+    """
+    asked = questions(count * turns, seed)
+    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in asked]
+    config = SamplingConfig(max_new_tokens=max_new_tokens, temperature=0.0, batch=batch, stride=max_new_tokens)
+    answers: dict[int, str] = {}
+    jobs = [(i, 0) for i in range(len(asked))]
+    done = 0
+    with model.dms.disabled(), tqdm(total=len(asked), desc="answers", unit="answer", mininterval=2) as bar:
+        for chain in sample_chains(model, tokenizer, prompts, jobs, config):
+            answers[chain.problem] = tokenizer.decode(chain.tokens).strip()
+            bar.update()
+            while done < count and all(i in answers for i in range(done * turns, (done + 1) * turns)):
+                yield [
+                    message
+                    for i in range(done * turns, (done + 1) * turns)
+                    for message in ({"role": "user", "content": asked[i]}, {"role": "assistant", "content": answers[i]})
+                ]
+                done += 1
+
+
+def prompt_ids(tokenizer, messages: Sequence[dict]) -> list[int]:
+    """A conversation that waits for the assistant, as token ids."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def encode(tokenizer, messages: Sequence[dict]) -> dict:
+    """input_ids of a whole conversation, and labels on what the assistant says, its end mark included."""
+    ids, labels = [], []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = prompt_ids(tokenizer, messages[:i])
+        whole = tokenizer.apply_chat_template(messages[: i + 1], return_dict=True)["input_ids"]
+        labels += [-100] * (len(prompt) - len(ids)) + whole[len(prompt) :]
+        ids = whole
+    return {"input_ids": ids, "labels": labels}
+
+
+class Conversations(Dataset):
+    """A JSONL of {"messages": [...]} as documents of a retrofit, cut after ``length`` tokens."""
+
+    def __init__(self, file: Path | str, tokenizer, length: int) -> None:
+        self.documents = []
+        for number, line in enumerate(Path(file).read_text().splitlines(), 1):
+            messages = json.loads(line).get("messages")
+            if not messages:
+                raise ValueError(f"{file}, line {number}: no field 'messages'")
+            document = encode(tokenizer, messages)
+            self.documents.append({key: value[:length] for key, value in document.items()})
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.documents[index]
+
+
+def write_conversations(file: Path | str, *args, **kwargs) -> Path:
+    """``conversations`` to a JSONL file, whole or not at all."""
+    file = Path(file)
+    partial = file.with_suffix(".partial")
+    with partial.open("w") as out:
+        for messages in conversations(*args, **kwargs):
+            out.write(json.dumps({"messages": messages}) + "\n")
+    return partial.rename(file)
