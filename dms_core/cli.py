@@ -99,7 +99,7 @@ JSON on standard output:
   dms converse --json      {"documents", "tokens", "labelled"}
   dms fidelity --json      {"prompts", "prompt_tokens", "continuation", "rows": [{"method", "cr", "cr_decisions",
                            "cr_live", "agreement", "agreement_low", "agreement_high", "kl", "tokens", "needles"}],
-                           "speed_batch", "speed": [{"name", "tokens_per_s", "kv_bytes"}], "environment"}; KL in nats a token
+                           "speed_batch", "speed": [{"name", "tokens_per_s", "kv_bytes"}], "environment"}; KL in nats
   dms bench --json         {"device", "environment", "cases": [{"name", "kind", "shape", "rounds", "ours_ms",
                            "baseline_ms": {name: ms}, "ratio": {name: baseline over ours}, "quartiles_ms": {"ours":
                            [low, high], name: ...}, "gbps", "copy_gbps", "flops", "peak_bytes": {"ours", name: ...},

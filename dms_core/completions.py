@@ -21,13 +21,14 @@ QUESTIONS = (
 
 
 def questions(count: int, seed: int) -> list[str]:
-    """``count`` questions, the kinds in turn; another seed gives others.  Needs reasoning-gym."""
+    """``count`` questions, the kinds in turn; another seed (1, 2, ...) gives others.  Needs reasoning-gym."""
     try:
         import reasoning_gym
     except ImportError:
         raise ValueError("questions come from reasoning-gym: pip install reasoning-gym") from None
     each = -(-count // len(QUESTIONS))
-    kinds = [reasoning_gym.create_dataset(name, size=each, seed=seed) for name in QUESTIONS]
+    start = 10**6 * (seed - 1) + 1  # far apart: reasoning-gym's question i of seed s is question 0 of seed s + i
+    kinds = [reasoning_gym.create_dataset(name, size=each, seed=start) for name in QUESTIONS]
     return [kinds[i % len(kinds)][i // len(kinds)]["question"] for i in range(count)]
 
 

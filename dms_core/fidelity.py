@@ -74,10 +74,9 @@ def dense_reference(model, tokenizer, prompts: Sequence[Sequence[int]], tokens: 
             logits.append(torch.stack(steps, 1))
             said.append(logits[-1].argmax(-1))
     said = torch.cat(said)
-    ended = (said == tokenizer.eos_token_id).long().cumsum(1)
-    return Reference(
-        [list(p) for p in prompts], said, torch.cat(logits), (ended - (said == tokenizer.eos_token_id)) == 0
-    )
+    end = (said == tokenizer.eos_token_id).long()
+    counted = end.cumsum(1) - end == 0  # the end mark, too
+    return Reference([list(p) for p in prompts], said, torch.cat(logits), counted)
 
 
 @torch.inference_mode()
