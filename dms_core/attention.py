@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from dms_core.cache import DMSCache
-from dms_core.gate import hard_decisions, sample_noise, soft_decisions
+from dms_core.gate import hard_decisions, keyed_noise, sample_noise, soft_decisions
 from dms_core.visibility import align_decisions
 from dms_kernels import train_attention
 
@@ -51,19 +51,21 @@ def dms_attention(module, query, key, value, attention_mask, scaling=None, **kwa
         out = step.cache.layers[layer].attend(query, key, value, evict, step.valid, scale)
     else:
         if sliding is None:
-            log_keep, window = _log_keep(step, layer, z, config, key), config.window
+            log_keep, window = _log_keep(dms, layer, z, key), config.window
         else:  # a sliding window is one that everything leaves marked
             log_keep, window = torch.full_like(key[..., 0], float("-inf")), sliding - 1
         out = train_attention(query, key, value, log_keep, window, step.segment_ids, scale)
     return out.transpose(1, 2), None
 
 
-def _log_keep(step: Step, layer: int, z: Tensor | None, config, key: Tensor) -> Tensor:
+def _log_keep(dms, layer: int, z: Tensor | None, key: Tensor) -> Tensor:
     """beta (B, H, T) at the token it is about; the decisions are left in ``step.evicted`` for the losses."""
+    step, config = dms.step, dms.config
     if z is None:
         return key.new_zeros(key.shape[:3])
     if step.soft:
-        log_keep, evicted = soft_decisions(z, sample_noise(z), config.temperature)
+        noise = sample_noise(z) if dms.noise_keys is None else keyed_noise(z, dms.noise_keys, layer)
+        log_keep, evicted = soft_decisions(z, noise, config.temperature)
     else:
         evicted = hard_decisions(z)
         log_keep = torch.zeros_like(z).masked_fill(evicted, float("-inf"))

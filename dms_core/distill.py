@@ -2,7 +2,11 @@
 
 L_KD is the divergence between student and frozen teacher at temperature 1, averaged over labelled tokens;
 L_aux = max(alpha* - mean over layers, heads and valid tokens of the hard decisions, 0), per row, then the mean.
+Both means run over the global batch of an optimiser step, however processes and accumulation cut it (``Totals``): every
+labelled token, and every row, weighs the same.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 DIRECTIONS = ("forward", "reverse", "lm")
+
+
+class Totals(NamedTuple):
+    """What the global batch of a step holds: labelled tokens, rows, and tokens that are not padding."""
+
+    labelled: float
+    rows: float
+    valid: float
 
 
 def token_divergence(student: Tensor, teacher: Tensor, direction: str) -> Tensor:
@@ -77,8 +89,13 @@ class Distiller(nn.Module):
     def tie_weights(self) -> None:
         self.student.tie_weights()
 
-    def forward(self, input_ids: Tensor, labels: Tensor, alpha_target: float | Tensor = 0.0, **inputs) -> dict:
-        """input_ids, labels (B, T), -100 where a token is not to be predicted.  Returns the loss and its parts."""
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, alpha_target: float = 0.0, totals: Totals | None = None, **inputs
+    ) -> dict:
+        """input_ids, labels (B, T), -100 where a token is not to be predicted.  Returns the loss and its parts.
+
+        With ``totals`` they are this batch's share in the means of a step: summed over the step's batches, the means.
+        """
         inputs = {"input_ids": input_ids, "use_cache": False, **inputs}
         teacher_hidden = None if self.direction == "lm" else self._teacher_hidden(inputs)
         hidden = self.student.get_decoder()(**inputs).last_hidden_state
@@ -90,8 +107,11 @@ class Distiller(nn.Module):
         kd = chunked_loss(
             hidden[:, :-1][wanted], teacher_hidden[:, :-1][wanted], targets[wanted], heads, self.direction, self.chunk
         )
-        aux, fraction = compression_loss(list(step.evicted.values()), step.valid, alpha_target)
-        return {"loss": kd + self.aux_weight * aux, "kd": kd.detach(), "aux": aux.detach(), "evicted": fraction}
+        aux, evicted = compression_loss(list(step.evicted.values()), step.valid, alpha_target)
+        if totals is not None:
+            kd = kd * (wanted.sum() / max(totals.labelled, 1))
+            aux, evicted = aux * (len(labels) / totals.rows), evicted * (step.valid.sum() / totals.valid)
+        return {"loss": kd + self.aux_weight * aux, "kd": kd.detach(), "aux": aux.detach(), "evicted": evicted}
 
     @torch.no_grad()
     def _teacher_hidden(self, inputs: dict) -> Tensor:

@@ -53,7 +53,42 @@ def gate_logits(x: Tensor, config: DMSConfig) -> Tensor:
 
 def sample_noise(z: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """The difference of two Gumbel(0, 1) draws: logistic noise."""
-    u = torch.rand(z.shape, device=z.device, generator=generator).clamp_(1e-6, 1 - 1e-6)
+    return _logistic(torch.rand(z.shape, device=z.device, generator=generator))
+
+
+def keyed_noise(z: Tensor, keys: Tensor, layer: int) -> Tensor:
+    """``sample_noise`` as a pure function of row key, layer, token and head: z (B, H, T), keys (B,) integers.
+
+    A hash of the place instead of a generator: a row gets the same noise in whatever batch, padding, process or
+    device it is computed, and again when activations are computed twice.
+    """
+    rows = _mix(keys.to(z.device)[:, None, None] + layer)  # (B, 1, 1)
+    place = torch.arange(z.shape[2], device=z.device) * z.shape[1] + torch.arange(z.shape[1], device=z.device)[:, None]
+    bits = _mix(rows + place)  # (B, H, T)
+    return _logistic(((bits >> 40) & 0xFFFFFF).float() / 2**24)
+
+
+def row_keys(seed: int, step: int, first: int, count: int) -> Tensor:
+    """Keys (count,) for ``keyed_noise`` of the rows first, first + 1, ... of an optimiser step's global batch."""
+    rows = torch.arange(first, first + count)
+    return _mix(_mix(_mix(torch.tensor(seed)) + step) + rows)
+
+
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the increment and multipliers of SplitMix64 (Steele et al., 2014), as int64
+MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's output function on int64, whose products wrap; >> fills with the sign, which the mask removes."""
+    x = x + GOLDEN
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * MULTIPLIERS[0]
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * MULTIPLIERS[1]
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def _logistic(u: Tensor) -> Tensor:
+    """Logistic noise from uniform draws."""
+    u = u.clamp_(1e-6, 1 - 1e-6)
     return torch.log(u) - torch.log1p(-u)
 
 

@@ -19,6 +19,8 @@ from dms_core.cache import DMSCache
 from dms_core.config import DMSConfig
 from dms_core.gate import AdapterGate, gate_logits, read_neuron
 
+NEVER = -1e9  # a gate's logit at which no noise evicts
+
 
 class DMS:
     """The gates of one model: configuration, hooks, and the state of the forward pass under way."""
@@ -29,6 +31,8 @@ class DMS:
         self.step: Step | None = None
         self.enabled = True
         self.neuron_factor = 0.0  # 1 - t / n_t during the neuron gate's warm-up
+        self.evicting = True  # False in that warm-up: the gates are silent, the neuron fades out
+        self.noise_keys: Tensor | None = None  # (B,) of gate.row_keys; None: noise from torch's global generator
         decoder = model.get_decoder()
         self.attentions = [layer.self_attn for layer in decoder.layers]
         self.layers = len(self.attentions)
@@ -79,7 +83,8 @@ class DMS:
 
     def _put(self, index: int, gate) -> None:
         if self.enabled:
-            self.step.logits[index] = gate_logits(gate(), self.config)
+            z = gate_logits(gate(), self.config)
+            self.step.logits[index] = z if self.evicting else torch.full_like(z, NEVER)
 
     def _begin(self, module, args, kwargs):
         """Before the decoder runs: which cache, which tokens are valid, which documents."""

@@ -44,8 +44,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(
-    named: list[tuple[str, nn.Parameter]], kind: str, lr: float, weight_decay: float, gate_lr: float | None = None
-) -> MuonAdamW:
+    named: list[tuple[str, nn.Parameter]], kind: str, lr: float, weight_decay: float, gate_lr: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.95),
+) -> MuonAdamW:  # fmt: skip
     """An optimiser for the parameters that train.  Gates (``.dms_gate.``) get AdamW, ``gate_lr`` and no decay."""
     if kind not in KINDS:
         raise ValueError(f"optimizer {kind!r}: must be one of {KINDS}")
@@ -62,4 +63,4 @@ def make_optimizer(
         {"params": gates, "lr": gate_lr or lr, "weight_decay": 0.0},
         {"params": matrices, "muon": True},
     ]
-    return MuonAdamW([group for group in groups if group["params"]], lr, (0.9, 0.95), weight_decay)
+    return MuonAdamW([group for group in groups if group["params"]], lr, tuple(betas), weight_decay)

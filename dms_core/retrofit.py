@@ -6,22 +6,23 @@ teacher), or the gates alone (the teacher is the same weights with eviction off)
 
 import copy
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
-from dms_core.checkpoint import save_model
-from dms_core.config import DMSConfig, target_fraction
+from dms_core.config import DMSConfig
 from dms_core.distill import DIRECTIONS, Distiller
 from dms_core.model import attach
 from dms_core.optim import KINDS, make_optimizer
 from dms_core.schedule import Schedule
+from dms_core.trainer import ProgressBar, RetrofitTrainer, SaveFamily, checkpoint_dir
+
+__all__ = ["RetrofitConfig", "checkpoint_dir", "pad_collate", "retrofit"]
 
 
 @dataclass(frozen=True)
@@ -35,32 +36,42 @@ class RetrofitConfig:
     steps_per_unit: int = 100  # optimiser steps per unit of CR
     rests: tuple[tuple[float, int], ...] = ()  # (CR, steps): stay there while the rate falls to zero
     stop_cr: float | None = None  # end after the checkpoint of this CR, rate and CR schedules as if going on
-    batch: int = 16  # sequences a device and step
+    neuron_warmup: int = 0  # steps at CR 1 before the ramp in which gate "neuron" fades its neuron out (paper: 2000)
+    batch: int = 16  # sequences a step, over all processes
+    device_batch: int | None = None  # of them at once on a device, the rest by accumulation; None: no accumulation
     optimizer: str = "adamw"  # or "muon" for the layers' matrices
     lr: float = 3e-5
     gate_lr: float | None = None  # for the adapters' parameters; lr if None
     warmup: int = 0  # steps of learning-rate warm-up
     weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    clip: float = 1.0  # largest norm of the gradient
+    checkpointing: bool = False  # compute activations twice instead of keeping them
     chunk: int = 4096  # tokens whose logits are held at once
     seed: int = 0
     save_steps: int = 100  # between resumable checkpoints
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "aux_weight"):
+        for name in ("lr", "weight_decay", "aux_weight", "clip"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} {getattr(self, name)}: must be >= 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {list(self.betas)}: must be >= 0 and < 1")
+        if self.neuron_warmup < 0:
+            raise ValueError(f"neuron_warmup {self.neuron_warmup}: must be >= 0")
         for name, allowed in (("direction", DIRECTIONS), ("train", ("all", "gates")), ("optimizer", KINDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {allowed}")
         if self.stop_cr is not None and self.stop_cr not in self.schedule.saves().values():
             raise ValueError(f"stop_cr {self.stop_cr}: must be one of {sorted(self.schedule.saves().values())}")
-        for name in ("batch", "chunk", "save_steps", "steps"):
-            if getattr(self, name) < 1:
+        for name in ("batch", "device_batch", "chunk", "save_steps", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be >= 1")
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(self.final_cr, self.steps_per_unit, tuple(map(tuple, self.rests)), self.warmup)
+        rests = tuple(map(tuple, self.rests))
+        return Schedule(self.final_cr, self.steps_per_unit, rests, self.warmup, self.neuron_warmup)
 
     @property
     def steps(self) -> int:
@@ -69,84 +80,24 @@ class RetrofitConfig:
             return self.schedule.steps
         return next(step for step, cr in self.schedule.saves().items() if cr == self.stop_cr)
 
+    def split(self, processes: int) -> tuple[int, int]:
+        """(sequences at once on a device, batches accumulated) that make a step of ``batch`` sequences.
 
-class RetrofitTrainer(Trainer):
-    """Hands the schedule's target to the Distiller, keeps its loss parts for the log, seeds each step."""
-
-    def __init__(self, recipe: RetrofitConfig, **kwargs) -> None:
-        super().__init__(**kwargs)
-        self.recipe = recipe
-        self.model_accepts_loss_kwargs = False  # the loss is a mean: divide it by the accumulation steps
-        self.parts: dict[str, torch.Tensor] = {}
-        self.micro_step = (-1, 0)  # optimiser step, and the batch within it
-
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        step = self.state.global_step
-        self._seed_noise(step)
-        outputs = model(**inputs, alpha_target=target_fraction(self.recipe.schedule.cr(step)))
-        self.parts = {name: outputs[name] for name in ("kd", "aux", "evicted")}
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
-
-    def _seed_noise(self, step: int) -> None:
-        """The noise of a batch depends on seed, step, batch within the step and process; not on what ran before."""
-        last, micro = self.micro_step
-        self.micro_step = step, micro + 1 if step == last else 0
-        place = [self.recipe.seed, step, self.micro_step[1], self.args.process_index]
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
-
-    def _save(self, output_dir=None, state_dict=None) -> None:
-        """Tied weights are saved once."""
-        state = self.model.state_dict() if state_dict is None else state_dict
-        again = self.model._keys_to_ignore_on_save or ()
-        super()._save(output_dir, {name: tensor for name, tensor in state.items() if name not in again})
-
-    def log(self, logs: dict, *args, **kwargs) -> None:
-        if "loss" in logs and self.parts:
-            logs |= {name: float(value) for name, value in self.parts.items()}
-            logs["cr_target"] = self.recipe.schedule.cr(max(self.state.global_step - 1, 0))
-            logs["cr_measured"] = 1 / (1 - min(logs["evicted"], 0.999))
-        super().log(logs, *args, **kwargs)
-
-
-class SaveFamily(TrainerCallback):
-    """Keeps the student at each integer CR."""
-
-    def __init__(self, recipe: RetrofitConfig, student: PreTrainedModel, tokenizer, out: Path) -> None:
-        self.recipe, self.student, self.tokenizer, self.out = recipe, student, tokenizer, out
-
-    def on_step_end(self, args, state, control, **kwargs):
-        cr = self.recipe.schedule.saves().get(state.global_step)
-        if cr is not None and state.is_world_process_zero:
-            save_model(self.student, checkpoint_dir(self.out, cr), self.tokenizer, cr=cr, step=state.global_step)
-
-
-class ProgressBar(TrainerCallback):
-    """One plain bar on standard error, in a terminal and in a notebook; the log itself goes to retrofit.json."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        show = state.is_world_process_zero
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="retrofit", mininterval=2, disable=not show
-        )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.bar.set_postfix(
-            {key: f"{logs[key]:.3g}" for key in ("kd", "cr_target", "cr_measured") if key in logs}, refresh=False
-        )
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
-
-def checkpoint_dir(out: Path | str, cr: float) -> Path:
-    return Path(out) / f"cr{cr:g}"
+        Raises ValueError where ``batch`` does not divide.
+        """
+        at_once = self.device_batch or self.batch // processes
+        if at_once < 1 or self.batch % (processes * at_once):
+            given = f"batch {self.batch} over {processes} process(es)"
+            given += "" if self.device_batch is None else f" with device_batch {self.device_batch}"
+            raise ValueError(f"{given}: batch must be a multiple of {processes * max(at_once, 1)}")
+        return at_once, self.batch // (processes * at_once)
 
 
 def pad_collate(pad: int):
-    """Documents of input_ids and labels to right-padded (B, T) tensors with an attention mask."""
+    """Documents of input_ids and labels to right-padded (B, T) tensors with an attention mask.
+
+    position_ids, which tell packed documents apart, are carried where the documents have them.
+    """
 
     def collate(items: list[dict]) -> dict[str, torch.Tensor]:
         width = max(len(item["input_ids"]) for item in items)
@@ -155,7 +106,10 @@ def pad_collate(pad: int):
             return torch.tensor([list(item[key]) + [fill] * (width - len(item[key])) for item in items])
 
         mask = torch.tensor([[1] * len(x["input_ids"]) + [0] * (width - len(x["input_ids"])) for x in items])
-        return {"input_ids": rows("input_ids", pad), "labels": rows("labels", -100), "attention_mask": mask}
+        batch = {"input_ids": rows("input_ids", pad), "labels": rows("labels", -100), "attention_mask": mask}
+        if "position_ids" in items[0]:
+            batch["position_ids"] = rows("position_ids", 0)
+        return batch
 
     return collate
 
@@ -165,30 +119,34 @@ def retrofit(
 ) -> PreTrainedModel:
     """Teach ``model`` to evict, in place; checkpoints go to ``out``/cr<N>.  An interrupted run goes on by itself.
 
-    dataset: documents with input_ids and labels (-100: not predicted).  ``arguments`` go to TrainingArguments.
+    dataset: documents with input_ids and labels (-100: not predicted), and position_ids where several are packed in a
+    row (each starts over at 0).  ``arguments`` go to TrainingArguments.  Under torchrun every process calls this.
     """
-    if recipe.train == "gates" and dms.gate == "neuron":
-        raise ValueError("train 'gates' with gate 'neuron': that gate has no parameters; train 'all'")
-    out = Path(out)
+    _check_gate(dms, recipe)
+    out, world = Path(out), int(os.environ.get("WORLD_SIZE", 1))
+    at_once, accumulation = recipe.split(world)
     facts = {"dms": dms.to_dict(), "recipe": {**asdict(recipe), "steps": recipe.steps}}
-    _claim(out, facts)
+    if int(os.environ.get("RANK", 0)) == 0:
+        _claim(out, facts)
     teacher = copy.deepcopy(model) if recipe.train == "all" and recipe.direction != "lm" else None
     set_seed(recipe.seed)
     attach(model, dms)
+    if recipe.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if recipe.train == "gates":
         gates = {id(p) for p in model.dms.gate_parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in gates)
     settings = TrainingArguments(
-        output_dir=str(out / "trainer"), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch,
-        learning_rate=recipe.lr, weight_decay=recipe.weight_decay, adam_beta2=0.95, max_grad_norm=1.0, seed=recipe.seed,
-        save_steps=recipe.save_steps, save_total_limit=1, report_to=[],
+        output_dir=str(out / "trainer"), max_steps=recipe.steps, per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=accumulation, max_grad_norm=recipe.clip, seed=recipe.seed,
+        ddp_find_unused_parameters=False, save_steps=recipe.save_steps, save_total_limit=1, report_to=[],
         logging_steps=max(1, min(10, recipe.steps // 20)), remove_unused_columns=False, dataloader_num_workers=0,
         disable_tqdm=True, **arguments,
     )  # fmt: skip
     distiller = Distiller(model, teacher, recipe.direction, recipe.chunk, recipe.aux_weight)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = make_optimizer(trained, recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.gate_lr)
+    optimizer = make_optimizer(trained, recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.gate_lr, recipe.betas)
     trainer = RetrofitTrainer(
         recipe, model=distiller, args=settings, train_dataset=dataset,
         data_collator=pad_collate(tokenizer.pad_token_id), callbacks=[SaveFamily(recipe, model, tokenizer, out)],
@@ -196,16 +154,27 @@ def retrofit(
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in place of the Trainer's own bar
     trainer.add_callback(ProgressBar())
-    last = last_checkpoint(out / "trainer")
-    if (
-        last is not None and int(last.rsplit("-", 1)[1]) >= recipe.steps
-    ):  # resumed, the Trainer would take one step more
+    _train(trainer, last_checkpoint(out / "trainer"), recipe.steps)
+    if trainer.is_world_process_zero():
+        (out / "retrofit.json").write_text(json.dumps({**facts, "log": trainer.state.log_history}, indent=1) + "\n")
+    model.dms.evicting, model.dms.neuron_factor, model.dms.noise_keys = True, 0.0, None
+    return model.eval()
+
+
+def _check_gate(dms: DMSConfig, recipe: RetrofitConfig) -> None:
+    if recipe.train == "gates" and dms.gate == "neuron":
+        raise ValueError("train 'gates' with gate 'neuron': that gate has no parameters; train 'all'")
+    if recipe.neuron_warmup and dms.gate != "neuron":
+        raise ValueError(f"neuron_warmup {recipe.neuron_warmup} with gate {dms.gate!r}: must be 0; it is for 'neuron'")
+
+
+def _train(trainer: RetrofitTrainer, last: str | None, steps: int) -> None:
+    """From the checkpoint ``last`` to the end; a finished run resumed, the Trainer would take one step more."""
+    if last is None or int(last.rsplit("-", 1)[1]) < steps:
+        trainer.train(resume_from_checkpoint=last)
+    else:
         trainer._load_from_checkpoint(last)
         trainer.state = TrainerState.load_from_json(f"{last}/trainer_state.json")
-    else:
-        trainer.train(resume_from_checkpoint=last)
-    (out / "retrofit.json").write_text(json.dumps({**facts, "log": trainer.state.log_history}, indent=1) + "\n")
-    return model.eval()
 
 
 def _claim(out: Path, facts: dict) -> None:

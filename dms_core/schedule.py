@@ -1,8 +1,9 @@
 """Compression ratio and learning rate over a retrofit's steps.
 
-CR(t) = 1 + t / steps_per_unit (paper section 3.2).  Optional rests interrupt the ramp: at their CR the target stays
-for some steps while the learning rate falls to zero, so that a checkpoint taken there has settled; then the rate
-comes back and the ramp goes on.  Without rests the rate is constant after its warm-up, as in the paper.
+CR(t) = 1 + t / steps_per_unit (paper section 3.2), after ``lead`` steps at CR 1 in which the neuron gate fades its
+neuron out (appendix C: 2000 steps, not counted among the retrofit's).  Optional rests interrupt the ramp: at their CR
+the target stays for some steps while the learning rate falls to zero, so that a checkpoint taken there has settled;
+then the rate comes back and the ramp goes on.  Without rests the rate is constant after its warm-up, as in the paper.
 """
 
 import math
@@ -21,6 +22,7 @@ class Schedule:
     steps_per_unit: int
     rests: tuple[tuple[float, int], ...] = ()
     warmup: int = 0  # steps in which the rate comes up, at the start and after a rest
+    lead: int = 0  # steps at CR 1 before the ramp
 
     def __post_init__(self) -> None:
         target_fraction(self.final_cr)
@@ -29,12 +31,14 @@ class Schedule:
         crs = [cr for cr, _ in self.rests]
         if crs != sorted(set(crs)) or any(not 1 <= cr <= self.final_cr for cr in crs):
             raise ValueError(f"rests at CR {crs}: must ascend within 1..{self.final_cr:g}")
+        if self.lead < 0:
+            raise ValueError(f"lead {self.lead}: must be >= 0 steps")
         if self.warmup < 0 or any(steps < 1 for _, steps in self.rests):
             raise ValueError(f"warmup {self.warmup}, rests {self.rests}: must last >= 0 and >= 1 steps")
 
     def corners(self) -> list[tuple[int, float]]:
         """(step, CR) between which the target is linear."""
-        corners, rested = [(0, 1.0)], 0
+        corners, rested = [(0, 1.0), (self.lead, 1.0)], self.lead
         for cr, steps in [*self.rests, (self.final_cr, 0)]:
             reached = math.ceil((cr - 1) * self.steps_per_unit) + rested
             corners += [(reached, cr), (reached + steps, cr)]
@@ -53,7 +57,7 @@ class Schedule:
         """The learning rate during ``step``, as a share of its peak."""
         since = 0  # where the current ramp began
         for cr, steps in self.rests:
-            begins = next(at for at, corner in self.corners() if corner == cr)
+            begins = max(self.lead, next(at for at, corner in self.corners() if corner == cr))
             if begins <= step < begins + steps:
                 return 1 - (step - begins) / steps
             since = begins + steps if step >= begins + steps else since
@@ -64,6 +68,7 @@ class Schedule:
         rests = dict(self.rests)
         saves = {}
         for cr in sorted({float(c) for c in range(2, math.ceil(self.final_cr))} | {float(self.final_cr)}):
-            reached = math.ceil((cr - 1) * self.steps_per_unit) + sum(n for at, n in self.rests if at < cr)
+            reached = math.ceil((cr - 1) * self.steps_per_unit) + self.lead
+            reached += sum(n for at, n in self.rests if at < cr)
             saves[reached + rests.get(cr, 0)] = cr
         return saves

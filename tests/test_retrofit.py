@@ -102,20 +102,23 @@ def test_loss_parts_and_targets_are_logged(tiny_model, tmp_path):
         assert entry["cr_measured"] == pytest.approx(1 / (1 - entry["evicted"]))
 
 
-def test_accumulated_gradients_are_a_mean_with_fresh_noise_in_every_part(tiny_model, tmp_path, monkeypatch):
-    seen, plain = [], module.RetrofitTrainer.compute_loss
-
-    def watch(self, model, inputs, *args, **kwargs):
-        loss = plain(self, model, inputs, *args, **kwargs)
-        seen.append((self.state.global_step, torch.get_rng_state().sum().item(), float(loss.detach())))
-        return loss
-
-    monkeypatch.setattr(module.RetrofitTrainer, "compute_loss", watch)
-    recipe = RetrofitConfig(final_cr=2.0, steps_per_unit=2, batch=1, lr=1e-3)
-    run(tiny_model, tmp_path, recipe, gradient_accumulation_steps=2)
-    assert len(seen) == 4 and len({noise for _, noise, _ in seen}) == 4
-    log = json.loads((tmp_path / "retrofit.json").read_text())["log"]
-    assert log[-1]["train_loss"] == pytest.approx(sum(loss for *_, loss in seen) / 4, rel=1e-4)
+def test_a_step_is_the_same_however_its_batch_is_cut(tiny_model, tmp_path):
+    """Noise, both losses and hence weights, with rows of different lengths: losses in one batch of four, or in four."""
+    logs, weights = [], []
+    for size in (4, 2, 1):
+        recipe = RetrofitConfig(final_cr=2.0, steps_per_unit=2, batch=4, device_batch=size, lr=1e-2, optimizer="adamw")
+        model = retrofit(
+            tiny_model(gates=False), make_tokenizer(), documents(8), DMS, recipe, tmp_path / str(size),
+            train_sampling_strategy="sequential", **OPTIONS,
+        )  # fmt: skip
+        entries = json.loads((tmp_path / str(size) / "retrofit.json").read_text())["log"]
+        logs.append([[e[k] for k in ("loss", "kd", "aux", "evicted")] for e in entries if "loss" in e])
+        weights.append(model.state_dict())
+    assert len(logs[0]) == 2 and logs[0][1][0] > 1e-3
+    for log, state in zip(logs[1:], weights[1:], strict=True):
+        assert log == [pytest.approx(step, rel=1e-4, abs=1e-6) for step in logs[0]]
+        for name, weight in weights[0].items():
+            torch.testing.assert_close(state[name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_steps_end_with_the_checkpoint_of_stop_cr():
