@@ -2,10 +2,11 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
-from dms_core import cli_lm
+from dms_core import cli_lm, cli_retrofit
 from dms_core.cli_eval import HELP as EVAL_HELP
 from dms_core.cli_eval import add_eval_arguments, run_eval
 from dms_core.cli_kernels import run_bench, run_kernels
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"dms: {error}", file=sys.stderr)
         return 2
-    if args.json:
+    if args.json and not int(os.environ.get("RANK", 0)):  # under torchrun the first process speaks
         print(json.dumps(result))
     return 0 if args.passed(result) else 1
 
@@ -65,6 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_eval_arguments(add("eval", run_eval, "run tasks of lm-evaluation-harness on a retrofitted model"))
     cli_lm.add_commands(add)
+    command = add("retrofit", cli_retrofit.run_retrofit, "teach a model to evict, by a recipe; also under torchrun")
+    cli_retrofit.add_arguments(command)
 
     command = add("bench", run_bench, "time an operation of dms_kernels against what one would use otherwise")
     command.add_argument("kind", metavar="KIND", help="prefill, train, decode or cache")
@@ -100,6 +103,9 @@ JSON on standard output:
   dms fidelity --json      {"prompts", "prompt_tokens", "continuation", "rows": [{"method", "cr", "cr_decisions",
                            "cr_live", "agreement", "agreement_low", "agreement_high", "kl", "tokens", "needles"}],
                            "speed_batch", "speed": [{"name", "tokens_per_s", "kv_bytes"}], "environment"}; KL in nats
+  dms retrofit --json      {"out", "steps", "checkpoints": {CR: directory}, "documents": {"rows", "rejected_rows",
+                           "documents", "cut", "tokens_cut", "dropped", "tokens", "labelled"}}; with --list
+                           {"recipes"}, with --show the recipe's fields
   dms bench --json         {"device", "environment", "cases": [{"name", "kind", "shape", "rounds", "ours_ms",
                            "baseline_ms": {name: ms}, "ratio": {name: baseline over ours}, "quartiles_ms": {"ours":
                            [low, high], name: ...}, "gbps", "copy_gbps", "flops", "peak_bytes": {"ours", name: ...},

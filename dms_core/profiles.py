@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from dms_core.config import DMSConfig
+from dms_core.recipe import load_recipe
 from dms_core.retrofit import RetrofitConfig
 
 
@@ -23,20 +24,19 @@ class Profile:
     held_out: int = 256  # documents for compression and KL
 
 
+_REASONER = load_recipe("reasoner")  # dms_core/recipes/reasoner.yaml
+
 TINY = Profile(
     name="tiny",
-    dms=DMSConfig(gate="adapter", window=16, scale=10.0),
-    recipe=RetrofitConfig(
-        train="all", aux_weight=2.0, final_cr=8.0, steps_per_unit=45, rests=((4.0, 200), (8.0, 435)), batch=12,
-        optimizer="muon", lr=1.5e-3, gate_lr=3e-3, warmup=10, save_steps=150,
-    ),
+    dms=_REASONER.dms,
+    recipe=_REASONER.retrofit,
     compare_cr=4.0,
     crs=(4.0, 8.0),
     problems=300,
     chains=8,
     lengths=(64, 96, 128, 192, 256, 320, 384, 448),
     widths=(1, 2, 4, 8),
-)  # fmt: skip
+)
 
 SMOKE = replace(
     TINY,

@@ -149,7 +149,7 @@ def retrofit(
     optimizer = make_optimizer(trained, recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.gate_lr, recipe.betas)
     trainer = RetrofitTrainer(
         recipe, model=distiller, args=settings, train_dataset=dataset,
-        data_collator=pad_collate(tokenizer.pad_token_id), callbacks=[SaveFamily(recipe, model, tokenizer, out)],
+        data_collator=pad_collate(tokenizer.pad_token_id or 0), callbacks=[SaveFamily(recipe, model, tokenizer, out)],
         optimizers=(optimizer, LambdaLR(optimizer, recipe.schedule.rate)),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in place of the Trainer's own bar

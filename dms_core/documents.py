@@ -1,0 +1,210 @@
+"""Training documents for real models: rows of a data set, chat template, token ids, all in one file on disk.
+
+A row is one of OpenR1-Math-220k (``problem``, ``generations`` and, aligned with them, ``correctness_math_verify`` and
+``is_reasoning_complete``; every generation that Math-Verify accepts and that is complete becomes a document), a
+conversation (``messages``, of which the last one is learnt), or plain ``text``.  Labels cover the completion only.  A
+document longer than the context is cut to it: a distillation target needs no ending.  Cuts are counted.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+THINK = "<think>"
+SHUFFLE_BUFFER = 10_000  # rows of a hub data set that are shuffled among each other while they stream
+
+
+@dataclass(frozen=True)
+class Store:
+    """Documents as one array of token ids on disk."""
+
+    tokens: np.ndarray  # uint32, memory-mapped
+    table: np.ndarray  # (documents, 3): offset, length, tokens of the prompt
+    facts: dict  # what was read, kept, cut and dropped
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(input_ids, labels) of one document; its first token has no label."""
+        offset, length, prompt = self.table[index]
+        ids = self.tokens[offset : offset + length].astype(np.int64)
+        labels = ids.copy()
+        labels[: max(prompt, 1)] = -100
+        return ids, labels
+
+
+def completions(row: dict) -> list[tuple[list[dict], str]]:
+    """(messages of the prompt, completion) of a row: none where no generation was accepted.
+
+    Raises ValueError that begins with the name of the field that is missing or of the wrong type.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"the row is a {type(row).__name__}: must be an object")
+    if "generations" in row:
+        return _accepted(row)
+    if "messages" in row:
+        turns = _field(row, "messages", list, "a list of {role, content}")
+        for turn in turns:
+            if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+                raise ValueError(f"messages: holds {str(turn)[:60]!r}; each must have role and content, both text")
+        if not turns or turns[-1]["role"] != "assistant":
+            raise ValueError("messages: the last one must have role 'assistant'")
+        return [(turns[:-1], turns[-1]["content"])]
+    if "text" in row:
+        return [([], _field(row, "text", str, "text"))]
+    raise ValueError(f"generations: missing, and so are messages and text; the row has {sorted(row)[:12]}")
+
+
+def _accepted(row: dict) -> list[tuple[list[dict], str]]:
+    problem = _field(row, "problem", str, "text")
+    generations = _field(row, "generations", list, "a list of text")
+    if not all(isinstance(text, str) for text in generations):
+        raise ValueError("generations: must be a list of text")
+    accepted = _flags(row, "correctness_math_verify")
+    complete = _flags(row, "is_reasoning_complete") if "is_reasoning_complete" in row else [True] * len(generations)
+    prompt = [{"role": "user", "content": problem}]
+    return [(prompt, text) for text, *good in zip(generations, accepted, complete, strict=False) if all(good)]
+
+
+def _flags(row: dict, name: str) -> list[bool]:
+    """One flag a generation; null means that nothing was verified."""
+    flags = [] if row.get(name, ...) is None else _field(row, name, list, "a list of true and false, or null")
+    if not all(flag is None or isinstance(flag, bool) for flag in flags):
+        raise ValueError(f"{name}: must be a list of true and false, or null")
+    return flags
+
+
+def _field(row: dict, name: str, kind: type, words: str):
+    if name not in row:
+        raise ValueError(f"{name}: missing; must be {words}")
+    if not isinstance(row[name], kind):
+        raise ValueError(f"{name}: is {type(row[name]).__name__}; must be {words}")
+    return row[name]
+
+
+def encode(tokenizer, prompt: list[dict], completion: str) -> tuple[list[int], int]:
+    """Token ids of prompt, completion and end-of-sequence, and the prompt's length in tokens.
+
+    The chat template renders the prompt alone: those of reasoning models strip the reasoning of what is passed as an
+    assistant's turn.  Where the template already opens <think>, the completion's own is dropped.  Without a template,
+    texts are joined by empty lines.
+    """
+    if prompt and tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        if text.rstrip().endswith(THINK) and completion.lstrip().startswith(THINK):
+            completion = completion.lstrip().removeprefix(THINK).lstrip("\n")
+        head = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        head = tokenizer("".join(turn["content"] + "\n\n" for turn in prompt))["input_ids"]
+    return [*head, *tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id], len(head)
+
+
+def read_rows(data: str, seed: int) -> Iterator[tuple[str, dict]]:
+    """(place, row) of a JSONL file in order, or of a hub data set's training split, streamed and shuffled."""
+    file = Path(data)
+    if file.is_file():
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        yield f"{file}:{number}", json.loads(line)
+                    except ValueError as error:
+                        raise ValueError(f"{file}:{number}: not valid JSON ({error})") from None
+        return
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(data, split="train", streaming=True).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    except Exception as error:  # offline, unknown, gated: datasets raises errors of many kinds
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"data {data!r}: neither a JSONL file nor a hub data set in reach ({reason})") from error
+    for number, row in enumerate(rows):
+        yield f"{data} row {number} (seed {seed})", row
+
+
+def prepare(data: str, tokenizer, context: int, tokens: int, directory: Path | str, seed: int = 0) -> Store:
+    """Documents of ``data``, at most about ``tokens`` tokens of them, kept in ``directory`` and reused from there.
+
+    Under torchrun the first process writes and the others wait for its files.  Raises ValueError where a row does not
+    fit the schema, naming place and field; where no document is left; and where ``directory`` holds other documents.
+    """
+    directory = Path(directory)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token")
+    key = {"data": _identity(data), "tokenizer": _fingerprint(tokenizer), "context": context, "tokens": tokens,
+           "seed": seed}  # fmt: skip
+    if int(os.environ.get("RANK", 0)):
+        while not (directory / "facts.json").exists():
+            time.sleep(0.2)
+    elif not (directory / "facts.json").exists():
+        _write(data, tokenizer, context, tokens, directory, seed, key)
+    facts = json.loads((directory / "facts.json").read_text())
+    if facts["key"] != key:
+        changed = sorted(name for name in key if facts["key"].get(name) != key[name])
+        raise ValueError(f"{directory} holds documents of other {', '.join(changed)}: give the run another directory")
+    table = np.load(directory / "table.npy")
+    return Store(np.memmap(directory / "tokens.bin", np.uint32, "r"), table, facts)
+
+
+def _write(data: str, tokenizer, context: int, tokens: int, directory: Path, seed: int, key: dict) -> None:
+    part = directory.with_name(directory.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    facts = dict.fromkeys(
+        ("rows", "rejected_rows", "documents", "cut", "tokens_cut", "dropped", "tokens", "labelled"), 0
+    )
+    table, bar = [], tqdm(total=tokens, desc="documents", unit="tok", unit_scale=True, mininterval=2)
+    with (part / "tokens.bin").open("wb") as file:
+        for place, row in read_rows(data, seed):
+            try:
+                found = completions(row)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
+            facts["rows"] += 1
+            facts["rejected_rows"] += not found
+            for prompt, completion in found:
+                ids, head = encode(tokenizer, prompt, completion)
+                facts["cut"] += len(ids) > context
+                facts["tokens_cut"] += max(len(ids) - context, 0)
+                ids = ids[:context]
+                if max(head, 1) >= len(ids):  # nothing to predict is left
+                    facts["dropped"] += 1
+                    continue
+                table.append((facts["tokens"], len(ids), head))
+                np.asarray(ids, np.uint32).tofile(file)
+                facts["documents"] += 1
+                facts["tokens"] += len(ids)
+                facts["labelled"] += len(ids) - max(head, 1)
+                bar.update(len(ids))
+            if facts["tokens"] >= tokens:
+                break
+    bar.close()
+    if not table:
+        raise ValueError(f"data {data!r}: no document of {facts['rows']} rows is left ({json.dumps(facts)})")
+    np.save(part / "table.npy", np.array(table, np.int64))
+    (part / "facts.json").write_text(json.dumps({**facts, "key": key}, indent=1) + "\n")
+    part.rename(directory)
+
+
+def _identity(data: str) -> str:
+    """A file by its contents, a hub data set by its name."""
+    if not Path(data).is_file():
+        return data
+    with open(data, "rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def _fingerprint(tokenizer) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = tokenizer.name_or_path if backend is None else backend.to_str()
+    text = json.dumps([text, tokenizer.chat_template, tokenizer.eos_token_id])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
