@@ -31,24 +31,28 @@ def model_shape(model: PreTrainedModel) -> dict:
     }
 
 
-def save_gates(model: PreTrainedModel, directory: Path | str, **facts) -> None:
-    """Write the gates alone.  ``facts`` (such as cr, step) go into the JSON."""
+def save_gates(model: PreTrainedModel, directory: Path | str, state: dict | None = None, **facts) -> None:
+    """Write the gates alone.  ``facts`` (such as cr, step) go into the JSON; ``state``: see save_model."""
+    state = model.state_dict() if state is None else state
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    gates = {name: p.detach().contiguous() for name, p in model.state_dict().items() if ".dms_gate." in name}
+    gates = {name: p.detach().contiguous() for name, p in state.items() if ".dms_gate." in name}
     if gates:
         save_file(gates, directory / GATES)
     settings = {"dms": model.dms.config.to_dict(), "model": model_shape(model), **facts}
     (directory / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def save_model(model: PreTrainedModel, directory: Path | str, tokenizer=None, **facts) -> None:
-    """Write weights, gates and settings."""
-    weights = {name: p for name, p in model.state_dict().items() if ".dms_gate." not in name}
+def save_model(
+    model: PreTrainedModel, directory: Path | str, tokenizer=None, state: dict | None = None, **facts
+) -> None:
+    """Write weights, gates and settings.  ``state``: the state dict where the model holds only shards of it."""
+    state = model.state_dict() if state is None else state
+    weights = {name: p for name, p in state.items() if ".dms_gate." not in name}
     model.save_pretrained(directory, state_dict=weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    save_gates(model, directory, **facts)
+    save_gates(model, directory, state, **facts)
 
 
 def read_settings(directory: Path | str) -> dict:

@@ -46,8 +46,11 @@ class MuonAdamW(torch.optim.Optimizer):
 def make_optimizer(
     named: list[tuple[str, nn.Parameter]], kind: str, lr: float, weight_decay: float, gate_lr: float | None = None,
     betas: tuple[float, float] = (0.9, 0.95),
-) -> MuonAdamW:  # fmt: skip
-    """An optimiser for the parameters that train.  Gates (``.dms_gate.``) get AdamW, ``gate_lr`` and no decay."""
+) -> torch.optim.Optimizer:  # fmt: skip
+    """An optimiser for the parameters that train.  Gates (``.dms_gate.``) get AdamW, ``gate_lr`` and no decay.
+
+    Without a matrix for Muon it is torch's own AdamW, which FSDP can shard and save.
+    """
     if kind not in KINDS:
         raise ValueError(f"optimizer {kind!r}: must be one of {KINDS}")
     gates, matrices, rest = [], [], []
@@ -63,4 +66,7 @@ def make_optimizer(
         {"params": gates, "lr": gate_lr or lr, "weight_decay": 0.0},
         {"params": matrices, "muon": True},
     ]
-    return MuonAdamW([group for group in groups if group["params"]], lr, tuple(betas), weight_decay)
+    groups = [group for group in groups if group["params"]]
+    if not matrices:
+        return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
+    return MuonAdamW(groups, lr, tuple(betas), weight_decay)

@@ -20,7 +20,7 @@ from dms_core.distill import DIRECTIONS, Distiller
 from dms_core.model import attach
 from dms_core.optim import KINDS, make_optimizer
 from dms_core.schedule import Schedule
-from dms_core.trainer import ProgressBar, RetrofitTrainer, SaveFamily, checkpoint_dir
+from dms_core.trainer import ProgressBar, RetrofitTrainer, SaveFamily, checkpoint_dir, shard_teacher
 
 __all__ = ["RetrofitConfig", "checkpoint_dir", "pad_collate", "retrofit"]
 
@@ -120,23 +120,20 @@ def retrofit(
     """Teach ``model`` to evict, in place; checkpoints go to ``out``/cr<N>.  An interrupted run goes on by itself.
 
     dataset: documents with input_ids and labels (-100: not predicted), and position_ids where several are packed in a
-    row (each starts over at 0).  ``arguments`` go to TrainingArguments.  Under torchrun every process calls this.
+    row (each starts over at 0).  ``arguments`` go to TrainingArguments, such as fsdp=True to shard model and teacher by
+    layers (FSDP2).  Under torchrun every process calls this.
     """
     _check_gate(dms, recipe)
     out, world = Path(out), int(os.environ.get("WORLD_SIZE", 1))
     at_once, accumulation = recipe.split(world)
+    if arguments.get("fsdp"):
+        arguments.setdefault("fsdp_config", {"transformer_layer_cls_to_wrap": list(model._no_split_modules)})
     facts = {"dms": dms.to_dict(), "recipe": {**asdict(recipe), "steps": recipe.steps}}
     if int(os.environ.get("RANK", 0)) == 0:
         _claim(out, facts)
     teacher = copy.deepcopy(model) if recipe.train == "all" and recipe.direction != "lm" else None
     set_seed(recipe.seed)
-    attach(model, dms)
-    if recipe.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    if recipe.train == "gates":
-        gates = {id(p) for p in model.dms.gate_parameters()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in gates)
+    _make_student(model, dms, recipe)
     settings = TrainingArguments(
         output_dir=str(out / "trainer"), max_steps=recipe.steps, per_device_train_batch_size=at_once,
         gradient_accumulation_steps=accumulation, max_grad_norm=recipe.clip, seed=recipe.seed,
@@ -144,6 +141,9 @@ def retrofit(
         logging_steps=max(1, min(10, recipe.steps // 20)), remove_unused_columns=False, dataloader_num_workers=0,
         disable_tqdm=True, **arguments,
     )  # fmt: skip
+    settings._n_gpu = min(settings.n_gpu, 1)  # one device a process; more of them with torchrun
+    if settings.fsdp and teacher is not None:
+        shard_teacher(teacher, settings.device)
     distiller = Distiller(model, teacher, recipe.direction, recipe.chunk, recipe.aux_weight)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.gate_lr, recipe.betas)
@@ -152,8 +152,6 @@ def retrofit(
         data_collator=pad_collate(tokenizer.pad_token_id or 0), callbacks=[SaveFamily(recipe, model, tokenizer, out)],
         optimizers=(optimizer, LambdaLR(optimizer, recipe.schedule.rate)),
     )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in place of the Trainer's own bar
-    trainer.add_callback(ProgressBar())
     _train(trainer, last_checkpoint(out / "trainer"), recipe.steps)
     if trainer.is_world_process_zero():
         (out / "retrofit.json").write_text(json.dumps({**facts, "log": trainer.state.log_history}, indent=1) + "\n")
@@ -168,8 +166,20 @@ def _check_gate(dms: DMSConfig, recipe: RetrofitConfig) -> None:
         raise ValueError(f"neuron_warmup {recipe.neuron_warmup} with gate {dms.gate!r}: must be 0; it is for 'neuron'")
 
 
+def _make_student(model: PreTrainedModel, dms: DMSConfig, recipe: RetrofitConfig) -> None:
+    attach(model, dms)
+    if recipe.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if recipe.train == "gates":
+        gates = {id(p) for p in model.dms.gate_parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in gates)
+
+
 def _train(trainer: RetrofitTrainer, last: str | None, steps: int) -> None:
     """From the checkpoint ``last`` to the end; a finished run resumed, the Trainer would take one step more."""
+    trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in place of the Trainer's own bar
+    trainer.add_callback(ProgressBar())
     if last is None or int(last.rsplit("-", 1)[1]) < steps:
         trainer.train(resume_from_checkpoint=last)
     else:

@@ -7,6 +7,9 @@ row's index in the global batch (``gate.keyed_noise``), losses are means over th
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
@@ -74,10 +77,31 @@ class SaveFamily(TrainerCallback):
     def __init__(self, recipe, student: PreTrainedModel, tokenizer, out: Path) -> None:
         self.recipe, self.student, self.tokenizer, self.out = recipe, student, tokenizer, out
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
         cr = self.recipe.schedule.saves().get(state.global_step)
-        if cr is not None and state.is_world_process_zero:
-            save_model(self.student, checkpoint_dir(self.out, cr), self.tokenizer, cr=cr, step=state.global_step)
+        if cr is None:
+            return
+        weights = full_state(model) if args.fsdp else None  # every process takes part
+        if state.is_world_process_zero:
+            directory = checkpoint_dir(self.out, cr)
+            save_model(self.student, directory, self.tokenizer, weights, cr=cr, step=state.global_step)
+
+
+def full_state(distiller) -> dict[str, torch.Tensor]:
+    """The student's weights gathered from their FSDP2 shards, on the first process; empty on the others."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(distiller, options=options)
+    return {name.removeprefix("student."): tensor for name, tensor in state.items()}
+
+
+def shard_teacher(teacher: PreTrainedModel, device: torch.device) -> None:
+    """FSDP2 on a teacher that is no part of the trained module: its layers are sharded, the rest is replicated.
+
+    Embeddings and output layer stay whole: they may be one tensor, and the loss calls the output layer by itself.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for layer in teacher.get_decoder().layers:
+        fully_shard(layer, mesh=mesh)
 
 
 class ProgressBar(TrainerCallback):
