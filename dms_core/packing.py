@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from dms_core.documents import Store
 
-OPEN = 32  # rows that are open at once: 98 % full for lengths spread evenly below the context
+OPEN = 32  # rows that are open at once: 97 % full for lengths spread evenly up to the context
 
 
 def pack(lengths: np.ndarray, context: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ from dms_core.checkpoint import load_base
 from dms_core.cli import main
 from dms_core.documents import Store, completions, encode, prepare
 from dms_core.model import _segments
-from dms_core.packing import PackedRows, pack
+from dms_core.packing import OPEN, PackedRows, pack
 from dms_core.retrofit import pad_collate
 from dms_core.tasks.programs import make_problem
 from dms_core.tasks.reasoner import REASONER_DIR, load_tokenizer
@@ -47,7 +47,11 @@ def write(file, rows) -> str:
     ],
 )  # fmt: skip
 def test_only_complete_generations_that_math_verify_accepts_are_kept(accepted, complete, kept):
-    row = {**math_row(), "correctness_math_verify": accepted, "is_reasoning_complete": list(complete)}
+    row = {
+        **math_row(),
+        "correctness_math_verify": accepted and list(accepted),
+        "is_reasoning_complete": list(complete),
+    }
     assert completions(row) == [([{"role": "user", "content": row["problem"]}], row["generations"][i]) for i in kept]
 
 
@@ -174,7 +178,7 @@ def test_every_document_is_packed_once_and_whole():
     rows = pack(lengths, 100)
     assert sorted(index for row in rows for index in row) == list(range(500))
     filled = np.array([lengths[row].sum() for row in rows])
-    assert filled.max() <= 100 and filled.mean() > 95
+    assert filled.max() <= 100 and filled[:-OPEN].mean() > 96  # the last rows are what was open at the end
 
 
 def test_packed_rows_are_a_function_of_seed_and_index():

@@ -80,7 +80,7 @@ def test_activation_checkpointing_changes_neither_losses_nor_gradients(tiny_mode
 def test_checkpointed_layers_are_computed_twice(tiny_model):
     """What the test above compares is really the checkpointed path."""
     model, calls = tiny_model(), []
-    model.get_decoder().layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    model.get_decoder().layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     losses_and_gradients(model, True, tiny_model(seed=1, gates=False))
     assert len(calls) == 2
 
