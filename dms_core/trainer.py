@@ -48,7 +48,8 @@ class RetrofitTrainer(Trainer):
         dms.evicting = step >= schedule.lead
         dms.neuron_factor = 0.0 if dms.evicting else warmup_factor(step, schedule.lead)
         first = (self.seen * self.args.world_size + self.args.process_index) * self.args.per_device_train_batch_size
-        dms.noise_keys = row_keys(self.recipe.seed, step, first, len(inputs["labels"]))
+        labels = inputs["labels"]
+        dms.noise_keys = row_keys(self.recipe.seed, step, first, len(labels)).to(labels.device)
         self.seen += 1
         outputs = model(**inputs, alpha_target=target_fraction(schedule.cr(step)), totals=self.totals)
         for name in ("kd", "aux", "evicted"):
