@@ -152,6 +152,10 @@ def retrofit(
         data_collator=pad_collate(tokenizer.pad_token_id or 0), callbacks=[SaveFamily(recipe, model, tokenizer, out)],
         optimizers=(optimizer, LambdaLR(optimizer, recipe.schedule.rate)),
     )  # fmt: skip
+    if settings.fsdp and not trainer.is_fsdp_enabled:
+        raise ValueError(
+            "fsdp True: accelerate shards under torchrun on GPUs only; on CPUs or one process, leave it out"
+        )
     _train(trainer, last_checkpoint(out / "trainer"), recipe.steps)
     if trainer.is_world_process_zero():
         (out / "retrofit.json").write_text(json.dumps({**facts, "log": trainer.state.log_history}, indent=1) + "\n")
