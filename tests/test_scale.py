@@ -105,7 +105,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 def test_distillation_never_holds_the_logits_of_a_long_sequence():
     """8192 tokens, 150,000 entries in the vocabulary, chunks of 256; the narrow hidden state only saves time."""
     peak = int(run([sys.executable, "-c", PEAK]).stdout)
-    print(f"peak {peak / 1e9:.2f} GB")
     logits = 8192 * 150_000 * 4
     assert peak < logits / 2, f"{peak / 1e9:.2f} GB beyond the inputs, of {logits / 1e9:.2f} GB for one set of logits"
 
