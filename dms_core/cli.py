@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from dms_core.cli_batch import add_batch
 from dms_core.cli_kernels import run_bench, run_kernels
 from dms_core.curves import summarise
 from dms_core.profiles import PROFILES, get_profile
@@ -73,6 +74,8 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--aot", action="store_true", help="compile every Triton kernel; needs no card, takes minutes")
     command.add_argument("--target", type=int, nargs="+", metavar="SM", help="80, 90, 100 (default: all three)")
     command.set_defaults(passed=lambda result: all(case["ok"] for case in result.get("cases", [])))
+
+    add_batch(add)
     return parser
 
 
@@ -98,6 +101,10 @@ JSON on standard output:
                            null, "why": reason or null}}}
   dms kernels --aot --json {"triton", "cases": [{"kernel", "target", "registers", "spills", "shared", "limit", "stack",
                            "ok"}]}, shared, its limit and stack in bytes; status 1 if a case is not ok
+  dms stage --json         {"stage", "seconds", "result"}; without a name {"needs": {name: [names]}}
+  dms notebook --json      {"notebook", "parameters"}
+  dms chapters --json      {"book"}
+  dms summarise --json     as dms curves, with "model", "task" and "environment"
 """
 
 
