@@ -16,7 +16,9 @@ def add_batch(add) -> None:
     command.add_argument("--profile", choices=sorted(PROFILES), default="tiny")
     command.add_argument("--run-dir", type=Path, help="where results are kept and reused (default: runs/PROFILE)")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--code", default="", metavar="DIGEST", help="delete the stage's results of other sources first")
+    command.add_argument(
+        "--code", default="", metavar="DIGEST", help="first delete what other sources made of the stage"
+    )
     command.add_argument("--out", type=Path, help="also write the result to this JSON file")
 
     command = add("notebook", run_notebook, "execute a notebook; a parameter that it does not have is an error")

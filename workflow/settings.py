@@ -17,7 +17,7 @@ MODEL = {
     "recipe": None,  # of `dms retrofit`
     "data": None,  # what `dms retrofit` trains on
     "launch": None,  # starts `dms retrofit` on many GPUs, in place of `dms`
-    "architecture": None,  # name for `dms plan`, for estimates; None: read from the model's config.json
+    "architecture": None,  # for estimates: a name that `dms plan` knows, or sizes; None: the model's config.json
     "published_as": None,  # the model's name in data/published, None if it is not there
     "methods": None,  # {name: [compression ratios]}
     "tasks": None,  # {name: {published_as, problems, chains, lengths, widths}}

@@ -137,7 +137,7 @@ rule published:
     input:
         PUBLISHED,
         f"{RUN}/stages/summary.json",
-        sources=sources(["dms_core.published"]),
+        sources=sources(["dms_core.published_plot", "dms_core.cli_published"]),
     output:
         markdown=f"{RUN}/published.md",
         json=f"{RUN}/published.json",
