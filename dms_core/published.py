@@ -76,29 +76,53 @@ def compare(summary: dict, model: str | None = None, task: str | None = None) ->
 
 
 def markdown(comparison: dict) -> str:
-    """The comparison as two tables.  Intervals are the run's, 95 % over problems; the paper gives none."""
+    """The comparison as two tables, the models of a benchmark in one row.
+
+    Intervals are the run's, 95 % over problems; the paper gives none.
+    """
     run = comparison["run"]
-    lines = [f"# Published and measured: {run['label']}", "", "## Pareto margins (points)", ""]
-    head = ("table", "budget", "margin", "benchmark", "model", "published", "this run, log2", "this run, linear",
+    head = ("table", "budget", "margin", "benchmark", "models", "published", "this run, log2", "this run, linear",
             "direction")  # fmt: skip
     body = [
-        (row["table"], AXES[row["axis"]], f"{style_of(row['a'])[0]} − {style_of(row['b'])[0]}", row["task"],
-         row["model"], _signed(row["value"]), *(_interval(row["measured"], scale) for scale in ("log2", "linear")),
-         row["direction"] or "—")
-        for row in comparison["margins"]
+        (first["table"], AXES[first["axis"]], f"{style_of(first['a'])[0]} − {style_of(first['b'])[0]}", first["task"],
+         _sizes(rows), _each(_signed(row["value"]) for row in rows),
+         *(_interval(first["measured"], scale) for scale in ("log2", "linear")),
+         _each(dict.fromkeys(row["direction"] or "—" for row in rows)))
+        for first, rows in _grouped(comparison["margins"], ("table", "axis", "a", "b", "task"))
     ]  # fmt: skip
-    lines += _table(head, body)
+    lines = [f"# Published and measured: {run['label']}", "", "## Pareto margins (points)", "", *_table(head, body)]
     lines += ["", "## One chain at the largest length (accuracy in points, difference to vanilla)", ""]
-    head = ("table", "benchmark", "model", "method", "CR", "published", "difference", "this run", "difference")
+    head = ("table", "benchmark", "models", "method", "CR", "published", "difference", "this run", "difference")
     body = [
-        (row["table"], row["task"], row["model"], style_of(row["method"])[0], f"{row['cr']:g}", f"{row['value']:.1f}",
-         _signed(row["difference"]), *_accuracy_cells(row["measured"]))
-        for row in comparison["accuracies"]
+        (first["table"], first["task"], _sizes(rows), style_of(first["method"])[0], f"{first['cr']:g}",
+         _each(f"{row['value']:.1f}" for row in rows),
+         "—" if first["method"] == "vanilla" else _each(_signed(row["difference"]) for row in rows),
+         *_accuracy_cells(first["measured"]))
+        for first, rows in _grouped(comparison["accuracies"], ("table", "task", "method", "cr"))
     ]  # fmt: skip
-    lines += _table(head, body)
-    return "\n".join(
-        [*lines, "", "A dash: this run has no such method, ratio or axis. NA: the budgets do not meet.", ""]
-    )
+    note = "A dash: this run has no such method, ratio or axis. NA: the budgets do not meet."
+    return "\n".join([*lines, *_table(head, body), "", note, ""])
+
+
+def size_of(model: str) -> str:
+    """A model's name without what the models of the scaling runs have in common."""
+    return model.removeprefix("DeepSeek-R1-Distill-Qwen-")
+
+
+def _grouped(rows: list[dict], keys: tuple) -> list[tuple[dict, list[dict]]]:
+    """Rows that agree in the keys, in order of first appearance, each group with its first."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return [(group[0], group) for group in groups.values()]
+
+
+def _sizes(rows: list[dict]) -> str:
+    return _each(size_of(row["model"]) for row in rows)
+
+
+def _each(values) -> str:
+    return " / ".join(values)
 
 
 def _own(rows: pd.DataFrame, model: str | None, task: str | None) -> pd.DataFrame:

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dms_core import report
-from dms_core.published import AXES, compare, read
+from dms_core.published import AXES, compare, read, size_of
 
 
 def plot_comparison(summary: dict, model: str | None = None, task: str | None = None) -> Figure:
@@ -33,7 +33,7 @@ def plot_margins_beside(rows: list[dict], ax: Axes) -> Axes:
     if not rows:
         ax.set_axis_off()
         return ax
-    shown = [{**row, "model": _size(row["model"])} for row in rows]
+    shown = [{**row, "model": size_of(row["model"])} for row in rows]
     own = {row["a"]: row["measured"]["log2"] for row in rows if row["measured"]}
     report.plot_margins([*shown, *({"task": "this run", "model": "", "a": a, **own[a]} for a in own)], ax)
     ax.legend(loc="best", fontsize=8)
@@ -42,14 +42,14 @@ def plot_margins_beside(rows: list[dict], ax: Axes) -> Axes:
 
 def plot_differences_beside(rows: list[dict], ax: Axes) -> Axes:
     """Accuracy minus vanilla with one chain at the largest length: published per benchmark and model, then the run."""
-    places = list(dict.fromkeys((row["task"], _size(row["model"])) for row in rows))
+    places = list(dict.fromkeys((row["task"], size_of(row["model"])) for row in rows))
     compressed = [row for row in rows if row["method"] != "vanilla"]
     kinds = list(dict.fromkeys((row["method"], row["cr"]) for row in compressed))
     for kind, shift in zip(kinds, np.linspace(-0.25, 0.25, len(kinds)), strict=True):
         label, colour, marker = report.style_of(kind[0])
         style = dict(color=colour, marker=marker, linestyle="", markerfacecolor=colour if kind[1] <= 4 else "none")
         mine = [row for row in compressed if (row["method"], row["cr"]) == kind]
-        x = [places.index((row["task"], _size(row["model"]))) + shift for row in mine]
+        x = [places.index((row["task"], size_of(row["model"]))) + shift for row in mine]
         ax.plot(x, [row["difference"] for row in mine], **style, label=f"{label}, CR {kind[1]:g}")
         measured = next((row["measured"] for row in mine if row["measured"]), None)
         if measured and measured["difference"]:
@@ -70,7 +70,3 @@ def _plot_pass1(ax: Axes, run: dict) -> None:
     rows = read("deepseek_r1_pass1.csv")
     for value in rows[(rows["model"] == run["model"]) & (rows["task"] == run["task"])]["value"]:
         ax.axhline(value, color="#888888", linestyle=":", linewidth=1)
-
-
-def _size(model: str) -> str:
-    return model.removeprefix("DeepSeek-R1-Distill-Qwen-")

@@ -30,8 +30,9 @@ pytest.importorskip("snakemake")
 
 def snakemake(directory, config, *options, root=ROOT):
     """Run Snakemake in a directory of its own, with the local profile; returns status and output."""
-    command = [sys.executable, "-m", "snakemake", "-s", root / "workflow" / "Snakefile", "--directory", directory,
-               "--profile", root / "workflow" / "profiles" / "local", "--cores", "1", "--configfile", config]  # fmt: skip
+    flow = root / "workflow"
+    command = [sys.executable, "-m", "snakemake", "-s", flow / "Snakefile", "--profile", flow / "profiles" / "local",
+               "--directory", directory, "--cores", "1", "--configfile", config]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
     done = subprocess.run(
         [*map(str, command), *options], cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
