@@ -7,18 +7,22 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 CPUS=${CPUS:-2}
+CONF=/etc/slurm/slurm.conf  # where jobs look: the plugin hands no SLURM_CONF on to them
+[ ! -e $CONF ] || { echo "$CONF exists: this machine has a Slurm of its own, use that" >&2; exit 1; }
 DIR=$(mktemp -d /tmp/slurm-smoke.XXXXXX)
 HOST=$(hostname -s)
-export SLURM_CONF=$DIR/slurm.conf PYTHONPATH=$ROOT:$ROOT/kernels
+export PYTHONPATH=$ROOT:$ROOT/kernels
 mkdir -p "$DIR"/{munge,state,spool,log,work}
 chmod 755 "$DIR"
 pids=()
 
 stop() {
   status=$?
+  scancel --user=root 2>/dev/null || true
   for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
   wait 2>/dev/null || true
-  if [ $status -ne 0 ]; then tail -n 20 "$DIR"/log/*.log >&2 || true; fi
+  if [ $status -ne 0 ]; then tail -n 20 "$DIR"/log/*.log "$DIR"/work/.snakemake/slurm_logs/*/*/*.log >&2 || true; fi
+  rm -f "$CONF" "$(dirname $CONF)/cgroup.conf"
   [ -n "${KEEP:-}" ] || rm -rf "$DIR"
   exit $status
 }
@@ -26,7 +30,8 @@ trap stop EXIT
 
 dd if=/dev/urandom of="$DIR/munge/key" bs=1 count=1024 status=none
 chmod 700 "$DIR/munge" && chmod 400 "$DIR/munge/key"
-cat > "$SLURM_CONF" <<END
+mkdir -p "$(dirname $CONF)"
+cat > "$DIR/slurm.conf" <<END
 ClusterName=smoke
 SlurmctldHost=$HOST(127.0.0.1)
 SlurmctldPort=16817
@@ -55,10 +60,12 @@ ReturnToService=2
 NodeName=$HOST NodeAddr=127.0.0.1 CPUs=$CPUS RealMemory=6000 State=UNKNOWN
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
+ln -s "$DIR/slurm.conf" "$CONF"
 # Slurm 23.11 and later can do without cgroups if told so; earlier ones know no such plugin.
 version=$(slurmd -V | awk '{print $2}')
 if [ "$(printf '%s\n' 23.11 "$version" | sort -V | head -n 1)" = 23.11 ]; then
   echo "CgroupPlugin=disabled" > "$DIR/cgroup.conf"
+  ln -s "$DIR/cgroup.conf" "$(dirname $CONF)/cgroup.conf"
 fi
 
 munged --foreground --force --key-file="$DIR/munge/key" --socket="$DIR/munge/socket" --pid-file="$DIR/munge/pid" \
@@ -84,7 +91,10 @@ status=0
 targets=("$@")
 [ $# -gt 0 ] || targets=(runs/smoke/stages/summary.json runs/smoke/notebooks/01_bottleneck.ipynb)
 "$PYTHON" -m snakemake -s workflow/Snakefile --profile workflow/profiles/slurm --configfile "$DIR/config.yaml" \
-  --directory "$DIR/work" --jobs 4 --latency-wait 5 --slurm-init-seconds-before-status-checks 5 --slurm-status-command squeue --slurm-no-account "${targets[@]}" || status=$?
+  --directory "$DIR/work" --jobs 4 --latency-wait 5 --slurm-init-seconds-before-status-checks 5 \
+  --slurm-status-command squeue --slurm-no-account "${targets[@]}" &
+pids+=($!)
+wait $! || status=$?
 echo "snakemake: status $status after $((SECONDS - began)) s"
 squeue --states=all -o "%.6i %.9P %.9T %.4C %.8m %.10M %k"
 exit $status
