@@ -44,7 +44,7 @@ def plot_differences_beside(rows: list[dict], ax: Axes) -> Axes:
     """Accuracy minus vanilla with one chain at the largest length: published per benchmark and model, then the run."""
     places = list(dict.fromkeys((row["task"], size_of(row["model"])) for row in rows))
     compressed = [row for row in rows if row["method"] != "vanilla"]
-    kinds = list(dict.fromkeys((row["method"], row["cr"]) for row in compressed))
+    kinds = sorted({(row["method"], row["cr"]) for row in compressed})
     for kind, shift in zip(kinds, np.linspace(-0.25, 0.25, len(kinds)), strict=True):
         label, colour, marker = report.style_of(kind[0])
         style = dict(color=colour, marker=marker, linestyle="", markerfacecolor=colour if kind[1] <= 4 else "none")
@@ -58,8 +58,8 @@ def plot_differences_beside(rows: list[dict], ax: Axes) -> Axes:
             ax.vlines(at, gap["low"], gap["high"], color=colour)
     ax.axhline(0, color=report.STYLES["vanilla"][1], linewidth=1)
     ax.axvline(len(places) - 0.5, color="#888888", linewidth=0.8)
-    names = [*(f"{task}\n{size}" for task, size in places), "this run"]
-    ax.set_xticks(range(len(names)), names, fontsize=7)
+    names = [*(f"{task}, {size}" for task, size in places), "this run"]
+    ax.set_xticks(range(len(names)), names, fontsize=8, rotation=35, ha="right", rotation_mode="anchor")
     ax.grid(axis="x", visible=False)
     ax.set_ylabel("accuracy minus vanilla (points)")
     ax.legend(loc="best", fontsize=8)

@@ -89,7 +89,7 @@ def test_an_unknown_name_in_a_configuration_stops_everything_and_is_named(change
 
 def test_settings_refuse_a_configuration_that_is_half_a_model():
     with pytest.raises(ValueError, match="methods, tasks"):
-        settings.settings({"model": "m", "name": "n", "recipe": "r", "data": "d"})
+        settings.settings({"model": "m", "name": "n", "recipe": "r"})
     with pytest.raises(ValueError, match="either"):
         settings.settings({"model": "m", "profile": "smoke"})
     with pytest.raises(ValueError, match="unknown gpu"):

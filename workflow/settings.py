@@ -15,14 +15,21 @@ MODEL = {
     "name": None,  # directory under `runs`
     "model": None,  # hub id or directory
     "recipe": None,  # of `dms retrofit`
-    "data": None,  # what `dms retrofit` trains on
+    "data": None,  # what `dms retrofit` trains on; None: what the recipe says
     "launch": None,  # starts `dms retrofit` on many GPUs, in place of `dms`
     "architecture": None,  # for estimates: a name that `dms plan` knows, or sizes; None: the model's config.json
     "published_as": None,  # the model's name in data/published, None if it is not there
     "methods": None,  # {name: [compression ratios]}
-    "tasks": None,  # {name: {published_as, problems, chains, lengths, widths}}
+    "tasks": None,  # {name: TASK}
 }
-TASK = {"published_as": None, "problems": None, "chains": None, "lengths": None, "widths": None}
+TASK = {
+    "published_as": None,  # the benchmark's name in data/published
+    "problems": None,  # how many there are, for estimates
+    "chains": None,  # sampled a problem
+    "lengths": None,  # L; chains are sampled at the largest
+    "widths": None,  # W
+    "options": "",  # further arguments of `dms sample`
+}
 RESOURCES = {"gpus": "gpu", "mem": "mem", "runtime": "runtime", "partition": "slurm_partition",
              "account": "slurm_account", "threads": "_cores"}  # fmt: skip
 
@@ -35,7 +42,7 @@ def settings(config: dict) -> dict:
         raise ValueError("a configuration has either `profile` (embedded model) or `model` (any other)")
     filled = _filled("configuration", config, EMBEDDED if "profile" in config else MODEL)
     if "model" in config:
-        needed = [key for key in ("name", "recipe", "data", "methods", "tasks") if not filled[key]]
+        needed = [key for key in ("name", "recipe", "methods", "tasks") if not filled[key]]
         if needed:
             raise ValueError(f"a configuration with `model` also needs {', '.join(needed)}")
         filled["tasks"] = {name: _filled(f"task {name}", task, TASK) for name, task in filled["tasks"].items()}

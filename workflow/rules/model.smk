@@ -22,7 +22,7 @@ def chapter_data(chapter):
 
 def chains(task, method, cr):
     """Directory of one grid of chains; other settings have another, and more chains are added to those there."""
-    facts = [S["model"], max(TASKS[task]["lengths"]), *([S["recipe"], S["data"]] if method in TRAINED else [])]
+    facts = [S["model"], max(TASKS[task]["lengths"]), TASKS[task]["options"], *([S["recipe"], S["data"]] if method in TRAINED else [])]
     return f"{RUN}/{task}/{method}-cr{cr:g}-{key(*facts)}"
 
 
@@ -45,7 +45,9 @@ rule retrofit:
         f"{RETROFIT}/checkpoints.txt",
     params:
         checkpoints=expand(f"{RETROFIT}/cr{{cr}}/dms.json", cr=CRS),
-        arguments=shlex.join(["--recipe", S["recipe"], "--model", S["model"], "--data", S["data"]]),
+        arguments=shlex.join(
+            ["--recipe", S["recipe"], "--model", S["model"], *(["--data", S["data"]] if S["data"] else [])]
+        ),
         out=RETROFIT,
     log:
         f"{RUN}/logs/retrofit.txt",
@@ -65,6 +67,7 @@ rule sample:
         weights=weights,
         chains=lambda w: TASKS[w.task]["chains"],
         length=lambda w: max(TASKS[w.task]["lengths"]),
+        options=lambda w: TASKS[w.task]["options"],
         out=lambda w, output: str(Path(output[0]).parent),
     log:
         f"{RUN}/logs/sample-{{task}}-{{method}}-cr{{cr}}-{{key}}.txt",
@@ -73,7 +76,7 @@ rule sample:
         **resources(S, "sample"),
     shell:
         "{DMS} sample --model {params.weights} --task {wildcards.task} --method {wildcards.method} --cr {wildcards.cr}"
-        " --chains {params.chains} --length {params.length} --out {params.out} > {log} 2>&1"
+        " --chains {params.chains} --length {params.length} {params.options} --out {params.out} > {log} 2>&1"
 
 
 rule curves:
