@@ -79,7 +79,8 @@ def run_chapters(args) -> dict:
     chapters = [path for path in chapters if not path.name.endswith(".running.ipynb")]
     if not chapters:
         raise ValueError(f"{args.notebooks}: holds no executed notebooks (NN_name.ipynb)")
-    if args.out.exists() and not (args.out / "_toc.yml").exists():
+    held = {path.name for path in args.out.iterdir()} if args.out.exists() else set()
+    if held - {"_build"} and "_toc.yml" not in held:
         raise ValueError(f"{args.out}: exists and is no copy of the book; name another directory")
     shutil.rmtree(args.out, ignore_errors=True)
     shutil.copytree(ROOT / "book", args.out, ignore=shutil.ignore_patterns("_build", "notebooks", "__pycache__"))
