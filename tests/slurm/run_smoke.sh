@@ -19,8 +19,10 @@ pids=()
 stop() {
   status=$?
   scancel --user=root 2>/dev/null || true
-  for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
-  wait 2>/dev/null || true
+  for signal in TERM KILL; do  # Snakemake waits for its jobs, which nobody runs any more
+    for pid in "${pids[@]}"; do kill -$signal "$pid" 2>/dev/null || true; done
+    sleep 2
+  done
   if [ $status -ne 0 ]; then tail -n 20 "$DIR"/log/*.log "$DIR"/work/.snakemake/slurm_logs/*/*/*.log >&2 || true; fi
   rm -f "$CONF" "$(dirname $CONF)/cgroup.conf"
   [ -n "${KEEP:-}" ] || rm -rf "$DIR"
