@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 from dms_core import cli_lm, cli_retrofit
+from dms_core.cli_batch import add_batch
 from dms_core.cli_eval import HELP as EVAL_HELP
 from dms_core.cli_eval import add_eval_arguments, run_eval
 from dms_core.cli_kernels import run_bench, run_kernels
+from dms_core.cli_published import add_published
 from dms_core.curves import summarise
 from dms_core.profiles import PROFILES, get_profile
 
@@ -82,6 +84,9 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--aot", action="store_true", help="compile every Triton kernel; needs no card, takes minutes")
     command.add_argument("--target", type=int, nargs="+", metavar="SM", help="80, 90, 100 (default: all three)")
     command.set_defaults(passed=lambda result: all(case["ok"] for case in result.get("cases", [])))
+
+    add_published(add)
+    add_batch(add)
     return parser
 
 
@@ -116,6 +121,13 @@ JSON on standard output:
                            null, "why": reason or null}}}
   dms kernels --aot --json {"triton", "cases": [{"kernel", "target", "registers", "spills", "shared", "limit", "stack",
                            "ok"}]}, shared, its limit and stack in bytes; status 1 if a case is not ok
+  dms published --json     {"run": {"label", "model", "task", "same"}, "margins": [the published row, "measured":
+                           {"log2", "linear": {"value", "low", "high"}} or null, "direction"}], "accuracies": [the
+                           published row, "measured": {"accuracy", "low", "high", "L", "difference"} or null]}
+  dms stage --json         {"stage", "seconds", "result"}; without a name {"needs": {name: [names]}}
+  dms notebook --json      {"notebook", "parameters"}
+  dms chapters --json      {"book"}
+  dms summarise --json     as dms curves, with "model", "task" and "environment"
 """
     + EVAL_HELP
 )

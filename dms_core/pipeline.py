@@ -40,7 +40,6 @@ class Pipeline:
 
     def __init__(self, profile: Profile, root: Path | str, base: Path | str = REASONER_DIR, seed: int = 0) -> None:
         self.profile, self.root, self.base, self.seed = profile, Path(root), Path(base), seed
-        self.root.mkdir(parents=True, exist_ok=True)
         self.tokenizer = load_tokenizer(base)
         recipe = replace(profile.recipe, seed=seed)
         immediate = replace(profile.dms, eviction="immediate")

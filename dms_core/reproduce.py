@@ -1,6 +1,7 @@
 """``dms reproduce``: the long stages, the notebooks in order with papermill, then the rendered book."""
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
@@ -29,11 +30,16 @@ def reproduce(profile: str, runs: Path, seed: int = 0, root: Path = ROOT) -> dic
     return {"seconds": round(time.time() - began, 1), "retrofit": summary["retrofit"], "book": str(page)}
 
 
-def execute(notebook: Path, out: Path, parameters: dict) -> None:
-    """Execute one notebook; an unknown parameter is an error.  A failed copy stays beside ``out`` for reading."""
+def check_parameters(notebook: Path, parameters: Iterable[str]) -> None:
+    """Raises ValueError for a parameter that the notebook does not have, naming it and those that it has."""
     known = set(papermill.inspect_notebook(notebook))
     if unknown := set(parameters) - known:
         raise ValueError(f"{notebook.name}: unknown parameters {sorted(unknown)}; it has {sorted(known)}")
+
+
+def execute(notebook: Path, out: Path, parameters: dict) -> None:
+    """Execute one notebook; an unknown parameter is an error.  A failed copy stays beside ``out`` for reading."""
+    check_parameters(notebook, parameters)
     partial = out.with_suffix(".running.ipynb")
     papermill.execute_notebook(
         notebook, partial, parameters, cwd=notebook.parent, progress_bar=False, kernel_name="python3", log_output=False

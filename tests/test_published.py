@@ -1,9 +1,13 @@
 """The published tables: complete, in range, and consistent with each other where data/published/README.md says so."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
+
+from dms_core import published
+from dms_core.cli import main
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published"
 ACCURACY_TABLES = {"table1": 80, "table2": 14, "table4": 96, "table5": 35, "table6": 52, "tables10-12": 60}
@@ -82,3 +86,85 @@ def test_scaling_accuracies_are_single_runs_except_where_the_readme_says(task, p
 def test_every_file_is_described_in_the_readme():
     readme = (PUBLISHED / "README.md").read_text()
     assert all(path.name in readme for path in PUBLISHED.glob("*.csv"))
+
+
+def test_every_table_of_the_paper_is_there_and_no_other():
+    for number in range(1, 13):
+        rows = published.table(number)
+        assert len(rows) and rows["table"].astype(str).isin({str(number), "10-12"}).all()
+    with pytest.raises(ValueError, match="table 13: must be one of 1, 2, "):
+        published.table(13)
+    with pytest.raises(ValueError, match=r"table8\.csv"):
+        published.read("table99.csv")
+
+
+def test_frontier_configurations_are_distinct_and_within_the_papers_lengths():
+    rows = load("frontier_configurations")
+    assert not rows.duplicated().any() and set(rows["length"]) == {8192, 16384, 32768}
+    assert {(8192, 1), (16384, 1), (32768, 1)} <= set(map(tuple, rows[["length", "width"]].to_numpy()))
+
+
+def test_ratios_measured_by_others_are_those_that_they_state():
+    rows = load("measured_by_others").set_index(["model", "system", "quantity"])["value"]
+    speed = rows.xs("decode throughput", level="quantity")
+    assert round(speed["Qwen3-8B", "FastDMS"] / speed["Qwen3-8B", "vLLM BF16"], 2) == 2.06
+    assert round(speed["Llama-3.2-1B", "FastDMS"] / speed["Llama-3.2-1B", "vLLM BF16"], 2) == 1.53
+
+
+def a_run(**facts):
+    """A run with margins of two kinds and two points."""
+    margin = {"a": "dms", "b": "vanilla", "na_share": 0.0, "problems": 30}
+    rows = [
+        margin | {"axis": axis, "scale": scale, "value": value, "low": value - 2, "high": value + 2}
+        for axis, value in (("reads", 5.0), ("peak", 1.0)) for scale in ("linear", "log2")
+    ]  # fmt: skip
+    rows += [margin | {"a": "tova", "axis": "peak", "scale": s, "value": None, "low": None, "high": None}
+             for s in ("linear", "log2")]  # fmt: skip
+    point = {"L": 32, "W": 1, "low": 60.0, "high": 80.0, "reads": 2.0, "peak": 3.0, "problems": 30}
+    compressed = point | {"method": "dms", "cr": 8, "accuracy": 72.0}
+    points = [point | {"method": "vanilla", "cr": 1, "accuracy": 70.0}, compressed]
+    points.append(compressed | {"accuracy": 1.0, "low": 0.0, "high": 3.0, "L": 16, "reads": 1.0, "peak": 2.0})
+    paired = [{"a": "dms", "b": "vanilla", "cr": 8, "difference": 2.0, "low": -1.0, "high": 5.0, "L": 32, "W": 1}]
+    return {"points": points, "margins": rows, "paired": paired, **facts}
+
+
+def test_a_run_of_a_published_model_is_compared_with_its_own_rows_only():
+    result = published.compare(a_run(model=MODEL_32B, task="AIME 24"))
+    assert result["run"]["same"] and len(result["margins"]) == 1 + 3 + 3 and len(result["accuracies"]) == 5
+    reads = next(row for row in result["margins"] if (row["axis"], row["a"], row["b"]) == ("reads", "dms", "vanilla"))
+    assert (reads["value"], reads["measured"]["log2"]["value"], reads["direction"]) == (12.0, 5.0, "same")
+    peak = {(row["a"], row["b"]): row["direction"] for row in result["margins"] if row["axis"] == "peak"}
+    assert peak == {("dms", "vanilla"): "unresolved", ("tova", "vanilla"): "NA", ("dms", "tova"): None}
+    measured = {(row["method"], row["cr"]): row["measured"] for row in result["accuracies"]}
+    assert measured["dms", 8]["accuracy"] == 72.0 and measured["dms", 8]["difference"]["difference"] == 2.0
+    assert measured["dms", 4] is None and measured["vanilla", 1]["difference"] is None
+
+
+def test_a_published_negative_margin_and_a_positive_one_of_the_run_are_opposite():
+    result = published.compare(a_run(model="DeepSeek-R1-Distill-Qwen-1.5B", task="AIME 24"))
+    assert published._direction(-1.5, 5.0, 3.0, 7.0) == "opposite"
+    assert [row["direction"] for row in result["margins"] if row["axis"] == "throughput"] == [None]
+
+
+def test_the_embedded_model_stands_beside_all_rows_and_says_so():
+    result = published.compare(a_run())
+    assert not result["run"]["same"] and result["run"]["label"] == published.EMBEDDED
+    assert len(result["margins"]) == 84 and len(result["accuracies"]) == 74
+    text = published.markdown(result)
+    assert published.EMBEDDED in text.splitlines()[0]
+    assert "+10.6 / +15.0 / +12.0 | +5.0 [+3.0, +7.0]" in text and "70.0 / 73.3" not in text
+    assert "30.0 / 53.3 / 73.3 | +0.0 / +0.0 / +3.3 | — | — |" in text  # DMS at CR 4, which this run lacks
+    unknown = published.compare(a_run(), model="Another", task="AIME 24")["run"]["label"]
+    assert unknown.startswith("Another, AIME 24 (not in the paper")
+
+
+def test_published_command_writes_json_markdown_and_figure(tmp_path, capsys):
+    (tmp_path / "curves.json").write_text(json.dumps(a_run(model=MODEL_32B, task="AIME 24")))
+    written = tmp_path / "published.md"
+    command = ["published", "--results", str(tmp_path), "--markdown", str(written)]
+    assert main([*command, "--figure", str(tmp_path / "published.svg"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["run"]["label"] == f"{MODEL_32B}, AIME 24" and "+12.0 | +5.0 [+3.0, +7.0]" in written.read_text()
+    assert "<svg" in (tmp_path / "published.svg").read_text()
+    assert main(["published", "--results", str(tmp_path / "none")]) == 2
+    assert "curves.json" in capsys.readouterr().err

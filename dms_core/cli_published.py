@@ -1,0 +1,47 @@
+"""``dms published``: the paper's tables beside what a run has measured."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def add_published(add) -> None:
+    """Register the command; ``add`` as in ``cli.make_parser``."""
+    command = add("published", run_published, "a run's margins and accuracies beside the paper's tables, as Markdown")
+    command.add_argument("--results", type=Path, metavar="DIR",
+                         help="directory with curves.json (default: runs/tiny, else data/results/tiny)")  # fmt: skip
+    command.add_argument("--model", help="the run's model as data/published names it (default: what curves.json says)")
+    command.add_argument("--task", help="its benchmark, likewise")
+    command.add_argument("--markdown", type=Path, metavar="FILE", help="write the Markdown to this file")
+    command.add_argument("--figure", type=Path, metavar="FILE", help="also draw it to this PNG or SVG file")
+
+
+def run_published(args) -> dict:
+    from dms_core.published import compare, markdown
+
+    candidates = [args.results] if args.results else [ROOT / "runs" / "tiny", ROOT / "data" / "results" / "tiny"]
+    file = next((path / "curves.json" for path in candidates if (path / "curves.json").exists()), None)
+    if file is None:
+        raise ValueError(f"{candidates[0]}: holds no curves.json; dms reproduce and dms summarise write one")
+    summary = json.loads(file.read_text())
+    result = compare(summary, args.model, args.task)
+    text = markdown(result)
+    if args.markdown:
+        args.markdown.write_text(text)
+    elif not args.json:
+        print(text)
+    if args.figure:
+        draw(summary, args)
+    return result
+
+
+def draw(summary: dict, args) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from dms_core.published_plot import plot_comparison
+    from dms_core.report import set_style
+
+    set_style()
+    plot_comparison(summary, args.model, args.task).savefig(args.figure)

@@ -1,0 +1,53 @@
+"""GPU-hours of a configuration before it runs: the paper's Table 3 for the retrofit, the roofline for the chains.
+
+Chains are counted as if each went on to the largest L, which is too many, and decode steps as if arithmetic and reading
+overlapped perfectly, which is too fast.  Prefill is left out.
+"""
+
+from dataclasses import replace
+
+FREE = 0.1  # share of memory that is left to activations
+
+
+def sampling_hours(arch, hardware, gpus: int, task: dict, cr: float, memory_cr: float) -> tuple[float, int]:
+    """GPU-hours of one (task, method, CR), and the chains decoded together on ``gpus`` GPUs that split the weights.
+
+    memory_cr: what the cache holds less; 1 for a method such as Quest, that reads less but keeps everything.
+    """
+    from dms_core import latency
+
+    whole = replace(hardware, flops=gpus * hardware.flops, bandwidth=gpus * hardware.bandwidth)
+    length, chains = max(task["lengths"]), task["problems"] * task["chains"]
+    room = (1 - FREE) * gpus * hardware.memory - latency.weight_bytes(arch)
+    batch = min(int(room // latency.kv_bytes(arch, 1, length / memory_cr)), chains)
+    if batch < 1:
+        return float("inf"), 0
+    seconds = latency.latency(arch, batch, length / 2 / cr, whole)  # a chain holds half its length on average
+    return gpus * chains * length / batch * seconds / 3600, batch
+
+
+def lines(settings: dict, device: str = "h100") -> list[str]:
+    """The estimate as text."""
+    if "profile" in settings:
+        return [f"profile {settings['profile']}: no GPU; LOG.md has the minutes it took on two CPU cores"]
+    from dms_core.latency import DEVICES, Architecture
+    from dms_core.planner import RETROFIT_HOURS, find_architecture
+
+    name = settings["architecture"] or settings["model"]
+    arch = Architecture(**name) if isinstance(name, dict) else find_architecture(name)
+    gpus = settings["resources"].get("sample", {}).get("gpus", 1)
+    trained = [cr for method in ("dms", "dms-immediate") for cr in settings["methods"].get(method, [])]
+    text, total = [f"{settings['model']} on {device}, chains on {gpus} GPU{'s' * (gpus > 1)} each"], 0.0
+    if str(name) in RETROFIT_HOURS and trained:
+        total = RETROFIT_HOURS[name] * (max(trained) - 1)
+        text.append(f"{'retrofit to CR ' + format(max(trained), 'g'):32} {total:10.0f} GPU-hours (paper, Table 3)")
+    elif trained:
+        text.append(f"retrofit to CR {max(trained):g}: this model is not in the paper's Table 3")
+    for task, facts in settings["tasks"].items():
+        for method, crs in settings["methods"].items():
+            for cr in crs:
+                hours, batch = sampling_hours(arch, DEVICES[device], gpus, facts, cr, 1 if method == "quest" else cr)
+                total += hours
+                what = f"{hours:10.1f} GPU-hours, {batch} at once" if batch else "does not fit: more GPUs"
+                text.append(f"{f'{task}, {method}, CR {cr:g}':32} {what}")
+    return [*text, f"{'all':32} {total:10.0f} GPU-hours; chains as if all reached L, steps as fast as the roofline"]

@@ -1,0 +1,163 @@
+# The main job with the embedded model: stages, chapters, book, and the comparison with the published tables.
+from dms_core.pipeline import Pipeline
+from dms_core.profiles import get_profile
+from dms_core.stages import stages
+
+try:
+    STAGES = stages(Pipeline(get_profile(S["profile"]), RUN, seed=S["seed"]))
+except ValueError as error:
+    raise WorkflowError(str(error)) from error
+
+BASE = [ROOT / "data" / "reasoner" / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
+GLUE = [ROOT / "dms_core" / "pipeline.py"]
+MODULES = {  # what a stage runs; profiles are no sources, since their values are parameters
+    "retrofit": ["dms_core.retrofit", "dms_core.checkpoint", "dms_core.tasks.dataset"],
+    "held-out": ["dms_core.measure", "dms_core.checkpoint", "dms_core.tasks.dataset"],
+    "records": ["dms_core.scaling", "dms_core.sampling", "dms_core.checkpoint", "dms_core.model"],
+    "summary": ["dms_core.curves"],
+}
+SOURCES = {kind: [*GLUE, *sources(modules)] for kind, modules in MODULES.items()}
+CHAPTER_STAGES = {  # chapters that need no stage; the others wait for all of them
+    "01_bottleneck": [], "02_gate": [], "03_delayed_eviction": [], "04_kernels": [],
+    "05_retrofit": ["retrofit-dms", f"held-out-dms-cr{STAGES['retrofit-dms'].method.cr:g}"],
+}
+RUN_PARAMETERS = {"profile": S["profile"], "seed": S["seed"], "run_dir": relpath(RUN, ROOT / "notebooks")}
+FINAL = [f"{RUN}/book/_build/html/index.html", f"{RUN}/curves.png", f"{RUN}/published.md"]
+
+
+def stage_files(names):
+    return [f"{RUN}/stages/{name}.json" for name in names]
+
+
+def chapter_stages(chapter):
+    return stage_files(CHAPTER_STAGES.get(chapter, STAGES))
+
+
+def chapter_data(chapter):
+    return {"01_bottleneck": [], "02_gate": [], "03_delayed_eviction": BASE,
+            "04_kernels": [ROOT / "data" / "results" / "kernels-cpu.json"]}.get(chapter, [*BASE, *PUBLISHED])
+
+
+def stage_of(wildcards, kind):
+    name = "-".join([kind, wildcards.method, *([f"cr{wildcards.cr}"] if hasattr(wildcards, "cr") else [])])
+    if name not in STAGES:
+        raise WorkflowError(f"stage {name!r}: must be one of {', '.join(STAGES)}")
+    return STAGES[name]
+
+
+# With --code, a stage deletes what other sources have made of it, and goes on with what these sources have begun.
+OPTIONS = f"--profile {S['profile']} --seed {S['seed']} --run-dir {shlex.quote(RUN)}"
+CODE = {kind: digest(files) for kind, files in SOURCES.items()}
+
+
+rule retrofit:
+    input:
+        base=BASE,
+        sources=SOURCES["retrofit"],
+    output:
+        f"{RUN}/stages/retrofit-{{method}}.json",
+    params:
+        settings=lambda w: stage_of(w, "retrofit").settings,
+    log:
+        f"{RUN}/logs/retrofit-{{method}}.txt",
+    threads: threads(S, "retrofit")
+    resources:
+        **resources(S, "retrofit"),
+    shell:
+        "{DMS} stage retrofit-{wildcards.method} {OPTIONS} --code {CODE[retrofit]} --out {output} > {log} 2>&1"
+
+
+rule held_out:
+    input:
+        lambda w: stage_files(stage_of(w, "held-out").needs),
+        base=BASE,
+        sources=SOURCES["held-out"],
+    output:
+        f"{RUN}/stages/held-out-{{method}}-cr{{cr}}.json",
+    params:
+        settings=lambda w: stage_of(w, "held-out").settings,
+    log:
+        f"{RUN}/logs/held-out-{{method}}-cr{{cr}}.txt",
+    threads: threads(S, "held_out")
+    resources:
+        **resources(S, "held_out"),
+    shell:
+        "{DMS} stage held-out-{wildcards.method}-cr{wildcards.cr} {OPTIONS} --code {CODE[held-out]} --out {output}"
+        " > {log} 2>&1"
+
+
+rule records:
+    input:
+        lambda w: stage_files(stage_of(w, "records").needs),
+        base=BASE,
+        sources=SOURCES["records"],
+    output:
+        f"{RUN}/stages/records-{{method}}-cr{{cr}}.json",
+    params:
+        settings=lambda w: stage_of(w, "records").settings,
+    log:
+        f"{RUN}/logs/records-{{method}}-cr{{cr}}.txt",
+    threads: threads(S, "records")
+    resources:
+        **resources(S, "records"),
+    shell:
+        "{DMS} stage records-{wildcards.method}-cr{wildcards.cr} {OPTIONS} --code {CODE[records]} --out {output}"
+        " > {log} 2>&1"
+
+
+rule summary:
+    input:
+        stage_files(STAGES["summary"].needs),
+        sources=SOURCES["summary"],
+    output:
+        f"{RUN}/stages/summary.json",
+    params:
+        settings=STAGES["summary"].settings,
+    log:
+        f"{RUN}/logs/summary.txt",
+    threads: threads(S, "summary")
+    resources:
+        **resources(S, "summary"),
+    shell:
+        "{DMS} stage summary {OPTIONS} --code {CODE[summary]} --out {output} > {log} 2>&1"
+
+
+rule curves:
+    input:
+        f"{RUN}/stages/summary.json",
+        sources=sources(["dms_core.report"]),
+    output:
+        f"{RUN}/curves.png",
+    localrule: True
+    shell:
+        "{DMS} curves --results {RUN} --figure {output}"
+
+
+rule published:
+    input:
+        PUBLISHED,
+        f"{RUN}/stages/summary.json",
+        sources=sources(["dms_core.published_plot", "dms_core.cli_published"]),
+    output:
+        markdown=f"{RUN}/published.md",
+        json=f"{RUN}/published.json",
+        figure=f"{RUN}/published.svg",
+    localrule: True
+    shell:
+        "{DMS} published --results {RUN} --markdown {output.markdown} --figure {output.figure} --json > {output.json}"
+
+
+rule book:
+    input:
+        expand(f"{RUN}/notebooks/{{chapter}}.ipynb", chapter=NOTEBOOKS),
+        pages=[path for path in sorted((ROOT / "book").glob("*")) if path.is_file()],
+        extensions=sorted((ROOT / "book" / "_ext").glob("*.py")),
+        sources=sources(["dms_core.bookbuild"]),
+    output:
+        f"{RUN}/book/_build/html/index.html",
+    log:
+        f"{RUN}/logs/book.txt",
+    resources:
+        **resources(S, "book"),
+    shell:
+        "{DMS} chapters {RUN}/notebooks {RUN}/book > {log} 2>&1"

@@ -1,0 +1,114 @@
+# Any other model: one retrofit that leaves a checkpoint at each ratio, chains per (task, method, CR), curves per task,
+# and the comparison with the published tables.  These rules depend on parameters and results, not on the library's
+# sources: an edited comment shall not cost a thousand GPU-hours.  To do it anew after a change, use another `name`.
+TASKS = S["tasks"]
+TRAINED = ("dms", "dms-immediate", "dmc")  # methods that need a retrofitted checkpoint; others run the original weights
+CRS = sorted({f"{cr:g}" for method in TRAINED for cr in S["methods"].get(method, [])})
+RETROFIT = f"{RUN}/retrofit-{key(S['model'], S['recipe'], S['data'])}"
+RUN_PARAMETERS = {}
+FINAL = [
+    *expand(f"{RUN}/{{task}}/published.md", task=TASKS),
+    *expand(f"{RUN}/notebooks/{{chapter}}.ipynb", chapter=CHOSEN),
+]
+
+
+def chapter_stages(chapter):
+    return []
+
+
+def chapter_data(chapter):
+    return PUBLISHED
+
+
+def chains(task, method, cr):
+    """Directory of one grid of chains; other settings have another, and more chains are added to those there."""
+    facts = [S["model"], max(TASKS[task]["lengths"]), TASKS[task]["options"], *([S["recipe"], S["data"]] if method in TRAINED else [])]
+    return f"{RUN}/{task}/{method}-cr{cr:g}-{key(*facts)}"
+
+
+def grids(task):
+    return [chains(task, method, cr) for method, crs in S["methods"].items() for cr in crs]
+
+
+def retrofitted(wildcards):
+    return [f"{RETROFIT}/checkpoints.txt"] if wildcards.method in TRAINED else []
+
+
+def weights(wildcards, input):
+    return f"{RETROFIT}/cr{wildcards.cr}" if input else S["model"]
+
+
+# Snakemake deletes the outputs of a job that failed, so what a retrofit goes on with is none: the list below is written
+# last, and only if all checkpoints that are sampled from are there.
+rule retrofit:
+    output:
+        f"{RETROFIT}/checkpoints.txt",
+    params:
+        checkpoints=expand(f"{RETROFIT}/cr{{cr}}/dms.json", cr=CRS),
+        arguments=shlex.join(
+            ["--recipe", S["recipe"], "--model", S["model"], *(["--data", S["data"]] if S["data"] else [])]
+        ),
+        out=RETROFIT,
+    log:
+        f"{RUN}/logs/retrofit.txt",
+    threads: threads(S, "retrofit")
+    resources:
+        **resources(S, "retrofit"),
+    shell:
+        "{LAUNCH} retrofit {params.arguments} --out {params.out} > {log} 2>&1 && ls {params.checkpoints} > {output}"
+
+
+rule sample:
+    input:
+        retrofitted,
+    output:
+        touch(f"{RUN}/{{task}}/{{method}}-cr{{cr}}-{{key}}/done"),
+    params:
+        weights=weights,
+        chains=lambda w: TASKS[w.task]["chains"],
+        length=lambda w: max(TASKS[w.task]["lengths"]),
+        options=lambda w: TASKS[w.task]["options"],
+        out=lambda w, output: str(Path(output[0]).parent),
+    log:
+        f"{RUN}/logs/sample-{{task}}-{{method}}-cr{{cr}}-{{key}}.txt",
+    threads: threads(S, "sample")
+    resources:
+        **resources(S, "sample"),
+    shell:
+        "{DMS} sample --model {params.weights} --task {wildcards.task} --method {wildcards.method} --cr {wildcards.cr}"
+        " --chains {params.chains} --length {params.length} {params.options} --out {params.out} > {log} 2>&1"
+
+
+rule curves:
+    input:
+        lambda w: [f"{directory}/done" for directory in grids(w.task)],
+    output:
+        f"{RUN}/{{task}}/curves.json",
+    params:
+        records=lambda w: grids(w.task),
+        lengths=lambda w: TASKS[w.task]["lengths"],
+        widths=lambda w: TASKS[w.task]["widths"],
+        names=lambda w: shlex.join(
+            ["--model", S["published_as"] or S["model"], "--task", TASKS[w.task]["published_as"] or w.task]
+        ),
+    log:
+        f"{RUN}/logs/curves-{{task}}.txt",
+    resources:
+        **resources(S, "curves"),
+    shell:
+        "{DMS} summarise {params.records} --lengths {params.lengths} --widths {params.widths} {params.names}"
+        " --out {output} > {log} 2>&1"
+
+
+rule published:
+    input:
+        PUBLISHED,
+        f"{RUN}/{{task}}/curves.json",
+    output:
+        markdown=f"{RUN}/{{task}}/published.md",
+        json=f"{RUN}/{{task}}/published.json",
+        figure=f"{RUN}/{{task}}/published.svg",
+    localrule: True
+    shell:
+        "{DMS} published --results {RUN}/{wildcards.task} --markdown {output.markdown} --figure {output.figure} --json"
+        " > {output.json}"
