@@ -40,15 +40,16 @@ def run_grid(
     """Sample ``chains`` chains a problem and return their records, those already in ``out`` included.
 
     ``model`` has DMS gates; for ``vanilla`` they are switched off.  Where the task grades later, ``correct`` is None.
+    out: a directory, or the very file, as ``grid_file`` names it.
     """
     if chains < 1:
         raise ValueError(f"chains {chains}: must be >= 1")
-    problems = task.problems
-    prompts = [task.prompt_ids(tokenizer, problem) for problem in problems]
-    file = records_file(out, method, grid_key(model, task, prompts, method, config))
+    out, problems = Path(out), task.problems
+    file = out if out.suffix == ".jsonl" else grid_file(model, tokenizer, task, method, config, out)
     file.parent.mkdir(parents=True, exist_ok=True)
     records = {(r["problem"], r["chain"]): r for r in read_records(file)}
     jobs = [(p, c) for p in range(len(problems)) for c in range(chains) if (p, c) not in records]
+    prompts = [task.prompt_ids(tokenizer, problem) for problem in problems]
     gates = model.dms.disabled() if method.name == "vanilla" else contextlib.nullcontext()
     label = f"{method.name} CR{method.cr:g}"
     with gates, file.open("a") as log, tqdm(total=len(jobs), desc=label, unit="chain", mininterval=2) as bar:
@@ -61,9 +62,10 @@ def run_grid(
     return [records[p, c] for p in range(len(problems)) for c in range(chains)]
 
 
-def records_file(out: Path | str, method: Method, key: str) -> Path:
-    """Where a grid keeps its records."""
-    return Path(out) / f"{method.name}-cr{method.cr:g}-{key}.jsonl"
+def grid_file(model, tokenizer, task: Task, method: Method, config: SamplingConfig, out: Path | str) -> Path:
+    """Where the records of this grid are kept under ``out``."""
+    prompts = [task.prompt_ids(tokenizer, problem) for problem in task.problems]
+    return Path(out) / f"{method.name}-cr{method.cr:g}-{grid_key(model, task, prompts, method, config)}.jsonl"
 
 
 def grid_key(model, task: Task, prompts: Sequence[Sequence[int]], method: Method, config: SamplingConfig) -> str:

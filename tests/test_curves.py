@@ -98,11 +98,11 @@ def test_standard_errors_of_pass_at_1_are_those_of_simulated_reruns():
     rng = np.random.default_rng(6)
     difficulty, chains = rng.random(30), 4
     means, rows = [], []
-    for _ in range(300):
+    for _ in range(100):
         summary = summarise(run("vanilla", 1, difficulty, rng, chains), [64], [1], resamples=1)
         rows.append(summary["pass_at_1"][0])
         means.append(rows[-1]["accuracy"])
-    assert np.mean([r["se_samples"] ** 2 for r in rows]) == pytest.approx(np.var(means), rel=0.3)
+    assert np.mean([r["se_samples"] ** 2 for r in rows]) == pytest.approx(np.var(means), rel=0.4)
     p = np.array([0.2, 0.4, 0.6, 0.8])
     records = [chain(q, c, answer="1" if c < 10 * p[q] else "2") for q in range(4) for c in range(10)]
     (row,) = summarise(records, [8], [1])["pass_at_1"]

@@ -137,6 +137,7 @@ def _wrapped(settings: dict, extra: tuple[str, ...]) -> tuple[list[str], dict]:
     else:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     command += ["--proc", "/proc", "--dev", "/dev", "--size", str(SCRATCH), "--perms", "1777", "--tmpfs", "/tmp"]
+    command += ["--perms", "0755", "--dir", "/etc"]  # which bwrap would make for its owner alone
     for path in ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/alternatives", "/etc/ld.so.cache"):
         command += ["--ro-bind-try", path, path]
     for path in dict.fromkeys((sys.base_prefix, sys.prefix, *extra)):
