@@ -44,6 +44,7 @@ def run_grid(
     """
     if chains < 1:
         raise ValueError(f"chains {chains}: must be >= 1")
+    task.ready()
     out, problems = Path(out), task.problems
     file = out if out.suffix == ".jsonl" else grid_file(model, tokenizer, task, method, config, out)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -105,6 +105,8 @@ def test_names_options_and_limits_are_checked(load):
     with pytest.raises(ValueError, match="limit 0: must be >= 1"):
         load("aime24", limit=0)
     assert len(load("aime24", AIME, AIME | {"id": 61}, limit=1).problems) == 1
+    with pytest.raises(ValueError, match=r"problems \['60'\] occur more than once"):
+        load("aime24", AIME, AIME)
     assert all(task_class(name).name == name for name in TASKS if name != "reasoning_gym")
 
 
@@ -353,6 +355,23 @@ def test_reasoning_gym_scores_its_own_answers_and_evaluates_nothing_outside_the_
     task = get_task("reasoning_gym:countdown", size=1)
     assert not task.grade(f"__import__('pathlib').Path({str(mark)!r}).write_text('x')", task.problems[0])
     assert not mark.exists()
+
+
+def test_a_missing_grader_is_found_before_anything_is_sampled(load, monkeypatch):
+    from dms_core.tasks import worker
+
+    monkeypatch.setattr(worker.importlib.util, "find_spec", lambda name: None)
+    worker.math_worker.cache_clear()
+    with pytest.raises(ValueError, match=r"math-verify is not installed.*\[tasks\]"):
+        load("aime24").ready()
+    worker.math_worker.cache_clear()
+
+
+def test_reasoning_gym_is_graded_later_where_nothing_confines_its_scorers(monkeypatch):
+    pytest.importorskip("reasoning_gym")
+    monkeypatch.setattr(sandbox, "why_not", lambda: "bwrap (bubblewrap) is not installed")
+    assert get_task("reasoning_gym", size=1).grades_later
+    assert not get_task("reasoning_gym", size=1, unsafe=True).grades_later
 
 
 def test_program_traces_are_the_embedded_models_problems():

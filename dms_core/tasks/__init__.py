@@ -1,6 +1,7 @@
 """Benchmarks by name.  A task is loaded from the hub, from a local file of the same schema, or generated."""
 
 import inspect
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
@@ -44,5 +45,8 @@ def get_task(name: str, source: Path | str | None = None, limit: int | None = No
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit}: must be >= 1")
     task = cls(source, **options)
+    twice = [key for key, count in Counter(problem.id for problem in task.problems).items() if count > 1]
+    if twice:
+        raise ValueError(f"task {name!r}: problems {twice[:3]} occur more than once; identifiers must differ")
     task.problems = task.problems[:limit]
     return task

@@ -31,6 +31,9 @@ class Task:
     grades_later = False  # grading takes long: `correct` stays None until `grading.grade`
     problems: Sequence[TaskProblem] = ()
 
+    def ready(self) -> None:
+        """Raise ValueError where the grader is missing: before anything is sampled."""
+
     def messages(self, problem: TaskProblem) -> list[dict]:
         """The conversation that the model continues: [{"role", "content"}, ...]."""
         return [{"role": "user", "content": problem.question}]

@@ -38,6 +38,9 @@ def equal(gold: str, answer: str) -> bool:
 class MathTask(Task):
     """Free-form mathematics."""
 
+    def ready(self) -> None:
+        math_worker()
+
     def messages(self, problem: TaskProblem) -> list[dict]:
         return [{"role": "user", "content": fill(MATH, QUESTION=problem.question)}]
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+from dms_core.tasks import sandbox
 from dms_core.tasks.base import Task, TaskProblem
 from dms_core.tasks.templates import TAGGED_SYSTEM
 from dms_core.tasks.worker import gym_worker
@@ -31,6 +32,7 @@ class ReasoningGym(Task):
         if dataset not in known:
             raise ValueError(f"dataset {dataset!r}: must be one of {known}")
         self.name, self.unsafe = f"reasoning_gym:{dataset}", unsafe
+        self.grades_later = not unsafe and sandbox.why_not() is not None
         options = {"size": size, "seed": seed, **(config or {})}
         try:
             data = reasoning_gym.create_dataset(dataset, **options)
