@@ -12,7 +12,7 @@ from dms_core.cli_eval import HELP as EVAL_HELP
 from dms_core.cli_eval import add_eval_arguments, run_eval
 from dms_core.cli_kernels import run_bench, run_kernels
 from dms_core.cli_published import add_published
-from dms_core.curves import summarise
+from dms_core.cli_tasks import add_commands, summarise_directory
 from dms_core.profiles import PROFILES, get_profile
 
 ROOT = Path(__file__).parents[1]
@@ -52,8 +52,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = add("curves", run_curves, "accuracy at each budget, Pareto margins and paired differences")
     command.add_argument("--results", type=Path, help="a run directory (default: runs/tiny, else data/results/tiny)")
-
+    command.add_argument("--lengths", type=int, nargs="+", metavar="L", help="budgets (default: those of the run)")
+    command.add_argument("--widths", type=int, nargs="+", metavar="W", help="numbers of chains (default: the run's)")
     command.add_argument("--figure", type=Path, help="also draw the curves to this PNG or SVG file")
+
+    add_commands(add)
 
     command = add("cache-report", run_cache_report, "bytes held after one long generation by the embedded model")
     command.add_argument("--cr", type=float, default=8.0, help="compression ratio of the checkpoint")
@@ -95,9 +98,13 @@ JSON_HELP = (
 JSON on standard output:
   dms reproduce --json     {"seconds", "retrofit": {"steps", "seconds", "cr_target", "cr_measured", "cr_live"}, "book"}
   dms curves --json        {"points": [{"method", "cr", "L", "W", "problems", "accuracy", "low", "high", "reads",
-                           "peak"}], "margins": [{"a", "b", "axis", "scale", "value", "low", "high"}],
+                           "peak"}], "pass_at_1": [{"method", "cr", "L", "problems", "chains", "accuracy",
+                           "se_questions", "se_samples"}],
+                           "margins": [{"a", "b", "axis", "scale", "value", "low", "high"}],
                            "paired": [{"a", "b", "cr", "difference", "low", "high"}]}; accuracies and margins in
                            points, 95 % bootstrap intervals over problems, reads and peak in tokens per KV head
+  dms sample --json        {"task", "method", "cr", "file", "records", "pass_at_1": as above, or null if not graded}
+  dms grade --json         {"task", "files": [{"file", "records", "correct"}]}
   dms cache-report --json  {"cr", "tokens", "window", "bytes_dense", "bytes_held", "bytes_window",
                            "ratio_excluding_window", "live_per_layer_head"}
   dms plan --json          {"model", "batch", "context", "cr", "device", "parameters", "weight_bytes", "kv_bytes",
@@ -150,15 +157,10 @@ def run_curves(args) -> dict:
     run_tiny = ROOT / "runs" / "tiny"
     directory = args.results or (run_tiny if (run_tiny / "curves.json").exists() else RESULTS)
     stored = directory / "curves.json"
-    if stored.exists():
+    if stored.exists() and not (args.lengths or args.widths):
         summary = json.loads(stored.read_text())
     else:
-        files = sorted([*directory.glob("*.jsonl"), *directory.glob("records/*.jsonl")])
-        if not files:
-            raise ValueError(f"{directory}: neither curves.json nor records/*.jsonl; run dms reproduce first")
-        records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-        profile = get_profile("tiny")
-        summary = summarise(records, list(profile.lengths), list(profile.widths))
+        summary = summarise_directory(directory, args.lengths, args.widths)
     if args.figure:
         draw_curves(summary, args.figure)
     if not args.json:

@@ -22,7 +22,7 @@ from dms_core.retrofit import RetrofitConfig, checkpoint_dir, retrofit
 from dms_core.sampling import SamplingConfig
 from dms_core.scaling import Method, model_fingerprint, run_grid
 from dms_core.tasks.dataset import TraceDataset
-from dms_core.tasks.programs import make_problem
+from dms_core.tasks.program_traces import ProgramTraces
 from dms_core.tasks.reasoner import REASONER_DIR, load_tokenizer
 
 
@@ -93,10 +93,10 @@ class Pipeline:
     def records(self, method: Method) -> list[dict]:
         """Chain records of one method on the held-out test problems."""
         profile = self.profile
-        problems = [make_problem("test", self.seed, i) for i in range(profile.problems)]
+        task = ProgramTraces(size=profile.problems, split="test", seed=self.seed)
         config = SamplingConfig(max_new_tokens=max(profile.lengths), batch=profile.batch, seed=self.seed)
         return run_grid(
-            self._model(method), self.tokenizer, problems, method, profile.chains, config, self.root / "records"
+            self._model(method), self.tokenizer, task, method, profile.chains, config, self.root / "records"
         )
 
     def run(self) -> dict:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dms_core.sampling import SamplingConfig, sample_chains
-from dms_core.tasks.programs import ANSWER_MARK, Problem, extract_answer
+from dms_core.tasks.base import Task, TaskProblem, decode
 
 
 @dataclass(frozen=True)
@@ -35,24 +35,27 @@ def model_fingerprint(model) -> str:
 
 
 def run_grid(
-    model, tokenizer, problems: Sequence[Problem], method: Method, chains: int, config: SamplingConfig, out: Path | str
+    model, tokenizer, task: Task, method: Method, chains: int, config: SamplingConfig, out: Path | str
 ) -> list[dict]:
     """Sample ``chains`` chains a problem and return their records, those already in ``out`` included.
 
-    ``model`` has DMS gates; for ``vanilla`` they are switched off.
+    ``model`` has DMS gates; for ``vanilla`` they are switched off.  Where the task grades later, ``correct`` is None.
+    out: a directory, or the very file, as ``grid_file`` names it.
     """
     if chains < 1:
         raise ValueError(f"chains {chains}: must be >= 1")
-    file = Path(out) / f"{method.name}-cr{method.cr:g}-{grid_key(model, problems, method, config)}.jsonl"
+    task.ready()
+    out, problems = Path(out), task.problems
+    file = out if out.suffix == ".jsonl" else grid_file(model, tokenizer, task, method, config, out)
     file.parent.mkdir(parents=True, exist_ok=True)
     records = {(r["problem"], r["chain"]): r for r in read_records(file)}
     jobs = [(p, c) for p in range(len(problems)) for c in range(chains) if (p, c) not in records]
-    prompts = [tokenizer(problem.prompt)["input_ids"] for problem in problems]
+    prompts = [task.prompt_ids(tokenizer, problem) for problem in problems]
     gates = model.dms.disabled() if method.name == "vanilla" else contextlib.nullcontext()
     label = f"{method.name} CR{method.cr:g}"
     with gates, file.open("a") as log, tqdm(total=len(jobs), desc=label, unit="chain", mininterval=2) as bar:
         for chain in sample_chains(model, tokenizer, prompts, jobs, config):
-            record = make_record(chain, problems[chain.problem], method, tokenizer, config.stride)
+            record = make_record(chain, task, method, tokenizer, config.stride)
             log.write(json.dumps(record) + "\n")
             log.flush()
             records[chain.problem, chain.chain] = record
@@ -60,26 +63,34 @@ def run_grid(
     return [records[p, c] for p in range(len(problems)) for c in range(chains)]
 
 
-def grid_key(model, problems: Sequence[Problem], method: Method, config: SamplingConfig) -> str:
-    """Hash of model, problems, method and everything in the sampling settings that shapes a chain."""
+def grid_file(model, tokenizer, task: Task, method: Method, config: SamplingConfig, out: Path | str) -> Path:
+    """Where the records of this grid are kept under ``out``."""
+    prompts = [task.prompt_ids(tokenizer, problem) for problem in task.problems]
+    return Path(out) / f"{method.name}-cr{method.cr:g}-{grid_key(model, task, prompts, method, config)}.jsonl"
+
+
+def grid_key(model, task: Task, prompts: Sequence[Sequence[int]], method: Method, config: SamplingConfig) -> str:
+    """Hash of model, task, problems, prompts, method and everything in the sampling settings that shapes a chain."""
     settings = {k: v for k, v in asdict(config).items() if k not in ("batch", "page")}
     dms = None if method.name == "vanilla" else model.dms.config.to_dict()
-    facts = [model_fingerprint(model), asdict(method), settings, dms, [p.prompt for p in problems]]
+    asked = [[problem.id, problem.gold, list(ids)] for problem, ids in zip(task.problems, prompts, strict=True)]
+    facts = [model_fingerprint(model), asdict(method), settings, dms, task.name, task.version, asked]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def make_record(chain, problem: Problem, method: Method, tokenizer, stride: int) -> dict:
-    """One JSONL line: answer, when it was complete, and budgets (see sampling.Chain)."""
-    text = tokenizer.decode(chain.tokens)
-    answer = extract_answer(text)
-    made = len(chain.tokens) + chain.finished
-    mark = tokenizer.convert_tokens_to_ids(ANSWER_MARK)
+def make_record(chain, task: Task, method: Method, tokenizer, stride: int) -> dict:
+    """One JSONL line: answer, whether it is right, when it was complete, and budgets (see sampling.Chain)."""
+    problem: TaskProblem = task.problems[chain.problem]
+    text = decode(tokenizer, chain.tokens)
+    answer = task.extract(text)
     return {
-        "method": method.name, "cr": method.cr, "problem": chain.problem, "chain": chain.chain, "answer": answer,
-        "gold": problem.answer, "variables": problem.variables,
-        "finished_at": None if answer is None else chain.tokens.index(mark) + 2, "tokens": made, "stride": stride,
-        "live": [round(x, 3) for x in chain.live], "reads": [round(x, 1) for x in chain.reads],
-        "prompt_tokens": chain.prompt_tokens, "prompt_live": round(chain.live[0], 3), "text": text,
+        "task": task.name, "id": problem.id, "method": method.name, "cr": method.cr, "problem": chain.problem,
+        "chain": chain.chain, "answer": answer, "gold": problem.gold,
+        "correct": None if task.grades_later else task.grade(answer, problem), **problem.metadata,
+        "finished_at": task.complete_at(chain.tokens, tokenizer), "tokens": len(chain.tokens) + chain.finished,
+        "stride": stride, "live": [round(x, 3) for x in chain.live], "reads": [round(x, 1) for x in chain.reads],
+        "prompt_tokens": chain.prompt_tokens, "prompt_live": round(chain.live[0], 3),
+        "text": text if task.keeps_text else None,
     }  # fmt: skip
 
 

@@ -2,11 +2,13 @@
 
 import json
 import random
+from itertools import combinations, product
 
 import numpy as np
 import pytest
 
-from dms_core.curves import summarise, vote
+from dms_core.credit import any_correct, vote
+from dms_core.curves import summarise
 from dms_core.pareto import margin
 
 PROMPT = 10
@@ -61,6 +63,63 @@ def test_vote_equals_the_expected_score_of_a_random_tie_break():
         given = answers[answers >= 0].tolist()
         top = [a for a in set(given) if given.count(a) == max(map(given.count, given))]
         assert vote(answers, gold=0) == pytest.approx((0 in top) / max(len(top), 1))
+
+
+def test_any_correct_is_the_share_of_choices_that_hold_a_correct_chain():
+    for chains, correct, width in product(range(1, 8), range(8), range(1, 8)):
+        if correct <= chains >= width:
+            choices = list(combinations(range(chains), width))
+            share = sum(min(choice) < correct for choice in choices) / len(choices)
+            assert any_correct(np.array([correct]), chains, width) == pytest.approx(share)
+
+
+def test_pass_at_all_needs_one_correct_chain_and_a_vote_a_majority():
+    graded = [chain(0, c, answer=a) | {"correct": a == "1"} for c, a in enumerate(["1", "2", "2", "2"])]
+    accuracy = {
+        how: [p["accuracy"] for p in summarise(graded, [8], [1, 2, 4], aggregate=how)["points"]]
+        for how in ("any", "vote")
+    }
+    assert accuracy == {"any": [25, 50, 100], "vote": [25, pytest.approx(25), 0]}
+
+
+def test_pass_at_all_counts_no_chain_that_was_cut_before_its_answer():
+    records = [chain(0, 0, tokens=20), chain(0, 1, tokens=8, answer="2")]
+    assert [p["accuracy"] for p in summarise(records, [8, 20], [2], aggregate="any")["points"]] == [0, 100]
+
+
+def test_what_the_grader_accepts_counts_whatever_its_spelling():
+    records = [chain(0, c, answer=a) | {"correct": a != "3"} for c, a in enumerate(["0.5", "1/2", "3"])]
+    assert summarise(records, [8], [3])["points"][0]["accuracy"] == 100
+    records = [chain(0, 0, answer="1") | {"correct": False}]  # the grader's word, not the spelling
+    assert summarise(records, [8], [1])["points"][0]["accuracy"] == 0
+
+
+def test_standard_errors_of_pass_at_1_are_those_of_simulated_reruns():
+    rng = np.random.default_rng(6)
+    difficulty, chains = rng.random(30), 4
+    means, rows = [], []
+    for _ in range(100):
+        summary = summarise(run("vanilla", 1, difficulty, rng, chains), [64], [1], resamples=1)
+        rows.append(summary["pass_at_1"][0])
+        means.append(rows[-1]["accuracy"])
+    assert np.mean([r["se_samples"] ** 2 for r in rows]) == pytest.approx(np.var(means), rel=0.4)
+    p = np.array([0.2, 0.4, 0.6, 0.8])
+    records = [chain(q, c, answer="1" if c < 10 * p[q] else "2") for q in range(4) for c in range(10)]
+    (row,) = summarise(records, [8], [1])["pass_at_1"]
+    assert (row["problems"], row["chains"], row["accuracy"]) == (4, 10, pytest.approx(50))
+    assert row["se_questions"] == pytest.approx(100 * p.std(ddof=1) / 2)
+    assert row["se_samples"] == pytest.approx(100 * np.sqrt((p * (1 - p) / 9).sum()) / 4)
+    (row,) = summarise([chain(0, 0)], [8], [1])["pass_at_1"]
+    assert row["se_questions"] is row["se_samples"] is None
+
+
+def test_records_that_nobody_graded_and_mixed_tasks_are_refused():
+    with pytest.raises(ValueError, match=r"correct is None \(method vanilla, problem 0, chain 0\); grade"):
+        summarise([chain(0, 0) | {"correct": None}], [8], [1])
+    with pytest.raises(ValueError, match=r"tasks \['aime24', 'math500'\]; allowed: one task"):
+        summarise([chain(p, 0) | {"task": t} for p, t in enumerate(("aime24", "math500"))], [8], [1])
+    with pytest.raises(ValueError, match="aggregate is 'all'; allowed"):
+        summarise([chain(0, 0)], [8], [1], aggregate="all")
 
 
 def test_a_chain_cut_before_it_finished_scores_wrong():

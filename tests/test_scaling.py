@@ -5,15 +5,18 @@ import pytest
 import torch
 
 from dms_core import scaling
-from dms_core.curves import RECORD_KEYS, summarise
+from dms_core.credit import RECORD_KEYS
+from dms_core.curves import summarise
 from dms_core.model import detach
 from dms_core.sampling import Chain, SamplingConfig
 from dms_core.scaling import Method, make_record, model_fingerprint, run_grid
+from dms_core.tasks.program_traces import ProgramTraces
 from dms_core.tasks.programs import ANSWER_MARK, make_problem
 from dms_core.tasks.reasoner import make_tokenizer
 
 TOKENIZER = make_tokenizer()
-PROBLEMS = [make_problem("validation", 0, i, (1, 3)) for i in range(3)]
+TASK = ProgramTraces(size=3, split="validation", variables=(1, 3))
+TRACE = make_problem("validation", 0, 0, (1, 3)).trace
 CONFIG = SamplingConfig(max_new_tokens=24, temperature=1.0, top_p=1.0, batch=4, stride=8)
 DMS, VANILLA = Method("dms", 2.0), Method("vanilla", 1.0)
 
@@ -23,8 +26,8 @@ def model(tiny_model):
     return tiny_model(vocabulary=len(TOKENIZER), window=2)
 
 
-def grid(model, out, method=DMS, config=CONFIG, chains=2, problems=PROBLEMS):
-    return run_grid(model, TOKENIZER, problems, method, chains, config, out)
+def grid(model, out, method=DMS, config=CONFIG, chains=2, task=TASK):
+    return run_grid(model, TOKENIZER, task, method, chains, config, out)
 
 
 def count_jobs(monkeypatch) -> list:
@@ -100,14 +103,18 @@ def test_a_changed_setting_goes_to_another_file(model, tmp_path, change):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_changed_problems_model_or_gates_go_to_another_file_but_batch_and_page_do_not(model, tiny_model):
-    def key(problems=PROBLEMS, config=CONFIG, used=model):
-        return scaling.grid_key(used, problems, DMS, config)
+def test_changed_task_prompts_model_or_gates_go_to_another_file_but_batch_and_page_do_not(model, tiny_model):
+    def key(task=TASK, config=CONFIG, used=model, prompts=None):
+        prompts = prompts or [task.prompt_ids(TOKENIZER, problem) for problem in task.problems]
+        return scaling.grid_key(used, task, prompts, DMS, config)
 
+    fewer, renamed, newer = (ProgramTraces(size=n, split="validation", variables=(1, 3)) for n in (2, 3, 3))
+    renamed.name, newer.version = "traces", 2
     other = tiny_model(seed=1, vocabulary=len(TOKENIZER), window=2)
     wider = tiny_model(vocabulary=len(TOKENIZER), window=3)
     assert key() == key(config=replace(CONFIG, batch=1, page=2))
-    assert len({key(), key(PROBLEMS[:2]), key(used=other), key(used=wider)}) == 4
+    changed = [key(fewer), key(renamed), key(newer), key(prompts=[[2], [3], [4]]), key(used=other), key(used=wider)]
+    assert len({key(), *changed}) == 7
 
 
 def test_vanilla_is_the_model_with_gates_off(model, tmp_path):
@@ -120,7 +127,7 @@ def test_vanilla_is_the_model_with_gates_off(model, tmp_path):
 def test_records_are_accepted_by_the_curves(model, tmp_path):
     records = [*grid(model, tmp_path, VANILLA), *grid(model, tmp_path)]
     for record, answer in zip(records, "0123456789012", strict=False):  # a random model rarely answers
-        record.update(answer=answer, finished_at=min(5, record["tokens"]))
+        record.update(answer=answer, correct=answer == record["gold"], finished_at=min(5, record["tokens"]))
     summary = summarise(records, [8, 24], [1, 2], resamples=20)
     assert len(summary["points"]) == 8
     cheap = {(p["method"], p["L"], p["W"]): p["reads"] for p in summary["points"]}
@@ -130,14 +137,14 @@ def test_records_are_accepted_by_the_curves(model, tmp_path):
 def made(text: str, finished: bool = True) -> dict:
     tokens = TOKENIZER(text)["input_ids"]
     chain = Chain(0, 0, tokens, finished, 9, [9.0, 12.0], [0.0, 99.0])
-    return make_record(chain, PROBLEMS[0], DMS, TOKENIZER, 8)
+    return make_record(chain, TASK, DMS, TOKENIZER, 8)
 
 
 def test_a_record_says_when_the_answer_was_complete():
-    trace = PROBLEMS[0].trace
-    record = made(trace)
-    assert record["answer"] == record["gold"] == PROBLEMS[0].answer and record["text"] == trace
-    assert record["finished_at"] == len(trace) and record["tokens"] == len(trace) + 1
+    record = made(TRACE)
+    assert record["answer"] == record["gold"] == TASK.problems[0].gold and record["text"] == TRACE
+    assert record["finished_at"] == len(TRACE) and record["tokens"] == len(TRACE) + 1
+    assert record["correct"] is True and (record["task"], record["id"]) == ("programs", "validation/0/0")
     record = made("a=1;#3garbage#4", finished=False)
     assert (record["answer"], record["finished_at"], record["tokens"]) == ("3", 6, 15)
     for text in ("a=1;", "a=1;" + ANSWER_MARK, "#x3"):
@@ -146,7 +153,7 @@ def test_a_record_says_when_the_answer_was_complete():
 
 def test_padding_written_by_the_model_does_not_shift_the_place_of_the_answer():
     tokens = [TOKENIZER.pad_token_id] * 2 + TOKENIZER("a#3")["input_ids"]
-    record = make_record(Chain(0, 0, tokens, True, 9, [9.0], [0.0]), PROBLEMS[0], DMS, TOKENIZER, 8)
+    record = make_record(Chain(0, 0, tokens, True, 9, [9.0], [0.0]), TASK, DMS, TOKENIZER, 8)
     assert record["finished_at"] == 5 and record["tokens"] == 6
 
 

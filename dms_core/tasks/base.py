@@ -1,0 +1,92 @@
+"""What the grid knows of a task: problems, prompts, how an answer is read, when it was complete, and who grades it.
+
+A chain's text holds *candidates*: closed answers, each with the place where it ends (the brace that closes
+``\\boxed{``, the fence that closes a program).  The last one is the answer.  A chain cut at L tokens (paper section
+5.1) has answered if the shortest prefix whose answer is the final one lies within L; that prefix is ``complete_at``.
+A chain that changes its mind and comes back is so counted from the first time; in between it had another answer.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TaskProblem:
+    """One problem of a benchmark."""
+
+    id: str
+    question: str  # what the prompt template wraps
+    gold: str | None  # None where tests decide
+    metadata: dict = field(default_factory=dict)  # stands in every record; never the question
+    secret: object = None  # for the grader alone: tests, options of a generator
+
+
+class Task:
+    """A benchmark: subclasses set the class attributes, ``problems``, ``messages``, ``candidates`` and ``correct``."""
+
+    name = ""
+    version = 1  # of templates and extraction; part of the grid's key
+    aggregate = "vote"  # W chains vote; "any": one correct chain is enough (pass@all)
+    keeps_text = True  # records hold what chains wrote
+    grades_later = False  # grading takes long: `correct` stays None until `grading.grade`
+    problems: Sequence[TaskProblem] = ()
+
+    def ready(self) -> None:
+        """Raise ValueError where the grader is missing: before anything is sampled."""
+
+    def messages(self, problem: TaskProblem) -> list[dict]:
+        """The conversation that the model continues: [{"role", "content"}, ...]."""
+        return [{"role": "user", "content": problem.question}]
+
+    def prompt_ids(self, tokenizer, problem: TaskProblem) -> list[int]:
+        """Token ids of the prompt: by the family's chat template, or the bare text where there is none."""
+        messages = self.messages(problem)
+        if getattr(tokenizer, "chat_template", None):
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+        return tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
+
+    def candidates(self, text: str) -> Iterable[tuple[int, str]]:
+        """(end, answer) of every closed answer in ``text``, in the order of their ends."""
+        raise NotImplementedError
+
+    def correct(self, answer: str, problem: TaskProblem) -> bool:
+        """Whether the grader accepts ``answer``."""
+        raise NotImplementedError
+
+    @classmethod
+    def same(cls, one: str, other: str) -> bool:
+        """Whether two answers count as one when chains vote."""
+        return one == other
+
+    def extract(self, text: str) -> str | None:
+        """The answer that ``text`` gives, or None."""
+        answer = None
+        for _, answer in self.candidates(text):  # noqa: B007
+            pass
+        return answer
+
+    def complete_at(self, tokens: Sequence[int], tokenizer) -> int | None:
+        """How many tokens the shortest prefix with the final answer has; None without an answer."""
+        text = decode(tokenizer, tokens)
+        answer = self.extract(text)
+        if answer is None:
+            return None
+        start = text[: next(end for end, candidate in self.candidates(text) if candidate == answer)]
+        low, high = 1, len(tokens)
+        while low < high:  # a longer prefix decodes to a longer text
+            middle = (low + high) // 2
+            if decode(tokenizer, tokens[:middle]).startswith(start):
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def grade(self, answer: str | None, problem: TaskProblem) -> bool:
+        """``correct``, and False without an answer."""
+        return answer is not None and bool(self.correct(answer, problem))
+
+
+def decode(tokenizer, tokens: Sequence[int]) -> str:
+    """The text of generated tokens, special ones included, nothing tidied up."""
+    return tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)

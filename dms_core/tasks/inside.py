@@ -1,0 +1,110 @@
+"""What runs inside the sandbox: a script of its own, handed to ``python -I -c`` with its settings as JSON.
+
+``program`` runs one program on one input; ``serve`` answers grading requests, one JSON line each, until its input
+ends.  Neither is ever told an expected output of a program.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import resource
+import sys
+
+STAR = (
+    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools",
+    "functools", "operator", "io", "sys", "json", "builtins", "typing",
+)  # fmt: skip
+PLAIN = ("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics",
+         "itertools", "functools", "operator", "io", "sys", "json")  # fmt: skip
+
+
+def confine(settings: dict) -> None:
+    """Give up root and lower the limits, for good: hard limits, and no capability that could raise them."""
+    limits = {"cpu": "RLIMIT_CPU", "memory": "RLIMIT_AS", "output": "RLIMIT_FSIZE", "processes": "RLIMIT_NPROC"}
+    for name, limit in limits.items():
+        value = settings.get(name)
+        if value is not None and hasattr(resource, limit):
+            resource.setrlimit(getattr(resource, limit), (value, value))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if settings.get("uid") is not None:
+        os.setgroups([])
+        os.setgid(settings["uid"])
+        os.setuid(settings["uid"])
+
+
+def names() -> dict:
+    """What LiveCodeBench's runner imports for every program: the protocol's, since starter code relies on it."""
+    space = {"__name__": "__main__", "__builtins__": __builtins__}
+    exec("".join(f"from {name} import *\n" for name in STAR), space)
+    exec("".join(f"import {name}\n" for name in PLAIN), space)
+    return space
+
+
+def run_program(settings: dict) -> None:
+    with open(settings["program"], encoding="utf-8") as file:
+        source = file.read()
+    sys.setrecursionlimit(50000)
+    space = names()
+    code = compile(source, "program.py", "exec")
+    call = settings["call"]
+    if call is None:
+        with contextlib.suppress(SystemExit):  # as the protocol's runner: what was printed counts
+            exec(code, space)
+        return
+    answers = os.fdopen(os.dup(1), "w")
+    sys.stdout = sys.stderr  # what a function prints is not its answer
+    arguments = [json.loads(line) for line in sys.stdin.read().split("\n")]
+    space["__name__"] = "program"
+    exec(code, space)
+    owner = space["Solution"]() if "class Solution" in source else None
+    function = getattr(owner, call) if owner is not None else space[call]
+    answers.write(json.dumps(function(*arguments)))
+    answers.flush()
+
+
+def grade_math(request: dict) -> bool:
+    from math_verify import parse, verify
+
+    gold, answer = (
+        parse("\\boxed{" + request[name] + "}", parsing_timeout=None) for name in ("gold", "answer")
+    )  # the caller's clock, not SIGALRM: that one works in no thread
+    return bool(verify(gold, answer, timeout_seconds=None))
+
+
+DATASETS: dict = {}
+
+
+def grade_gym(request: dict) -> float:
+    import reasoning_gym
+
+    key = json.dumps([request["dataset"], request["options"]])
+    if key not in DATASETS:
+        DATASETS[key] = reasoning_gym.create_dataset(request["dataset"], **request["options"])
+    data = DATASETS[key]
+    return float(data.score_answer(request["answer"], data[request["index"]]))
+
+
+def serve(settings: dict) -> None:
+    """Answer requests with {"value"} or {"error"}."""
+    grade, module = {"math": (grade_math, "math_verify"), "gym": (grade_gym, "reasoning_gym")}[settings["grader"]]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # a library's own prints go to standard error
+    sys.path += settings["path"]
+    importlib.import_module(module)
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        try:
+            answer = {"value": grade(json.loads(line))}
+        except Exception as error:  # a grader that fails on an answer does not accept it
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    confine(settings)
+    (run_program if settings["mode"] == "program" else serve)(settings)
+
+
+main()
