@@ -96,13 +96,18 @@ def run_chapters(args) -> dict:
 def run_summarise(args) -> dict:
     from dms_core.curves import summarise
     from dms_core.environment import describe
+    from dms_core.grading import canonical
     from dms_core.scaling import read_records
+    from dms_core.tasks import task_class
 
     files = [file for path in args.records for file in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])]
     if missing := [str(file) for file in files if not file.exists()]:
         raise ValueError(f"no such records: {', '.join(missing)}")
-    records = [record for file in files for record in read_records(file)]
-    summary = summarise(records, args.lengths, args.widths)
+    records = canonical(record for file in files for record in read_records(file))
+    tasks = sorted({record.get("task", "programs") for record in records})
+    if len(tasks) > 1:
+        raise ValueError(f"records of {len(tasks)} tasks, {', '.join(tasks)}: must be of one")
+    summary = summarise(records, args.lengths, args.widths, aggregate=task_class(tasks[0]).aggregate)
     summary |= {"model": args.model, "task": args.task, "environment": describe()}
     write_json(summary, args.out)
     return summary
