@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dms_core.baselines import Baseline
 from dms_core.sampling import SamplingConfig, sample_chains
 from dms_core.tasks.programs import ANSWER_MARK, Problem, extract_answer
 
@@ -35,23 +36,30 @@ def model_fingerprint(model) -> str:
 
 
 def run_grid(
-    model, tokenizer, problems: Sequence[Problem], method: Method, chains: int, config: SamplingConfig, out: Path | str
+    model,
+    tokenizer,
+    problems: Sequence[Problem],
+    method: Method,
+    chains: int,
+    config: SamplingConfig,
+    out: Path | str,
+    make_cache: Baseline | None = None,
 ) -> list[dict]:
     """Sample ``chains`` chains a problem and return their records, those already in ``out`` included.
 
-    ``model`` has DMS gates; for ``vanilla`` they are switched off.
+    ``model`` has DMS gates; for ``vanilla`` and with a baseline's ``make_cache`` they are switched off.
     """
     if chains < 1:
         raise ValueError(f"chains {chains}: must be >= 1")
-    file = Path(out) / f"{method.name}-cr{method.cr:g}-{grid_key(model, problems, method, config)}.jsonl"
+    file = Path(out) / f"{method.name}-cr{method.cr:g}-{grid_key(model, problems, method, config, make_cache)}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     records = {(r["problem"], r["chain"]): r for r in read_records(file)}
     jobs = [(p, c) for p in range(len(problems)) for c in range(chains) if (p, c) not in records]
     prompts = [tokenizer(problem.prompt)["input_ids"] for problem in problems]
-    gates = model.dms.disabled() if method.name == "vanilla" else contextlib.nullcontext()
+    gates = model.dms.disabled() if method.name == "vanilla" or make_cache else contextlib.nullcontext()
     label = f"{method.name} CR{method.cr:g}"
     with gates, file.open("a") as log, tqdm(total=len(jobs), desc=label, unit="chain", mininterval=2) as bar:
-        for chain in sample_chains(model, tokenizer, prompts, jobs, config):
+        for chain in sample_chains(model, tokenizer, prompts, jobs, config, make_cache):
             record = make_record(chain, problems[chain.problem], method, tokenizer, config.stride)
             log.write(json.dumps(record) + "\n")
             log.flush()
@@ -60,11 +68,15 @@ def run_grid(
     return [records[p, c] for p in range(len(problems)) for c in range(chains)]
 
 
-def grid_key(model, problems: Sequence[Problem], method: Method, config: SamplingConfig) -> str:
+def grid_key(
+    model, problems: Sequence[Problem], method: Method, config: SamplingConfig, make_cache: Baseline | None = None
+) -> str:
     """Hash of model, problems, method and everything in the sampling settings that shapes a chain."""
     settings = {k: v for k, v in asdict(config).items() if k not in ("batch", "page")}
-    dms = None if method.name == "vanilla" else model.dms.config.to_dict()
+    dms = None if method.name == "vanilla" or make_cache else model.dms.config.to_dict()
     facts = [model_fingerprint(model), asdict(method), settings, dms, [p.prompt for p in problems]]
+    if make_cache:
+        facts.append(make_cache.settings())
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
