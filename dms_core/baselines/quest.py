@@ -44,7 +44,7 @@ class QuestLayer(BaselineLayer):
         bound = torch.matmul(signed, self.bounds[:, :, : len(page)].transpose(-1, -2)).float()  # (B, H, G, pages)
         bound = bound.masked_fill_((page > newest)[:, None, None], -torch.inf)
         bound = bound.masked_fill_((page == newest)[:, None, None], torch.inf)
-        first = bound.topk(min(self.most, len(page))).indices
+        first = bound.sort(dim=-1, descending=True, stable=True).indices[..., : self.most]  # of equals, the oldest
         allowed = page[: first.shape[-1]] < -(-self.budget[:, None] // size)  # (B, most)
         chosen = torch.zeros_like(bound, dtype=torch.bool).scatter_(-1, first, allowed[:, None, None].expand_as(first))
         tokens = (count[:, None] - page * size).clamp(0, size)  # (B, pages)

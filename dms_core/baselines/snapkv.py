@@ -29,7 +29,7 @@ class SnapKVLayer(BaselineLayer):
         votes = self._votes(q[rows], self.keys[rows, :, : len(slot)], length, window, scale)  # (N, H, S)
         votes = votes.masked_fill((slot >= (length - window)[:, None])[:, None], torch.inf)
         votes = votes.masked_fill((slot >= length[:, None])[:, None], -torch.inf)
-        best = votes.argsort(-1, descending=True, stable=True)[..., : int(keep.max())]
+        best = torch.argsort(votes, dim=-1, descending=True, stable=True)[..., : int(keep.max())]
         best = torch.where((slot[: best.shape[-1]] < keep[:, None])[:, None], best, len(slot)).sort(-1).values
         best = best.clamp_max(len(slot) - 1)  # in order of position; behind ``keep`` anything
         for pool in (self.keys, self.values):
