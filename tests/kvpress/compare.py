@@ -5,13 +5,13 @@ kvpress 0.5.5 needs transformers < 5.3, so it runs in an environment of its own:
     python -m venv kvpress-env && kvpress-env/bin/pip install kvpress==0.5.5
     python tests/kvpress/compare.py kvpress-env/bin/python --save data/results/kvpress-agreement.json
 
-TOVA and StreamingLLM are compared after every step of decoding (kvpress: DecodingPress with an interval of 1), SnapKV
-after the prompt.  Agreement is |ours & theirs| / budget, the mean over steps, layers and KV heads.
+``tova`` is compared after every step of decoding (kvpress: DecodingPress with an interval of 1), ``streaming-llm`` and
+``snapkv`` after a prompt.  Agreement is |ours & theirs| / budget, the mean over steps, layers and KV heads.
 
-``tova-prefill`` is kvpress's press for prompts, by which the last token ranks the whole dense prompt at once; ours
-takes a prompt beyond the budget token by token, so the two differ by definition.  So they do for the newest token,
-which TOVA may drop and kvpress never does, and in what a step of StreamingLLM attends to (ours: budget items,
-kvpress: one more, dropped after), which moves keys but not positions.
+Where kvpress differs by definition: its TOVA never drops the newest token, the paper's may; ``tova-newest-stays`` is
+ours with that exception.  ``tova-prefill`` is its press for prompts, by which the last token ranks the whole dense
+prompt at once; ours takes a prompt beyond the budget token by token.  ``streaming-llm-steps`` is StreamingLLMPress
+after every step: it takes the order of the cache for that of the text, and the top-k that prunes does not keep it.
 """
 
 import argparse
@@ -24,11 +24,22 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dms_core.baselines import TOVA, SnapKV, StreamingLLM
+from dms_core.baselines.tova import TOVALayer
 from dms_core.config import DMSConfig
 from dms_core.environment import describe
 from dms_core.model import attach
 
-CASE = {"prompt": 20, "total": 100, "cr": 4.0, "window": 8, "kernel": 5, "sinks": 4, "seeds": 3}
+CASE = {"prompt": 20, "total": 100, "cr": 4.0, "window": 8, "kernel": 5, "sinks": 4, "seeds": 2}
+
+
+class NewestStaysLayer(TOVALayer):
+    def _observe(self, weights, count, active) -> None:
+        worth = weights.sum((1, 2))[:, None].expand(-1, self.heads, -1)
+        self._evict(worth.scatter(2, self.free[..., None], torch.inf), count, active)
+
+
+class NewestStays(TOVA):
+    layer = NewestStaysLayer
 
 
 def make_model(seed: int):
@@ -95,13 +106,16 @@ def compare(python: str, seed: int, directory: Path) -> tuple[dict, dict]:
     (directory / "case.json").write_text(json.dumps(case))
     subprocess.run([python, Path(__file__).with_name("run_presses.py"), directory], check=True)
     theirs = json.loads((directory / "kvpress.json").read_text())
+    theirs["runs"]["tova-newest-stays"] = theirs["runs"]["tova"]
 
     attach(model, DMSConfig(window=1))
     prompt, new = CASE["prompt"], total - CASE["prompt"]
     snap = SnapKV(cr, window=CASE["window"], kernel=CASE["kernel"], pool="avg")
     ours = {
         "tova": kept(model, ids, prompt, TOVA(cr)(model, new)),
-        "streaming-llm": kept(model, ids, prompt, StreamingLLM(cr, sinks=CASE["sinks"])(model, new)),
+        "tova-newest-stays": kept(model, ids, prompt, NewestStays(cr)(model, new)),
+        "streaming-llm-steps": kept(model, ids, prompt, StreamingLLM(cr, sinks=CASE["sinks"])(model, new)),
+        "streaming-llm": kept(model, ids, total, StreamingLLM(cr, sinks=CASE["sinks"])(model, 0)),
         "tova-prefill": kept(model, ids, total, TOVA(cr)(model, 0)),
         "snapkv": kept(model, ids, total, snap(model, 0)),
     }

@@ -59,10 +59,11 @@ def main(directory: Path) -> None:
         return DecodingPress(press, compression_interval=1, target_size=case["budget"], hidden_states_buffer_size=1)
 
     snap = {"window_size": case["window"], "kernel_size": case["kernel"]}
-    runs = {
+    runs = {  # the key of a run names ours of the same name in compare.py
         "tova": kept(model, ids, prompt, recording(TOVAPress()), decoding),
-        "streaming-llm": kept(model, ids, prompt, recording(StreamingLLMPress(n_sink=case["sinks"])), decoding),
-        "tova-prefill": kept(model, ids, len(ids), recording(TOVAPress(1 - case["budget"] / len(ids))), lambda x: x),
+        "streaming-llm-steps": kept(model, ids, prompt, recording(StreamingLLMPress(n_sink=case["sinks"])), decoding),
+        "streaming-llm": kept(model, ids, len(ids), recording(StreamingLLMPress(cut, case["sinks"])), lambda x: x),
+        "tova-prefill": kept(model, ids, len(ids), recording(TOVAPress(cut)), lambda x: x),
         "snapkv": kept(model, ids, len(ids), recording(SnapKVPress(cut, **snap)), lambda x: x),
     }
     versions = {name: version(name) for name in ("kvpress", "torch", "transformers")}
