@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from dms_core.cache import DMSCache
+from dms_core.cache_base import RowCache
 from dms_core.gate import hard_decisions, keyed_noise, sample_noise, soft_decisions
 from dms_core.visibility import align_decisions
 from dms_kernels import train_attention
@@ -23,7 +23,7 @@ NAME = "dms"
 class Step:
     """What one forward pass of the model knows: the cache or the documents, and what the gates said so far."""
 
-    cache: DMSCache | None
+    cache: RowCache | None
     valid: Tensor  # (B, T): not padding
     segment_ids: Tensor | None  # (B, T): packed documents, padding -1; None for one document a row
     soft: bool  # sampled decisions with gradients (training), or hard ones

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from dms_core.attention import NAME, Step
 from dms_core.cache import DMSCache
+from dms_core.cache_base import RowCache
 from dms_core.config import DMSConfig
 from dms_core.gate import AdapterGate, gate_logits, read_neuron
 
@@ -104,7 +105,7 @@ class DMS:
         self.step = Step(cache, valid, segments, soft=module.training and self.enabled)
         return (), kwargs
 
-    def _cache(self, kwargs: dict) -> DMSCache | None:
+    def _cache(self, kwargs: dict) -> RowCache | None:
         past = kwargs.get("past_key_values")
         if past is None:
             if kwargs.get("use_cache"):  # asked for in so many words
@@ -112,9 +113,8 @@ class DMS:
             else:
                 kwargs["use_cache"] = False
             return kwargs.get("past_key_values")
-        if isinstance(past, DMSCache):
-            if past.config != self.config:
-                raise ValueError(f"a cache made for {past.config}: this model has {self.config}")
+        if isinstance(past, RowCache):
+            past.check(self)
             return past
         if isinstance(past, Cache) and past.get_seq_length() == 0:  # what generate() makes by itself
             kwargs["past_key_values"] = DMSCache.for_model(self.model)

@@ -7,7 +7,7 @@ the order, or on its neighbours.  Budgets are counted as in paper section 5.1: K
 at each decode step, summed over steps, per KV head (mean over layers and heads); prefill does not count.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dms_core.cache import DMSCache
+from dms_core.cache_base import RowCache
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ def chain_uniforms(seed: int, problem: int, chain: int, length: int) -> np.ndarr
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, problem, chain]))).random(length)
 
 
+def chain_stream(seed: int, problem: int, chain: int) -> int:
+    """The number of the chain's random stream for a cache that draws: 0 .. 2^63 - 1."""
+    return int(np.random.SeedSequence([seed, problem, chain]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def pick_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
     """One token a row by inverse CDF over the nucleus.  logits (S, V), uniforms (S,); returns (S,)."""
     if temperature == 0:
@@ -71,27 +77,34 @@ def pick_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: flo
 
 @torch.inference_mode()  # as a decorator it leaves the caller's mode alone between two chains
 def sample_chains(
-    model, tokenizer, prompts: Sequence[Sequence[int]], jobs: Sequence[tuple[int, int]], config: SamplingConfig
+    model,
+    tokenizer,
+    prompts: Sequence[Sequence[int]],
+    jobs: Sequence[tuple[int, int]],
+    config: SamplingConfig,
+    make_cache: Callable[..., RowCache] | None = None,
 ) -> Iterator[Chain]:
     """Yield the chains of ``jobs``, pairs (index into prompts, chain number), in the order in which they end.
 
-    ``model`` has DMS gates (inside ``model.dms.disabled()`` it samples from the dense original).  Raises ValueError
-    for an empty prompt.
+    ``model`` has DMS gates (inside ``model.dms.disabled()`` it samples from the dense original).  ``make_cache``
+    (model, max_new_tokens) makes other caches than DMS's, see ``dms_core.baselines``.  Raises ValueError for an empty
+    prompt.
     """
     for problem, _ in jobs:
         if not len(prompts[problem]):
             raise ValueError(f"prompt {problem} is empty: it must have at least one token")
-    yield from _Batch(model, tokenizer, prompts, list(jobs), config).run()
+    yield from _Batch(model, tokenizer, prompts, list(jobs), config, make_cache).run()
 
 
 class _Batch:
     """The rows under way: per row its job, position, tokens so far and log."""
 
-    def __init__(self, model, tokenizer, prompts, jobs, config: SamplingConfig) -> None:
+    def __init__(self, model, tokenizer, prompts, jobs, config: SamplingConfig, make_cache) -> None:
         self.model, self.prompts, self.queue, self.config = model, prompts, jobs[::-1], config
         self.pad, self.eos = tokenizer.pad_token_id, tokenizer.eos_token_id
         self.size = min(config.batch, len(jobs))
-        self.cache: DMSCache | None = None
+        self.make_cache = make_cache or (lambda model, _: DMSCache.for_model(model, config.page))
+        self.cache: RowCache | None = None
         self.jobs: list[tuple[int, int] | None] = [None] * self.size
         self.made = torch.zeros(self.size, dtype=torch.long)  # generated tokens
         self.position = torch.zeros(self.size, dtype=torch.long)
@@ -120,7 +133,9 @@ class _Batch:
         source = torch.tensor([distinct.index(problem) for problem, _ in jobs])
         if self.cache is None:
             self.cache = prefilled.empty_like(self.size)
-        self.cache.put_rows(rows.to(self.model.device), prefilled, source.to(self.model.device))
+        at = rows.to(self.model.device)
+        self.cache.put_rows(at, prefilled, source.to(self.model.device))
+        self.cache.name_streams(at, torch.tensor([chain_stream(self.config.seed, *job) for job in jobs]))
         for row, (problem, chain) in zip(rows.tolist(), jobs, strict=True):
             self.jobs[row] = (problem, chain)
             drawn = chain_uniforms(self.config.seed, problem, chain, self.config.max_new_tokens)
@@ -131,11 +146,11 @@ class _Batch:
         self._log(rows)
         return self._take(rows, logits[source])
 
-    def _prefill(self, prompts) -> tuple[DMSCache, Tensor]:
+    def _prefill(self, prompts) -> tuple[RowCache, Tensor]:
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad] * (width - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        cache = DMSCache.for_model(self.model, self.config.page)
+        cache = self.make_cache(self.model, self.config.max_new_tokens)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         return cache, self._forward(ids, positions, mask, cache)
 
@@ -147,7 +162,7 @@ class _Batch:
         rows = self.active.nonzero()[:, 0]
         return self._take(rows, logits[rows])
 
-    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: DMSCache) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: RowCache) -> Tensor:
         device = self.model.device
         out = self.model(
             input_ids=ids.to(device), position_ids=positions.to(device), attention_mask=mask.to(device),

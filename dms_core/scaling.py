@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dms_core.baselines import Baseline
 from dms_core.sampling import SamplingConfig, sample_chains
 from dms_core.tasks.base import Task, TaskProblem, decode
 
@@ -35,26 +36,28 @@ def model_fingerprint(model) -> str:
 
 
 def run_grid(
-    model, tokenizer, task: Task, method: Method, chains: int, config: SamplingConfig, out: Path | str
-) -> list[dict]:
+    model, tokenizer, task: Task, method: Method, chains: int, config: SamplingConfig, out: Path | str,
+    make_cache: Baseline | None = None,
+) -> list[dict]:  # fmt: skip
     """Sample ``chains`` chains a problem and return their records, those already in ``out`` included.
 
-    ``model`` has DMS gates; for ``vanilla`` they are switched off.  Where the task grades later, ``correct`` is None.
+    ``model`` has DMS gates; for ``vanilla`` and with a baseline's ``make_cache`` they are switched off.  Where the task
+    grades later, ``correct`` is None.
     out: a directory, or the very file, as ``grid_file`` names it.
     """
     if chains < 1:
         raise ValueError(f"chains {chains}: must be >= 1")
     task.ready()
     out, problems = Path(out), task.problems
-    file = out if out.suffix == ".jsonl" else grid_file(model, tokenizer, task, method, config, out)
+    file = out if out.suffix == ".jsonl" else grid_file(model, tokenizer, task, method, config, out, make_cache)
     file.parent.mkdir(parents=True, exist_ok=True)
     records = {(r["problem"], r["chain"]): r for r in read_records(file)}
     jobs = [(p, c) for p in range(len(problems)) for c in range(chains) if (p, c) not in records]
     prompts = [task.prompt_ids(tokenizer, problem) for problem in problems]
-    gates = model.dms.disabled() if method.name == "vanilla" else contextlib.nullcontext()
+    gates = model.dms.disabled() if method.name == "vanilla" or make_cache else contextlib.nullcontext()
     label = f"{method.name} CR{method.cr:g}"
     with gates, file.open("a") as log, tqdm(total=len(jobs), desc=label, unit="chain", mininterval=2) as bar:
-        for chain in sample_chains(model, tokenizer, prompts, jobs, config):
+        for chain in sample_chains(model, tokenizer, prompts, jobs, config, make_cache):
             record = make_record(chain, task, method, tokenizer, config.stride)
             log.write(json.dumps(record) + "\n")
             log.flush()
@@ -63,18 +66,27 @@ def run_grid(
     return [records[p, c] for p in range(len(problems)) for c in range(chains)]
 
 
-def grid_file(model, tokenizer, task: Task, method: Method, config: SamplingConfig, out: Path | str) -> Path:
+def grid_file(
+    model, tokenizer, task: Task, method: Method, config: SamplingConfig, out: Path | str,
+    make_cache: Baseline | None = None,
+) -> Path:  # fmt: skip
     """Where the records of this grid are kept under ``out``."""
     prompts = [task.prompt_ids(tokenizer, problem) for problem in task.problems]
-    return Path(out) / f"{method.name}-cr{method.cr:g}-{grid_key(model, task, prompts, method, config)}.jsonl"
+    key = grid_key(model, task, prompts, method, config, make_cache)
+    return Path(out) / f"{method.name}-cr{method.cr:g}-{key}.jsonl"
 
 
-def grid_key(model, task: Task, prompts: Sequence[Sequence[int]], method: Method, config: SamplingConfig) -> str:
+def grid_key(
+    model, task: Task, prompts: Sequence[Sequence[int]], method: Method, config: SamplingConfig,
+    make_cache: Baseline | None = None,
+) -> str:  # fmt: skip
     """Hash of model, task, problems, prompts, method and everything in the sampling settings that shapes a chain."""
     settings = {k: v for k, v in asdict(config).items() if k not in ("batch", "page")}
-    dms = None if method.name == "vanilla" else model.dms.config.to_dict()
+    dms = None if method.name == "vanilla" or make_cache else model.dms.config.to_dict()
     asked = [[problem.id, problem.gold, list(ids)] for problem, ids in zip(task.problems, prompts, strict=True)]
     facts = [model_fingerprint(model), asdict(method), settings, dms, task.name, task.version, asked]
+    if make_cache:
+        facts.append(make_cache.settings())
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 

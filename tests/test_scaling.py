@@ -34,9 +34,9 @@ def count_jobs(monkeypatch) -> list:
     """The jobs of every call, and with them how much work was done."""
     calls, plain = [], scaling.sample_chains
 
-    def watched(model, tokenizer, prompts, jobs, config):
+    def watched(model, tokenizer, prompts, jobs, config, make_cache):
         calls.append(list(jobs))
-        return plain(model, tokenizer, prompts, jobs, config)
+        return plain(model, tokenizer, prompts, jobs, config, make_cache)
 
     monkeypatch.setattr(scaling, "sample_chains", watched)
     return calls

@@ -1,0 +1,325 @@
+"""Every baseline against its definition, transcribed for one row as a loop over its tokens."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dms_core.baselines import BASELINES, H2O, TOVA, Quest, RandomEviction, SnapKV, StreamingLLM, get_baseline
+
+WIDTH, HEADS, GROUP = 4, 2, 2
+SCALE = 0.7
+MAX_NEW = 14
+MASK64 = (1 << 64) - 1
+
+
+@dataclass
+class Row:
+    """What one row was given, token by token, and the layer's answers."""
+
+    q: list = field(default_factory=list)  # (Hq, D) each
+    k: list = field(default_factory=list)  # (H, D)
+    v: list = field(default_factory=list)
+    decoded: list = field(default_factory=list)  # was the token a decode step?
+    out: list = field(default_factory=list)  # (Hq, D)
+    prompt: int = 0
+    stream: int = 0
+
+    def copy(self) -> "Row":
+        lists = (list(x) for x in (self.q, self.k, self.v, self.decoded, self.out))
+        return Row(*lists, self.prompt, self.stream)
+
+
+def weights_of(row: Row, t: int, head: int, kept: list[int]) -> torch.Tensor:
+    """Attention of token ``t`` in query head ``head`` over the tokens ``kept``."""
+    keys = torch.stack([row.k[j][head // GROUP] for j in kept])
+    return (keys @ row.q[t][head] * SCALE).softmax(0)
+
+
+def answer(row: Row, t: int, kept: list[list[int]]) -> torch.Tensor:
+    """(Hq, D): the token's dense attention over the tokens that each query head sees."""
+    out = []
+    for head, seen in enumerate(kept):
+        values = torch.stack([row.v[j][head // GROUP] for j in seen])
+        out.append(weights_of(row, t, head, seen) @ values)
+    return torch.stack(out)
+
+
+Held = list[list[int]]  # per KV head
+
+
+def per_query(held: Held) -> Held:
+    return [held[h // GROUP] for h in range(HEADS * GROUP)]
+
+
+def budget_of(method, row: Row) -> int:
+    return max(1, int((row.prompt + MAX_NEW) / method.cr + 1e-6))
+
+
+def walk(row: Row, step: Callable) -> tuple[list, Held, list[int]]:
+    """Outputs, tokens held at the end, and reads, of step(t, held) -> (seen per query head, held afterwards)."""
+    held: Held = [[] for _ in range(HEADS)]
+    outs, reads = [], [0] * HEADS
+    for t in range(len(row.q)):
+        seen, held = step(t, held)
+        outs.append(answer(row, t, seen))
+        if row.decoded[t]:
+            for h in range(HEADS):
+                reads[h] += len(set().union(*seen[h * GROUP : (h + 1) * GROUP]))
+    return outs, held, reads
+
+
+def h2o(method, row: Row):
+    budget = budget_of(method, row)
+    received = [[0.0] * len(row.q) for _ in range(HEADS)]
+
+    def step(t, held):
+        seen = [[*x, t] for x in held]
+        left = []
+        for h, tokens in enumerate(seen):
+            for head in range(h * GROUP, (h + 1) * GROUP):
+                for j, weight in zip(tokens, weights_of(row, t, head, tokens).tolist(), strict=True):
+                    received[h][j] += weight
+            recent = tokens[-((budget + 1) // 2) :]
+            hitters = sorted((j for j in tokens if j not in recent), key=lambda j, h=h: -received[h][j])
+            left.append(sorted(hitters[: budget - len(recent)] + recent))
+        return per_query(seen), left
+
+    return walk(row, step)
+
+
+def tova(method, row: Row):
+    budget = budget_of(method, row)
+
+    def step(t, held):
+        tokens = [*held[0], t]
+        total = sum(weights_of(row, t, head, tokens) for head in range(HEADS * GROUP))
+        left = [j for j in tokens if len(tokens) <= budget or j != tokens[int(total.argmin())]]
+        return per_query([tokens] * HEADS), [left] * HEADS
+
+    return walk(row, step)
+
+
+def streaming_llm(method, row: Row):
+    budget = budget_of(method, row)
+    sinks = min(method.sinks, budget - 1)
+
+    def step(t, held):
+        tokens = [j for j in range(t + 1) if j < sinks or j > t - (budget - sinks)]
+        return per_query([tokens] * HEADS), [tokens] * HEADS
+
+    return walk(row, step)
+
+
+def splitmix64(x: int) -> int:
+    x &= MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
+    return x ^ (x >> 31)
+
+
+def random_eviction(method, row: Row, layer: int = 3):
+    budget = budget_of(method, row)
+
+    def step(t, held):
+        held = [list(x) for x in held]
+        for h in range(HEADS):
+            if t < budget:
+                held[h].append(t)
+            else:
+                counter = (t << 24) + (layer << 12) + h
+                drawn = splitmix64(row.stream + method.seed + counter * 0x9E3779B97F4A7C15) & ((1 << 63) - 1)
+                held[h][drawn % budget] = t
+        return per_query(held), held
+
+    return walk(row, step)
+
+
+def quest(method, row: Row):
+    budget, size = budget_of(method, row), method.page
+
+    def step(t, held):
+        tokens = list(range(t + 1))
+        if not row.decoded[t]:
+            return [tokens] * (HEADS * GROUP), [tokens] * HEADS
+        pages = [tokens[i : i + size] for i in range(0, t + 1, size)]
+        seen = []
+        for head in range(HEADS * GROUP):
+            bounds = []
+            for page in pages[:-1]:
+                keys, q = torch.stack([row.k[j][head // GROUP] for j in page]), row.q[t][head]
+                bounds.append(float(torch.maximum(q * keys.amax(0), q * keys.amin(0)).sum()))
+            order = sorted(range(len(bounds)), key=lambda i, bounds=bounds: -bounds[i])
+            chosen = [*order[: -(-budget // size) - 1], len(pages) - 1]
+            seen.append([j for i in sorted(chosen) for j in pages[i]])
+        return seen, [tokens] * HEADS
+
+    return walk(row, step)
+
+
+def snapkv(method, row: Row):
+    n = row.prompt
+    keep = min(n, max(1, int(n / method.cr + 1e-6)))
+    window = min(method.window, max(1, keep // 2))
+
+    def select() -> Held:
+        left = []
+        for h in range(HEADS):
+            votes = [0.0] * (n - window)
+            for head in range(h * GROUP, (h + 1) * GROUP):
+                got = sum(weights_of(row, t, head, [*range(t + 1), *range(t + 1, n)][: t + 1])[: n - window]
+                          for t in range(n - window, n))  # fmt: skip
+                for j in range(n - window):
+                    near = got[max(0, j - method.kernel // 2) : j + method.kernel // 2 + 1]
+                    votes[j] += float(near.max() if method.pool == "max" else near.sum() / method.kernel)
+            best = sorted(range(n - window), key=lambda j, votes=votes: -votes[j])[: keep - window]
+            left.append(sorted(best) + list(range(n - window, n)))
+        return left
+
+    def step(t, held):
+        seen = [[*x, t] for x in held]
+        return per_query(seen), select() if t == n - 1 else seen
+
+    return walk(row, step)
+
+
+ORACLES = {"h2o": h2o, "tova": tova, "streaming-llm": streaming_llm, "random": random_eviction, "quest": quest,
+           "snapkv": snapkv}  # fmt: skip
+
+
+class Play:
+    """A layer and its rows' histories: a left-padded prompt, decode steps with idle rows, forks, a second turn."""
+
+    def __init__(self, method, lengths: list[int], seed: int) -> None:
+        self.method, self.g, self.rng = method, torch.Generator().manual_seed(seed), random.Random(seed)
+        self.rows = [Row(stream=self.rng.getrandbits(62)) for _ in lengths]
+        self.layer = method.layer(method, MAX_NEW, 3)
+        self.layer.lazy_initialization(torch.empty(len(lengths), HEADS, 0, WIDTH))
+        if hasattr(self.layer, "stream"):
+            self.layer.stream[:] = torch.tensor([row.stream for row in self.rows])
+        width = max(lengths)
+        self.feed(torch.arange(width) >= width - torch.tensor(lengths)[:, None], decoded=False)
+
+    def feed(self, valid: torch.Tensor, decoded: bool) -> None:
+        batch, tokens = valid.shape
+        q = torch.randn(batch, HEADS * GROUP, tokens, WIDTH, generator=self.g) * 2
+        k, v = (torch.randn(batch, HEADS, tokens, WIDTH, generator=self.g) for _ in range(2))
+        self.layer.update(k, v)
+        out = self.layer.attend(q, k, v, None, valid, SCALE)
+        for b, row in enumerate(self.rows):
+            row.prompt = row.prompt or int(valid[b].sum())
+            for t in valid[b].nonzero()[:, 0].tolist():
+                for x, new in ((row.q, q), (row.k, k), (row.v, v), (row.out, out)):
+                    x.append(new[b, :, t])
+                row.decoded.append(decoded)
+
+    def decode(self, steps: int) -> None:
+        for _ in range(steps):
+            self.feed(torch.rand(len(self.rows), 1, generator=self.g) < 0.8, decoded=True)
+
+    def rearrange(self) -> None:
+        """Rows are chosen anew, some twice, by selection, or by putting them into another layer."""
+        source = torch.tensor([self.rng.randrange(len(self.rows)) for _ in range(self.rng.randint(1, 4))])
+        if self.rng.random() < 0.5:
+            self.layer.batch_select_indices(source)
+        else:
+            other = self.method.layer(self.method, MAX_NEW, 3)
+            other.lazy_initialization(torch.empty(len(source) + 1, HEADS, 0, WIDTH))
+            other.put(torch.arange(len(source)) + 1, self.layer, source)
+            other.batch_select_indices(torch.arange(len(source)) + 1)
+            self.layer = other
+        self.rows = [self.rows[i].copy() for i in source.tolist()]
+
+    def check(self) -> None:
+        for b, row in enumerate(self.rows):
+            outs, held, reads = ORACLES[self.method.name](self.method, row)
+            torch.testing.assert_close(torch.stack(row.out), torch.stack(outs), rtol=1e-4, atol=1e-5)
+            assert self.layer.live[b].tolist() == [len(x) for x in held]
+            assert self.layer.reads[b].tolist() == reads
+            assert int(self.layer.count[b]) == len(row.q)
+
+
+METHODS = {
+    "h2o": st.builds(H2O, cr=st.floats(1, 9)),
+    "tova": st.builds(TOVA, cr=st.floats(1, 9)),
+    "streaming-llm": st.builds(StreamingLLM, cr=st.floats(1, 9), sinks=st.integers(0, 5)),
+    "random": st.builds(RandomEviction, cr=st.floats(1, 9), seed=st.integers(0, 9)),
+    "quest": st.builds(Quest, cr=st.floats(1, 9), page=st.integers(1, 5)),
+    "snapkv": st.builds(SnapKV, cr=st.floats(1, 4), window=st.integers(1, 5), kernel=st.sampled_from([1, 3, 5]),
+                        pool=st.sampled_from(["max", "avg"])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@settings(max_examples=20)
+@given(data=st.data(), lengths=st.lists(st.integers(1, 18), min_size=1, max_size=3), seed=st.integers(0, 999))
+def test_a_layer_does_what_its_definition_says(name, data, lengths, seed):
+    play = Play(data.draw(METHODS[name]), lengths, seed)
+    play.decode(6)
+    play.rearrange()
+    play.decode(5)
+    play.feed(torch.rand(len(play.rows), 4, generator=play.g) < 0.7, decoded=False)  # another turn
+    play.decode(4)
+    play.check()
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_compression_1_is_dense_attention(name):
+    play = Play(get_baseline(name)(1.0), [12, 5, 9], 0)
+    play.decode(MAX_NEW)
+    for b, row in enumerate(play.rows):
+        for t, out in enumerate(row.out):
+            torch.testing.assert_close(out, answer(row, t, per_query([list(range(t + 1))] * HEADS)))
+        assert play.layer.live[b].tolist() == [len(row.q)] * HEADS
+        assert play.layer.reads[b].tolist() == [sum(t + 1 for t, d in enumerate(row.decoded) if d)] * HEADS
+
+
+@pytest.mark.parametrize("name", sorted(set(BASELINES) - {"quest", "snapkv"}))
+@pytest.mark.parametrize("cr", [2.0, 7.9])
+def test_no_step_leaves_more_than_the_budget(name, cr):
+    play = Play(get_baseline(name)(cr), [18, 5, 9], 0)
+    budgets = [int((row.prompt + MAX_NEW) / cr) for row in play.rows]
+    for step in range(MAX_NEW):
+        for b, row in enumerate(play.rows):
+            assert play.layer.live[b].tolist() == [min(row.prompt + step, budgets[b])] * HEADS
+        play.feed(torch.ones(3, 1, dtype=torch.bool), decoded=True)
+    assert play.layer.capacity <= max(budgets) + 2
+
+
+def test_random_eviction_draws_every_slot_equally_often_and_otherwise_in_each_stream_layer_and_head():
+    method = RandomEviction(1.0)
+    draws = []
+    for index in range(2):
+        layer = method.layer(method, 0, index)
+        layer.lazy_initialization(torch.empty(400, HEADS, 0, WIDTH))
+        layer.stream = torch.arange(400)
+        layer.budget[:] = 10
+        for seen in range(10, 60):
+            layer.seen[:] = seen
+            draws.append(layer._place())
+    draws = torch.stack(draws).view(2, 50, 400, HEADS)
+    counts = draws.flatten().bincount(minlength=10)  # 80,000 draws: 8,000 a slot, standard deviation 85
+    assert len(counts) == 10 and (counts - 8000).abs().max() < 5 * 85
+    for other in (draws.flip(0), draws.roll(1, 1), draws.roll(1, 2), draws.flip(3)):
+        assert abs((draws == other).float().mean() - 0.1) < 0.01
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: get_baseline("h20"), r"baseline 'h20': must be one of \['h2o', 'quest', 'random', 'snapkv'"),
+        (lambda: TOVA(0.5), "compression ratio 0.5: must be >= 1"),
+        (lambda: StreamingLLM(2, sinks=-1), "sinks -1: must be >= 0"),
+        (lambda: Quest(2, page=0), "page 0: must be >= 1"),
+        (lambda: SnapKV(2, window=0), "window 0: must be >= 1"),
+        (lambda: SnapKV(2, kernel=4), "kernel 4: must be odd and >= 1"),
+        (lambda: SnapKV(2, pool="sum"), "pool 'sum': must be 'max' or 'avg'"),
+    ],
+)
+def test_bad_settings_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
