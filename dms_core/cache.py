@@ -208,7 +208,7 @@ class DMSCache(Cache):
         """An empty cache for a model that ``attach`` has prepared."""
         if getattr(model, "dms", None) is None:
             raise ValueError(f"{type(model).__name__} has no DMS gates: call dms_core.attach(model, config) first")
-        return cls(model.dms.config, model.dms.layers, page, model.dms.sliding)
+        return model.dms.cache_class(model.dms.config, model.dms.layers, page, model.dms.sliding)
 
     def empty_like(self, batch: int) -> "DMSCache":
         """An empty cache of ``batch`` rows with this one's settings, heads, dtype and device."""

@@ -23,6 +23,8 @@ from dms_core.gate import AdapterGate, gate_logits, read_neuron
 class DMS:
     """The gates of one model: configuration, hooks, and the state of the forward pass under way."""
 
+    cache_class = DMSCache
+
     def __init__(self, model: PreTrainedModel, config: DMSConfig) -> None:
         self.config = config
         self.model = model

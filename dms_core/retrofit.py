@@ -161,11 +161,13 @@ def pad_collate(pad: int):
 
 
 def retrofit(
-    model: PreTrainedModel, tokenizer, dataset, dms: DMSConfig, recipe: RetrofitConfig, out: Path | str, **arguments
-) -> PreTrainedModel:
+    model: PreTrainedModel, tokenizer, dataset, dms: DMSConfig, recipe: RetrofitConfig, out: Path | str, *,
+    attach=attach, **arguments,
+) -> PreTrainedModel:  # fmt: skip
     """Teach ``model`` to evict, in place; checkpoints go to ``out``/cr<N>.  An interrupted run goes on by itself.
 
-    dataset: documents with input_ids and labels (-100: not predicted).  ``arguments`` go to TrainingArguments.
+    dataset: documents with input_ids and labels (-100: not predicted).  ``attach`` puts a method on the model;
+    ``arguments`` go to TrainingArguments.
     """
     if recipe.train == "gates" and dms.gate == "neuron":
         raise ValueError("train 'gates' with gate 'neuron': that gate has no parameters; train 'all'")
