@@ -1,5 +1,7 @@
 """DMC: the parallel form, the cache and a slow transcription of the definition say the same."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,8 +12,9 @@ from dms_core import detach, retrofit, save_model
 from dms_core.baselines.dmc import DMCConfig, attach_dmc, load_dmc
 from dms_core.baselines.dmc_cache import DMCCache, running_average
 from dms_core.cache import DMSCache
-from dms_core.config import target_fraction
+from dms_core.checkpoint import load_base
 from dms_core.distill import Distiller
+from dms_core.measure import held_out
 from dms_core.retrofit import RetrofitConfig, checkpoint_dir
 from dms_core.sampling import SamplingConfig, sample_chains
 from dms_core.tasks.dataset import TraceDataset
@@ -157,20 +160,30 @@ def test_padding_and_packed_documents_change_nothing(merging):
 def test_nothing_merged_and_the_neuron_at_work_is_the_original_model(tiny_model, merging):
     ids, plain = tokens(2, 20), tiny_model(gates=False)
     expected = plain(ids).logits
-    model = merging(config=DMCConfig(scale=1.0, offset=1e4))
-    model.dms.neuron_factor = 1.0
+    model = merging()
+    assert not torch.allclose(model(ids, use_cache=False).logits, expected, atol=1e-3)
+    model.dms.neuron_factor = 1.0  # a warm-up's first step
     torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
     assert not any(e.any() for e in model.dms.step.evicted.values())
     model.dms.neuron_factor = 0.0
-    assert not torch.allclose(model(ids, use_cache=False).logits, expected, atol=1e-3)
-    strong = merging()
-    with strong.dms.disabled():
-        torch.testing.assert_close(strong(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
-        cache = DMSCache.for_model(strong)
-        out = [strong(input_ids=x, past_key_values=cache).logits for x in ids.split([7, *[1] * 13], 1)]
+    with model.dms.disabled():
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+        cache = DMSCache.for_model(model)
+        out = [model(input_ids=x, past_key_values=cache).logits for x in ids.split([7, *[1] * 13], 1)]
         torch.testing.assert_close(torch.cat(out, 1), expected, rtol=1e-4, atol=1e-4)
         assert (cache.live_tokens() == 20).all()
-    torch.testing.assert_close(detach(strong)(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(detach(model)(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_reset_model_begins_with_nothing_merged_whatever_the_scale(tiny_model, kind):
+    model, ids = tiny_model(kind, gates=False), tokens(2, 20)
+    attach_dmc(model, DMCConfig(scale=100.0), reset=True)
+    out = model(ids, use_cache=False).logits
+    assert all((z == -5.0).all() for z in model.dms.step.logits.values())
+    with model.dms.disabled():  # and the neuron takes no part: the zeroed model is the model without it
+        torch.testing.assert_close(model(ids, use_cache=False).logits, out, rtol=1e-4, atol=1e-5)
 
 
 def test_losses_reach_the_neurons_that_decide_and_weigh(merging):
@@ -239,33 +252,34 @@ def test_chains_do_not_depend_on_the_batch(merging):
     assert all(live[-1] < 0.9 * (len(made) + 5) for made, live, _ in drawn[0] if len(made) > 20)
 
 
-@pytest.mark.slow
-def test_retrofit_of_the_embedded_model_reaches_its_ratio_and_loads_again(tmp_path):
-    from dms_core.checkpoint import load_base
-
-    tokenizer = load_tokenizer(REASONER_DIR)
-    recipe = RetrofitConfig(
-        final_cr=2.0, steps_per_unit=12, rests=((2.0, 6),), batch=4, optimizer="muon", lr=1.5e-3, aux_weight=2.0
-    )
-    data = TraceDataset(tokenizer, recipe.steps * recipe.batch, recipe.batch)
+def test_the_dms_trainer_trains_dmc_and_keeps_its_family(tiny_model, tmp_path):
+    documents = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens(6, 15)]
+    recipe = RetrofitConfig(final_cr=3.0, steps_per_unit=3, batch=2, lr=1e-2)
     model = retrofit(
-        load_base(REASONER_DIR),
-        tokenizer,
-        data,
-        DMCConfig(scale=10.0),
-        recipe,
-        tmp_path,
-        attach=attach_dmc,
-        use_cpu=True,
+        tiny_model(gates=False), make_tokenizer(), documents, CONFIG, recipe, tmp_path, attach=attach_dmc, use_cpu=True
     )
-    ids = torch.tensor([data[0]["input_ids"]])
+    ids = tokens(1, 20)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
-        merged = torch.stack(list(model.dms.step.evicted.values())).float().mean()
-        assert merged > 0.8 * target_fraction(2.0)
-        loaded = load_dmc(checkpoint_dir(tmp_path, 2.0))
-        assert loaded.dms.config == DMCConfig(scale=10.0)
-        assert torch.equal(loaded(ids, use_cache=False).logits, expected)
+        assert torch.equal(load_dmc(checkpoint_dir(tmp_path, 3.0))(ids, use_cache=False).logits, expected)
+        assert not torch.equal(load_dmc(checkpoint_dir(tmp_path, 2.0))(ids, use_cache=False).logits, expected)
+
+
+@pytest.mark.slow
+def test_retrofit_of_the_embedded_model_reaches_its_ratio(tmp_path):
+    tokenizer, settings = load_tokenizer(REASONER_DIR), DMCConfig(scale=10.0)
+    recipe = RetrofitConfig(
+        final_cr=2.0, steps_per_unit=20, rests=((2.0, 10),), batch=4, optimizer="muon", lr=1.5e-3, aux_weight=2.0
+    )
+    data = TraceDataset(tokenizer, recipe.steps * recipe.batch, recipe.batch)
+    begin = partial(attach_dmc, reset=True)
+    model = retrofit(
+        load_base(REASONER_DIR), tokenizer, data, settings, recipe, tmp_path, attach=begin, use_cpu=True,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    unseen = TraceDataset(tokenizer, 4, 4, "validation")
+    facts = held_out(model, load_base(REASONER_DIR), [unseen[i] for i in range(4)], tokenizer.pad_token_id)
+    assert facts["cr_decisions"] > 1.8 and facts["kl"] < 0.5
 
 
 def test_saved_models_load_as_what_they_are(merging, tmp_path):

@@ -109,6 +109,8 @@ class DMC(DMS):
 
     def _take_key(self, index: int, k: Tensor) -> Tensor:
         z = gate_logits(k[..., self.config.neuron].transpose(1, 2), self.config)
+        if self.neuron_factor > 0:  # a warm-up comes before any merging
+            z = torch.full_like(z, float("-inf"))
         self.step.logits[index] = z
         self.plans[index] = self._plan(index, z, self.weights[index])
         return self._merge(index, "k", self.silence(k))
@@ -180,9 +182,20 @@ def dmc_attention(module, query, key, value, attention_mask, scaling=None, **kwa
     return out.transpose(1, 2), None
 
 
-def attach_dmc(model: PreTrainedModel, config: DMCConfig) -> PreTrainedModel:
+def zero_neurons(model: PreTrainedModel, neuron: int, kinds: str = "qk", every: int = 1) -> None:
+    """Set a neuron of each ``every``-th query ("q") and key ("k") head to 0 for all inputs, so that z = -b0."""
+    for layer in model.get_decoder().layers:
+        for kind in kinds:
+            projection, width = getattr(layer.self_attn, f"{kind}_proj"), layer.self_attn.head_dim
+            for parameter in projection.parameters():
+                parameter.data.unflatten(0, (-1, width))[::every, neuron] = 0
+
+
+def attach_dmc(model: PreTrainedModel, config: DMCConfig, reset: bool = False) -> PreTrainedModel:
     """Make ``model`` a DMC model in place and return it; ``model.dms`` is the handle, ``dms_core.detach`` undoes it.
 
+    ``reset``: begin a retrofit with the neurons at 0, as adapters begin.  Without it they begin with the values that
+    they have in the base model, and at a large ``scale`` merge at random.  ``detach`` does not bring those back.
     Raises ValueError if the model has gates already, sliding-window layers, or no q_proj, k_proj and v_proj.
     """
     if getattr(model, "dms", None) is not None:
@@ -199,6 +212,8 @@ def attach_dmc(model: PreTrainedModel, config: DMCConfig) -> PreTrainedModel:
     before = model.config._attn_implementation
     handle = DMC(model, config)
     handle.attention_before, model.dms = before, handle
+    if reset:
+        zero_neurons(model, config.neuron)
     model.set_attn_implementation(NAME)
     return model
 
