@@ -180,10 +180,9 @@ def test_nothing_merged_and_the_neuron_at_work_is_the_original_model(tiny_model,
 def test_a_reset_model_begins_with_nothing_merged_whatever_the_scale(tiny_model, kind):
     model, ids = tiny_model(kind, gates=False), tokens(2, 20)
     attach_dmc(model, DMCConfig(scale=100.0), reset=True)
-    out = model(ids, use_cache=False).logits
+    model(ids, use_cache=False)
     assert all((z == -5.0).all() for z in model.dms.step.logits.values())
-    with model.dms.disabled():  # and the neuron takes no part: the zeroed model is the model without it
-        torch.testing.assert_close(model(ids, use_cache=False).logits, out, rtol=1e-4, atol=1e-5)
+    assert not any(e.any() for e in model.dms.step.evicted.values())
 
 
 def test_losses_reach_the_neurons_that_decide_and_weigh(merging):

@@ -102,39 +102,31 @@ def sample(model, method: Method, options: argparse.Namespace, tokenizer) -> dic
     return {key: point[key] for key in ("problems", "L", "accuracy", "low", "high", "reads", "peak")}
 
 
-def compare(steps: int, options: argparse.Namespace, tokenizer) -> dict:
-    """Every arm after ``steps`` steps."""
-    arms, recipe = {}, shortened(steps, options)
-    for arm in options.arms:
-        out = options.runs / f"{arm}-{steps}"
-        facts = train(arm, recipe, out, tokenizer)
-        log = [entry for entry in facts["log"] if "kd" in entry]
-        curve = [{key: round(entry[key], 4) for key in ("step", "kd", "cr_target", "cr_measured")} for entry in log]
-        arms[arm] = {
-            "config": facts["dms"], "cpu_seconds": facts["cpu_seconds"], "training": curve,
-            **measure(arm, out, options, tokenizer),
-        }  # fmt: skip
-        arm_facts = arms[arm]
-        print(
-            f"{steps} steps, {arm}: CR {arm_facts['cr_decisions']:.2f} ({arm_facts['cr_live']:.2f} live), KL "
-            f"{arm_facts['kl']:.4f} nats, agreement {arm_facts['agreement']:.4f}, accuracy "
-            f"{arm_facts['sampled']['accuracy']:.1f} %", flush=True,
-        )  # fmt: skip
-    trained = {key: facts[key] for key in ("recipe", "tokens", "labelled_tokens")}
-    return {"steps": steps, **trained, "arms": arms}
+def compare(arm: str, steps: int, options: argparse.Namespace, tokenizer) -> dict:
+    """One arm after ``steps`` steps."""
+    out = options.runs / f"{arm}-{steps}-{options.batch}"
+    facts = train(arm, shortened(steps, options), out, tokenizer)
+    log = [entry for entry in facts["log"] if "kd" in entry]
+    curve = [{key: round(entry[key], 4) for key in ("step", "kd", "cr_target", "cr_measured")} for entry in log]
+    kept = {key: facts[key] for key in ("tokens", "labelled_tokens", "cpu_seconds", "recipe")}
+    return {"arm": arm, "steps": steps, "config": facts["dms"], **kept, "training": curve,
+            **measure(arm, out, options, tokenizer)}  # fmt: skip
 
 
 def main(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer()
     base = attach(load_base(REASONER_DIR), TINY.dms)
     result = {
-        "command": "python -m dms_core.baselines.compare_dmc",
         "options": {name: value for name, value in vars(options).items() if name not in ("runs", "out")},
         "environment": describe(), "vanilla": sample(base, Method("vanilla", 1.0), options, tokenizer), "runs": [],
     }  # fmt: skip
     for steps in options.steps:
-        result["runs"].append(compare(steps, options, tokenizer))
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        for arm in options.arms:
+            run = compare(arm, steps, options, tokenizer)
+            result["runs"].append(run)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"{steps} steps, {arm}: CR {run['cr_decisions']:.2f} ({run['cr_live']:.2f} live), KL {run['kl']:.4f} "
+                  f"nats, agreement {run['agreement']:.4f}, accuracy {run['sampled']['accuracy']:.1f} %")  # fmt: skip
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
