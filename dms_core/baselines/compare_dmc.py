@@ -7,9 +7,10 @@ Arms:
 - ``dms``: eviction, adapter gate.
 - ``dms-neuron``: eviction decided by a query neuron, which is taken out of attention without a warm-up.
 - ``dmc``: merging decided by a key neuron, weighted by a query neuron, both taken out of attention likewise.
+- ``dmc-s100``: the same with scale 100, so that the decisions move ten times as far with each step.
 - ``dmc-s1``: the same from the neurons' values in the base model, with DMC's own scale 1.
-In the middle two the neurons start at 0 and act with the scale of the adapters, so that all three start alike, with
-nothing compressed: the second tells what the neuron costs from what merging costs.
+In ``dms-neuron`` and ``dmc`` the neurons start at 0 and act with the scale of the adapters, so that they start like
+``dms``, with nothing compressed: ``dms-neuron`` tells what the neuron costs from what merging costs.
 """
 
 import argparse
@@ -47,6 +48,7 @@ ARMS = {  # settings, how a retrofit begins, how a checkpoint is loaded
     "dms": (TINY.dms, attach, load_model),
     "dms-neuron": (replace(TINY.dms, gate="neuron"), attach_neuron, load_model),
     "dmc": (DMCConfig(scale=TINY.dms.scale), partial(attach_dmc, reset=True), load_dmc),
+    "dmc-s100": (DMCConfig(scale=100.0), partial(attach_dmc, reset=True), load_dmc),
     "dmc-s1": (DMCConfig(), attach_dmc, load_dmc),
 }
 
