@@ -91,7 +91,7 @@ def measure(arm: str, out: Path, options: argparse.Namespace, tokenizer) -> dict
     documents = [documents[i] for i in range(len(documents))]
     facts = held_out(model, load_base(REASONER_DIR), documents, tokenizer.pad_token_id)
     facts["retention"] = [[round(share, 4) for share in layer] for layer in facts["retention"]]
-    return facts | {"sampled": sample(model, Method(arm, cr), options, tokenizer)}
+    return {"held_out": facts, "sampled": sample(model, Method(arm, cr), options, tokenizer)}
 
 
 def sample(model, method: Method, options: argparse.Namespace, tokenizer) -> dict:
@@ -110,9 +110,11 @@ def compare(arm: str, steps: int, options: argparse.Namespace, tokenizer) -> dic
     facts = train(arm, shortened(steps, options), out, tokenizer)
     log = [entry for entry in facts["log"] if "kd" in entry]
     curve = [{key: round(entry[key], 4) for key in ("step", "kd", "cr_target", "cr_measured")} for entry in log]
-    kept = {key: facts[key] for key in ("tokens", "labelled_tokens", "cpu_seconds", "recipe")}
-    return {"arm": arm, "steps": steps, "config": facts["dms"], **kept, "training": curve,
-            **measure(arm, out, options, tokenizer)}  # fmt: skip
+    trained = {key: facts[key] for key in ("tokens", "labelled_tokens", "cpu_seconds", "recipe")}
+    return {
+        "arm": arm, "steps": steps, "config": facts["dms"], "trained": trained, "training": curve,
+        **measure(arm, out, options, tokenizer),
+    }  # fmt: skip
 
 
 def main(options: argparse.Namespace) -> None:
@@ -127,8 +129,11 @@ def main(options: argparse.Namespace) -> None:
             run = compare(arm, steps, options, tokenizer)
             result["runs"].append(run)
             options.out.write_text(json.dumps(result, indent=1) + "\n")
-            print(f"{steps} steps, {arm}: CR {run['cr_decisions']:.2f} ({run['cr_live']:.2f} live), KL {run['kl']:.4f} "
-                  f"nats, agreement {run['agreement']:.4f}, accuracy {run['sampled']['accuracy']:.1f} %")  # fmt: skip
+            held = run["held_out"]
+            print(
+                f"{steps} steps, {arm}: CR {held['cr_decisions']:.2f}, live {held['cr_live']:.2f}, KL {held['kl']:.4f},"
+                f" agreement {held['agreement']:.4f}, accuracy {run['sampled']['accuracy']:.1f} %", flush=True,
+            )  # fmt: skip
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
