@@ -169,10 +169,10 @@ class DMSCache(RowCache):
     def for_model(cls, model, page: int = 16) -> "DMSCache":
         """An empty cache for a model that ``attach`` has prepared."""
         dms = prepared(model)
-        return cls(dms.config, dms.layers, page, dms.sliding)
+        return dms.cache_class(dms.config, dms.layers, page, dms.sliding)
 
     def _new(self) -> "DMSCache":
-        return DMSCache(self.config, len(self.layers), self.page, self.sliding)
+        return type(self)(self.config, len(self.layers), self.page, self.sliding)
 
     def check(self, dms) -> None:
         """Raises ValueError if the cache was made for other settings than those of ``dms``, a model's gates."""

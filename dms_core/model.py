@@ -26,6 +26,8 @@ NEVER = -1e9  # a gate's logit at which no noise evicts
 class DMS:
     """The gates of one model: configuration, hooks, and the state of the forward pass under way."""
 
+    cache_class = DMSCache
+
     def __init__(self, model: PreTrainedModel, config: DMSConfig) -> None:
         self.config = config
         self.model = model

@@ -115,13 +115,14 @@ def pad_collate(pad: int):
 
 
 def retrofit(
-    model: PreTrainedModel, tokenizer, dataset, dms: DMSConfig, recipe: RetrofitConfig, out: Path | str, **arguments
-) -> PreTrainedModel:
+    model: PreTrainedModel, tokenizer, dataset, dms: DMSConfig, recipe: RetrofitConfig, out: Path | str, *,
+    attach=attach, **arguments,
+) -> PreTrainedModel:  # fmt: skip
     """Teach ``model`` to evict, in place; checkpoints go to ``out``/cr<N>.  An interrupted run goes on by itself.
 
     dataset: documents with input_ids and labels (-100: not predicted), and position_ids where several are packed in a
     row (each starts over at 0).  ``arguments`` go to TrainingArguments, such as fsdp=True to shard model and teacher by
-    layers (FSDP2).  Under torchrun every process calls this.
+    layers (FSDP2); ``attach`` puts a method on the model.  Under torchrun every process calls this.
     """
     _check_gate(dms, recipe)
     out, world = Path(out), int(os.environ.get("WORLD_SIZE", 1))
@@ -133,7 +134,7 @@ def retrofit(
         _claim(out, facts)
     teacher = copy.deepcopy(model) if recipe.train == "all" and recipe.direction != "lm" else None
     set_seed(recipe.seed)
-    _make_student(model, dms, recipe)
+    _make_student(model, dms, recipe, attach)
     settings = TrainingArguments(
         output_dir=str(out / "trainer"), max_steps=recipe.steps, per_device_train_batch_size=at_once,
         gradient_accumulation_steps=accumulation, max_grad_norm=recipe.clip, seed=recipe.seed,
@@ -170,7 +171,7 @@ def _check_gate(dms: DMSConfig, recipe: RetrofitConfig) -> None:
         raise ValueError(f"neuron_warmup {recipe.neuron_warmup} with gate {dms.gate!r}: must be 0; it is for 'neuron'")
 
 
-def _make_student(model: PreTrainedModel, dms: DMSConfig, recipe: RetrofitConfig) -> None:
+def _make_student(model: PreTrainedModel, dms: DMSConfig, recipe: RetrofitConfig, attach) -> None:
     attach(model, dms)
     if recipe.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -1,0 +1,179 @@
+"""DMC's cache: per (batch row, KV head) a growing list of entries, of which the last is open to more tokens.
+
+Dense storage (B, H, S, D) with a count a row: a baseline, not a paged pool.  Keys are held rotated; the open entry
+also as the unrotated sum over its tokens, so that the next token can be added to it before RoPE.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from dms_core.cache import DMSCache, DMSLayer, _take
+
+GROW = 64  # entries by which storage grows
+
+
+def running_average(x: Tensor, alpha: Tensor, weight: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """S_t = alpha_t S_(t-1) + weight_t [x_t, 1] at every t, by an associative scan.
+
+    x (B, H, T, D); alpha, weight (B, H, T); carry (B, H, D + 1): S before the first token, or None for none.
+    Returns the averages S[..., :D] / S[..., D] in x's dtype, and S after the last token (B, H, D + 1) in fp32.
+    """
+    sums = torch.cat([x.float(), torch.ones_like(x[..., :1], dtype=torch.float)], -1) * weight[..., None]
+    share = alpha[..., None]
+    if carry is not None:
+        sums = torch.cat([sums[:, :, :1] + share[:, :, :1] * carry[:, :, None], sums[:, :, 1:]], 2)
+    reach = 1  # sums[t] covers the tokens t - reach + 1 ... t, share[t] is the product over them
+    while reach < x.shape[2]:
+        taken = sums[:, :, reach:] + share[:, :, reach:] * sums[:, :, :-reach]
+        sums = torch.cat([sums[:, :, :reach], taken], 2)
+        share = torch.cat([share[:, :, :reach], share[:, :, reach:] * share[:, :, :-reach]], 2)
+        reach *= 2
+    average = sums[..., :-1] / sums[..., -1:].clamp_min(torch.finfo(torch.float).tiny)
+    return average.to(x.dtype), sums[:, :, -1]
+
+
+class DMCLayer(DMSLayer):
+    """One layer's rows.  ``open`` is for the hooks that merge; ``attend`` stores the entries and answers queries."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config, GROW)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        self.batch, self.heads, _, self.head_dim = key_states.shape
+        self.keys, self.values = (key_states.new_zeros(self.batch, self.heads, 0, self.head_dim) for _ in range(2))
+        self.length = torch.zeros(self.batch, self.heads, dtype=torch.long, device=key_states.device)
+        self.reads, self.peak = torch.zeros_like(self.length), torch.zeros_like(self.length)
+        self.seen = self.length[:, 0].clone()
+        self.open = {
+            kind: torch.zeros(self.batch, self.heads, self.head_dim + 1, device=key_states.device) for kind in "kv"
+        }
+        self.bound = 0  # no row has more entries; known without asking the device
+        self.is_initialized = True
+
+    def ensure(self, batch: int, heads: int, head_dim: int, like: Tensor) -> None:
+        """The hooks come before ``update``; storage takes the keys' dtype once they are there."""
+        if not self.is_initialized:
+            self.lazy_initialization(like.new_zeros(batch, heads, 0, head_dim))
+
+    @property
+    def count(self) -> Tensor:
+        """Tokens that each batch row has taken in, padding excluded: (B,)."""
+        return self.seen
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if not self.is_initialized:
+            return
+        indices = indices.to(self.seen.device)
+        for name in ("keys", "values", "length", "reads", "peak", "seen"):
+            setattr(self, name, getattr(self, name)[indices])
+        self.open = {kind: sums[indices] for kind, sums in self.open.items()}
+        self.batch = len(indices)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, merged: Tensor, valid: Tensor, scale: float) -> Tensor:
+        """Store new entries and attend to what the queries may see.
+
+        q (B, Hq, T, D); k, v (B, H, T, D): every token's entry as it stands after that token, rotated; merged
+        (B, H, T): it takes over the entry before it; valid (B, T), False for padding and idle rows.
+        """
+        self.unread = False
+        self.keys, self.values = self.keys.to(k.dtype), self.values.to(v.dtype)
+        if q.shape[2] == 1:
+            self._append(k, v, merged[:, :, 0], valid[:, :1])
+            live = torch.arange(self.bound, device=q.device) < self.length[..., None].clamp_min(1)
+            k, v = self.keys[:, :, : self.bound], self.values[:, :, : self.bound]
+            return _attention(q, k, v, live[:, :, None], scale)
+        return self._prefill(q, k, v, merged & valid[:, None], valid, scale)
+
+    def _append(self, k: Tensor, v: Tensor, merged: Tensor, active: Tensor) -> None:
+        """One token a row: k, v (B, H, 1, D), merged (B, H), active (B, 1)."""
+        if self.bound == self.keys.shape[2]:  # the one wait for the device, at most each GROW / 2 steps
+            self.bound = int(self.length.max()) if self.bound else 0
+            self._reserve(self.bound + GROW // 2)
+        self.bound += 1
+        self.length += ~merged & active
+        slot = (self.length - 1).clamp_min(0)[..., None, None].expand_as(k)
+        for held, new in ((self.keys, k), (self.values, v)):
+            held.scatter_(2, slot, torch.where(active[..., None, None], new, held.gather(2, slot)))
+        self.reads += self.length * active
+        self.seen += active[:, 0]
+
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, merged: Tensor, valid: Tensor, scale: float) -> Tensor:
+        tokens, held = q.shape[2], int(self.length.max())
+        place = torch.arange(held, device=q.device)
+        taken = (merged & (valid.cumsum(1) == 1)[:, None]).any(2, keepdim=True)  # the first token takes the open entry
+        past = place < self.length[..., None] - taken.long()  # (B, H, held)
+        stays = valid[:, None].expand_as(merged) & ~F.pad(merged, (0, 1))[..., 1:]
+        behind = torch.arange(tokens, device=q.device)[:, None] - torch.arange(tokens, device=q.device)
+        new = (behind == 0) | ((behind > 0) & stays[:, :, None])  # (B, H, T, T)
+        visible = torch.cat([past[:, :, None].expand(-1, -1, tokens, -1), new], 3)
+        k, v = torch.cat([self.keys[:, :, :held], k], 2), torch.cat([self.values[:, :, :held], v], 2)
+        out = _attention(q, k, v, visible, scale)
+
+        kept = torch.cat([past, stays], 2)
+        self.length = kept.sum(2)
+        self.bound = int(self.length.max())
+        order = torch.argsort((~kept).to(torch.int8), dim=2, stable=True)[..., : self.bound]
+        self.keys, self.values = _take(k, order), _take(v, order)
+        self.seen = self.seen + valid.sum(1)
+        return out
+
+    def _reserve(self, entries: int) -> None:
+        if entries > self.keys.shape[2]:
+            more = -(-entries // GROW) * GROW - self.keys.shape[2]
+            self.keys, self.values = F.pad(self.keys, (0, 0, 0, more)), F.pad(self.values, (0, 0, 0, more))
+
+    def put(self, indices: Tensor, other: "DMCLayer", source: Tensor) -> None:
+        """Batch rows ``indices`` become copies of rows ``source`` of another layer of the same shape."""
+        self.bound = max(self.bound, other.bound)
+        self._reserve(other.keys.shape[2])
+        self.keys, self.values = self.keys.to(other.keys.dtype), self.values.to(other.values.dtype)
+        for name in ("keys", "values"):
+            getattr(self, name)[indices, :, : other.keys.shape[2]] = getattr(other, name)[source]
+        for name in ("length", "reads", "peak", "seen"):
+            getattr(self, name)[indices] = getattr(other, name)[source]
+        for kind, sums in self.open.items():
+            sums[indices] = other.open[kind][source]
+
+    def clear(self, indices: Tensor) -> None:
+        """Empty batch rows ``indices``."""
+        for rows in (self.length, self.reads, self.peak, self.seen, *self.open.values()):
+            rows[indices] = 0
+
+
+class DMCCache(DMSCache):
+    """A cache for a model prepared by ``attach_dmc``, with DMSCache's counters and row operations."""
+
+    def __init__(self, config, layers: int, page: int = GROW, sliding=()) -> None:
+        """``page`` and ``sliding`` are DMSCache's; storage here is dense, and DMC has no sliding layers."""
+        Cache.__init__(self, layers=[DMCLayer(config) for _ in range(layers)])
+        self.config = config
+
+    def empty_like(self, batch: int) -> "DMCCache":
+        other = DMCCache(self.config, len(self.layers))
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            theirs.lazy_initialization(mine.keys.new_empty(batch, mine.heads, 0, mine.head_dim))
+        return other
+
+    def live_tokens(self) -> Tensor:
+        """Entries now, (layers, B, H)."""
+        return torch.stack([x.length for x in self.layers])
+
+    def bytes_held(self) -> int:
+        """Bytes of the keys and values, unused places included, and of the open entries' sums."""
+        layers = [layer for layer in self.layers if layer.is_initialized]
+        return sum(x.nbytes for layer in layers for x in (layer.keys, layer.values, *layer.open.values()))
+
+    def trim(self) -> None:
+        """Give back places that no row uses."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.bound = int(layer.length.max())
+                layer.keys, layer.values = (x[:, :, : layer.bound].clone() for x in (layer.keys, layer.values))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """q (B, Hq, T, D), k and v (B, H, S, D), visible (B, H, T or 1, S): (B, Hq, T, D)."""
+    mask = visible.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] > k.shape[1])
