@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from dms_core import cli_lm, cli_retrofit
+from dms_core import cli_grid, cli_lm, cli_retrofit
 from dms_core.cli_batch import add_batch
 from dms_core.cli_eval import HELP as EVAL_HELP
 from dms_core.cli_eval import add_eval_arguments, run_eval
@@ -70,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="h100", help="a100, h100 (default) or h200")
 
     add_eval_arguments(add("eval", run_eval, "run tasks of lm-evaluation-harness on a retrofitted model"))
+    cli_grid.add_commands(add)
     cli_lm.add_commands(add)
     command = add("retrofit", cli_retrofit.run_retrofit, "teach a model to evict, by a recipe; also under torchrun")
     cli_retrofit.add_arguments(command)
@@ -137,6 +138,7 @@ JSON on standard output:
   dms summarise --json     as dms curves, with "model", "task" and "environment"
 """
     + EVAL_HELP
+    + cli_grid.HELP
 )
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from dms_core.baselines import Baseline, Quest, get_baseline
 from dms_core.checkpoint import load_base, load_model
 from dms_core.config import DMSConfig
 from dms_core.curves import summarise
@@ -24,6 +25,10 @@ from dms_core.scaling import Method, model_fingerprint, run_grid
 from dms_core.tasks.dataset import TraceDataset
 from dms_core.tasks.program_traces import ProgramTraces
 from dms_core.tasks.reasoner import REASONER_DIR, load_tokenizer
+
+
+GRID_BASELINES = ("tova", "h2o", "quest", "streaming-llm")
+QUEST_PAGE = 8  # tokens; the paper's 16 are a sixth of the embedded model's prompts
 
 
 @dataclass(frozen=True)
@@ -90,14 +95,19 @@ class Pipeline:
         compared = [Method("dms", cr) for cr in self.profile.crs]
         return [Method("vanilla", 1.0), *compared, Method("dms-immediate", self.profile.compare_cr)]
 
+    def grid_methods(self) -> list[Method]:
+        """``methods`` and the training-free ones at the same compression ratios."""
+        return [*self.methods(), *(Method(name, cr) for name in GRID_BASELINES for cr in self.profile.crs)]
+
     def records(self, method: Method) -> list[dict]:
         """Chain records of one method on the held-out test problems."""
         profile = self.profile
         task = ProgramTraces(size=profile.problems, split="test", seed=self.seed)
         config = SamplingConfig(max_new_tokens=max(profile.lengths), batch=profile.batch, seed=self.seed)
         return run_grid(
-            self._model(method), self.tokenizer, task, method, profile.chains, config, self.root / "records"
-        )
+            self._model(method), self.tokenizer, task, method, profile.chains, config, self.root / "records",
+            self._baseline(method),
+        )  # fmt: skip
 
     def run(self) -> dict:
         """Every stage in order; returns the summary."""
@@ -121,8 +131,27 @@ class Pipeline:
         (self.root / "curves.json").write_text(json.dumps(summary, indent=1) + "\n")
         return summary
 
+    def grid(self) -> dict:
+        """``summary``'s points, margins and differences with the training-free methods; also written to grid.json."""
+        began = time.time()
+        records = [record for method in self.grid_methods() for record in self.records(method)]
+        summary = summarise(records, list(self.profile.lengths), list(self.profile.widths))
+        summary |= {
+            "profile": asdict(self.profile),
+            "environment": describe(),
+            "seconds": round(time.time() - began, 1),
+        }
+        (self.root / "grid.json").write_text(json.dumps(summary, indent=1) + "\n")
+        return summary
+
+    def _baseline(self, method: Method) -> Baseline | None:
+        """Settings of a training-free method; None for the others."""
+        if method.name not in GRID_BASELINES:
+            return None
+        return Quest(method.cr, page=QUEST_PAGE) if method.name == "quest" else get_baseline(method.name)(method.cr)
+
     def _model(self, method: Method):
-        if method.name == "vanilla":
+        if method.name == "vanilla" or self._baseline(method):
             return attach(load_base(self.base), self.profile.dms)  # gates stay off; the same cache and counters
         return load_model(self.checkpoint(method.name, method.cr))
 
