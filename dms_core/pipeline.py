@@ -26,7 +26,6 @@ from dms_core.tasks.dataset import TraceDataset
 from dms_core.tasks.program_traces import ProgramTraces
 from dms_core.tasks.reasoner import REASONER_DIR, load_tokenizer
 
-
 GRID_BASELINES = ("tova", "h2o", "quest", "streaming-llm")
 QUEST_PAGE = 8  # tokens; the paper's 16 are a sixth of the embedded model's prompts
 
