@@ -47,8 +47,9 @@ def _base(name: str):
 
 
 def run_converse(args) -> dict:
-    from dms_core.completions import Conversations, write_conversations
+    from dms_core.completions import write_conversations
     from dms_core.config import DMSConfig
+    from dms_core.documents import encode_conversation
     from dms_core.model import attach
 
     for name in ("count", "turns"):
@@ -57,11 +58,9 @@ def run_converse(args) -> dict:
     model, tokenizer = _base(args.model)
     attach(model, DMSConfig())
     write_conversations(args.out, model, tokenizer, args.count, args.turns, args.seed)
-    documents = Conversations(args.out, tokenizer, 1 << 40)
-    facts = {
-        "documents": len(documents), "tokens": sum(len(d["input_ids"]) for d in documents),
-        "labelled": sum(label != -100 for d in documents for label in d["labels"]),
-    }  # fmt: skip
+    rows = [encode_conversation(tokenizer, json.loads(line)["messages"]) for line in args.out.read_text().splitlines()]
+    tokens = sum(len(ids) for ids, _ in rows)
+    facts = {"documents": len(rows), "tokens": tokens, "labelled": sum(sum(marks) for _, marks in rows)}
     if not args.json:
         print("{documents} documents, {tokens} tokens, {labelled} of them the model's own".format(**facts))
     return facts

@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dms_core.sampling import SamplingConfig, sample_chains
@@ -63,43 +62,11 @@ def prompt_ids(tokenizer, messages: Sequence[dict]) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
-def encode(tokenizer, messages: Sequence[dict]) -> dict:
-    """input_ids of a whole conversation, and labels on what the assistant says, its end mark included."""
-    ids, labels = [], []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = prompt_ids(tokenizer, messages[:i])
-        whole = tokenizer.apply_chat_template(messages[: i + 1], return_dict=True)["input_ids"]
-        labels += [-100] * (len(prompt) - len(ids)) + whole[len(prompt) :]
-        ids = whole
-    return {"input_ids": ids, "labels": labels}
-
-
-class Conversations(Dataset):
-    """A JSONL of {"messages": [...]} as documents of a retrofit, cut after ``length`` tokens."""
-
-    def __init__(self, file: Path | str, tokenizer, length: int) -> None:
-        self.documents = []
-        for number, line in enumerate(Path(file).read_text().splitlines(), 1):
-            messages = json.loads(line).get("messages")
-            if not messages:
-                raise ValueError(f"{file}, line {number}: no field 'messages'")
-            document = encode(tokenizer, messages)
-            self.documents.append({key: value[:length] for key, value in document.items()})
-
-    def __len__(self) -> int:
-        return len(self.documents)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.documents[index]
-
-
 def write_conversations(file: Path | str, *args, **kwargs) -> Path:
     """``conversations`` to a JSONL file, whole or not at all."""
     file = Path(file)
     partial = file.with_suffix(".partial")
     with partial.open("w") as out:
         for messages in conversations(*args, **kwargs):
-            out.write(json.dumps({"messages": messages}) + "\n")
+            out.write(json.dumps({"messages": messages, "learn": "all"}) + "\n")
     return partial.rename(file)

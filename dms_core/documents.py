@@ -2,8 +2,9 @@
 
 A row is one of OpenR1-Math-220k (``problem``, ``generations`` and, aligned with them, ``correctness_math_verify`` and
 ``is_reasoning_complete``; every generation that Math-Verify accepts and that is complete becomes a document), a
-conversation (``messages``, of which the last one is learnt), or plain ``text``.  Labels cover the completion only.  A
-document longer than the context is cut to it: a distillation target needs no ending.  Cuts are counted.
+conversation (``messages``, of which the last one is learnt, or with ``"learn": "all"`` whatever the assistant says), or
+plain ``text``.  Labels cover completions only.  A document longer than the context is cut to it: a distillation target
+needs no ending.  Cuts are counted.
 """
 
 import hashlib
@@ -27,7 +28,8 @@ class Store:
     """Documents as one array of token ids on disk."""
 
     tokens: np.ndarray  # uint32, memory-mapped
-    table: np.ndarray  # (documents, 3): offset, length, tokens of the prompt
+    learnt: np.ndarray  # bool, memory-mapped: whether the token has a label
+    table: np.ndarray  # (documents, 2): offset, length
     facts: dict  # what was read, kept, cut and dropped
 
     def __len__(self) -> int:
@@ -35,11 +37,9 @@ class Store:
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids, labels) of one document; its first token has no label."""
-        offset, length, prompt = self.table[index]
+        offset, length = self.table[index]
         ids = self.tokens[offset : offset + length].astype(np.int64)
-        labels = ids.copy()
-        labels[: max(prompt, 1)] = -100
-        return ids, labels
+        return ids, np.where(self.learnt[offset : offset + length], ids, -100)
 
 
 def completions(row: dict) -> list[tuple[list[dict], str]]:
@@ -108,6 +108,40 @@ def encode(tokenizer, prompt: list[dict], completion: str) -> tuple[list[int], i
     return [*head, *tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id], len(head)
 
 
+def encode_conversation(tokenizer, messages: list[dict]) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation by the chat template, and which the assistant says, its end marks included.
+
+    Raises ValueError if the template renders a turn otherwise once others follow: then only last turns can be learnt.
+    """
+    ids, learnt = [], []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, whole = (
+            tokenizer.apply_chat_template(messages[:end], add_generation_prompt=end == i, return_dict=True)["input_ids"]
+            for end in (i, i + 1)
+        )
+        if prompt[: len(ids)] != ids or whole[: len(prompt)] != prompt:
+            raise ValueError("learn: is 'all', but this chat template renders earlier turns otherwise later on")
+        learnt += [False] * (len(prompt) - len(ids)) + [True] * (len(whole) - len(prompt))
+        ids = whole
+    return ids, learnt
+
+
+def documents(tokenizer, row: dict) -> Iterator[tuple[list[int], np.ndarray]]:
+    """(token ids, which are learnt) of each document of a row; a document's first token never is."""
+    found = completions(row)
+    if row.get("learn") == "all" and "messages" in row:
+        pairs = [encode_conversation(tokenizer, row["messages"])]
+    else:
+        encoded = [encode(tokenizer, prompt, completion) for prompt, completion in found]
+        pairs = [(ids, np.arange(len(ids)) >= head) for ids, head in encoded]
+    for ids, learnt in pairs:
+        learnt = np.asarray(learnt, bool)
+        learnt[:1] = False
+        yield ids, learnt
+
+
 def read_rows(data: str, seed: int) -> Iterator[tuple[str, dict]]:
     """(place, row) of a JSONL file in order, or of a hub data set's training split, streamed and shuffled."""
     file = Path(data)
@@ -152,7 +186,8 @@ def prepare(data: str, tokenizer, context: int, tokens: int, directory: Path | s
         changed = sorted(name for name in key if facts["key"].get(name) != key[name])
         raise ValueError(f"{directory} holds documents of other {', '.join(changed)}: give the run another directory")
     table = np.load(directory / "table.npy")
-    return Store(np.memmap(directory / "tokens.bin", np.uint32, "r"), table, facts)
+    tokens_file, learnt_file = directory / "tokens.bin", directory / "learnt.bin"
+    return Store(np.memmap(tokens_file, np.uint32, "r"), np.memmap(learnt_file, bool, "r"), table, facts)
 
 
 def _write(data: str, tokenizer, context: int, tokens: int, directory: Path, seed: int, key: dict) -> None:
@@ -163,27 +198,27 @@ def _write(data: str, tokenizer, context: int, tokens: int, directory: Path, see
         ("rows", "rejected_rows", "documents", "cut", "tokens_cut", "dropped", "tokens", "labelled"), 0
     )
     table, bar = [], tqdm(total=tokens, desc="documents", unit="tok", unit_scale=True, mininterval=2)
-    with (part / "tokens.bin").open("wb") as file:
+    with (part / "tokens.bin").open("wb") as file, (part / "learnt.bin").open("wb") as marks:
         for place, row in read_rows(data, seed):
             try:
-                found = completions(row)
+                found = list(documents(tokenizer, row))
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
             facts["rows"] += 1
             facts["rejected_rows"] += not found
-            for prompt, completion in found:
-                ids, head = encode(tokenizer, prompt, completion)
+            for ids, learnt in found:
                 facts["cut"] += len(ids) > context
                 facts["tokens_cut"] += max(len(ids) - context, 0)
-                ids = ids[:context]
-                if max(head, 1) >= len(ids):  # nothing to predict is left
+                ids, learnt = ids[:context], learnt[:context]
+                if not learnt.any():  # nothing to predict is left
                     facts["dropped"] += 1
                     continue
-                table.append((facts["tokens"], len(ids), head))
+                table.append((facts["tokens"], len(ids)))
                 np.asarray(ids, np.uint32).tofile(file)
+                learnt.tofile(marks)
                 facts["documents"] += 1
                 facts["tokens"] += len(ids)
-                facts["labelled"] += len(ids) - max(head, 1)
+                facts["labelled"] += int(learnt.sum())
                 bar.update(len(ids))
             if facts["tokens"] >= tokens:
                 break

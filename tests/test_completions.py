@@ -6,8 +6,9 @@ import pytest
 
 from dms_core import attach
 from dms_core.checkpoint import load_base
-from dms_core.completions import Conversations, conversations, encode, questions
+from dms_core.completions import conversations, questions
 from dms_core.config import DMSConfig
+from dms_core.documents import encode_conversation, prepare
 from dms_core.tasks.reasoner import REASONER_DIR, load_tokenizer
 
 pytest.importorskip("reasoning_gym")
@@ -34,19 +35,31 @@ def test_same_seed_same_questions_and_another_seed_hardly_any_of_them():
     assert len(set(questions(60, 5)) & set(questions(60, 6))) <= 4  # "is 1996 a leap year" comes again
 
 
-def test_labels_are_the_assistants_words(tokenizer):
+def test_what_is_learnt_are_the_assistants_words(tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ '>' }}", "")
-    document = encode(tokenizer, TALK)
-    labelled = [i for i, label in zip(document["input_ids"], document["labels"], strict=True) if label != -100]
-    assert tokenizer.decode(labelled).replace(" ", "") == "a=1;b=2;"
-    assert all(label in (-100, i) for i, label in zip(document["input_ids"], document["labels"], strict=True))
+    ids, learnt = encode_conversation(tokenizer, TALK)
+    assert tokenizer.decode([i for i, mark in zip(ids, learnt, strict=True) if mark]).replace(" ", "") == "a=1;b=2;"
 
 
-def test_a_line_without_messages_is_named(tokenizer, tmp_path):
+def test_a_stored_conversation_has_labels_on_every_answer(tokenizer, tmp_path):
     file = tmp_path / "talk.jsonl"
-    file.write_text(json.dumps({"messages": TALK}) + "\n" + json.dumps({"text": "?"}) + "\n")
-    with pytest.raises(ValueError, match="line 2: no field 'messages'"):
-        Conversations(file, tokenizer, 99)
+    file.write_text(json.dumps({"messages": TALK, "learn": "all"}) + "\n" + json.dumps({"messages": TALK}) + "\n")
+    store = prepare(str(file), tokenizer, 64, 10**6, tmp_path / "store")
+    said = [tokenizer.decode(labels[labels != -100]).replace(" ", "") for _, labels in map(store.document, (0, 1))]
+    assert said[0] == "a=1;b=2;" and said[1].startswith("b=2") and "a=1" not in said[1]
+    assert store.facts["documents"] == 2 and store.facts["labelled"] == sum(store.learnt)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+    plain = tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    try:
+        with pytest.raises(ValueError, match="learn: is 'all'"):
+            encode_conversation(tokenizer, TALK)
+    finally:
+        tokenizer.chat_template = plain
 
 
 def test_every_question_has_the_models_answer(tokenizer):

@@ -168,9 +168,8 @@ def test_other_processes_wait_for_the_first(tokenizer, tmp_path, monkeypatch):
 def store_of(lengths: list[int]) -> Store:
     """Documents whose tokens count on from 1, with a prompt of two tokens each."""
     offsets = np.cumsum([0, *lengths[:-1]])
-    return Store(
-        np.arange(1, sum(lengths) + 1, dtype=np.uint32), np.stack([offsets, lengths, [2] * len(lengths)], 1), {}
-    )
+    learnt = np.concatenate([np.arange(length) >= 2 for length in lengths])
+    return Store(np.arange(1, sum(lengths) + 1, dtype=np.uint32), learnt, np.stack([offsets, lengths], 1), {})
 
 
 def test_every_document_is_packed_once_and_whole():
@@ -233,7 +232,7 @@ def test_a_packed_document_has_the_losses_it_has_alone(tiny_model):
 
 
 def store_of_part(store: Store, index: int) -> Store:
-    return Store(store.tokens, store.table[index : index + 1], {})
+    return Store(store.tokens, store.learnt, store.table[index : index + 1], {})
 
 
 def test_command_retrofits_from_a_jsonl_file(tmp_path, capsys):
