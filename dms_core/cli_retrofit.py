@@ -58,7 +58,7 @@ def train(recipe: Recipe, out: Path, cpu: bool = False, fsdp: bool = False, quie
     arguments = {"use_cpu": True} if cpu else {"bf16": True}
     arguments |= {"ddp_backend": "gloo"} if cpu and processes > 1 else {}
     arguments |= {"fsdp": True} if fsdp else {}
-    model, tokenizer = load(recipe.model)
+    model, tokenizer = load(recipe.model, settings.train == "gates")
     data, facts = make_data(recipe, tokenizer, out)
     if first and not quiet:
         print("\n".join(lines(recipe, processes, facts)), flush=True)
@@ -81,8 +81,8 @@ def claim(recipe: Recipe, out: Path) -> None:
     file.write_text(recipe.to_yaml())
 
 
-def load(name: str):
-    """Model in fp32 and tokenizer of a hub id, a directory, or ``reasoner``."""
+def load(name: str, frozen: bool = False):
+    """Model (fp32, or bf16 if its weights stay frozen) and tokenizer of a hub id, a directory, or ``reasoner``."""
     import torch
     from transformers import AutoTokenizer
 
@@ -92,7 +92,9 @@ def load(name: str):
     if name == "reasoner" and not Path(name).exists():
         return load_base(REASONER_DIR), load_tokenizer()
     try:
-        return load_base(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+        # frozen weights need no more precision; the gates are in fp32 by themselves
+        dtype = torch.bfloat16 if frozen else torch.float32
+        return load_base(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model {name!r}: neither a directory nor a hub id in reach ({reason})") from error
