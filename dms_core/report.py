@@ -26,6 +26,8 @@ STYLES = {  # method → (label, colour, marker)
     "h2o": ("H2O", _PALETTE[2], "D"),
     "quest": ("Quest", _PALETTE[4], "P"),
     "streaming": ("sink and window", _PALETTE[5], "X"),
+    "streaming-llm": ("StreamingLLM", _PALETTE[5], "X"),
+    "snapkv": ("SnapKV", _PALETTE[8], ">"),
     "dmc": ("DMC", _PALETTE[9], "<"),
     "random": ("random eviction", _PALETTE[7], "*"),
 }
