@@ -114,8 +114,9 @@ JSON on standard output:
   dms fetch --json         {"directory"}
   dms converse --json      {"documents", "tokens", "labelled"}
   dms fidelity --json      {"prompts", "prompt_tokens", "continuation", "rows": [{"method", "cr", "cr_decisions",
-                           "cr_live", "agreement", "agreement_low", "agreement_high", "kl", "tokens", "needles"}],
-                           "speed_batch", "speed": [{"name", "tokens_per_s", "kv_bytes"}], "environment"}; KL in nats
+                           "cr_live", "agreement", "agreement_low", "agreement_high", "kl", "tokens", "prompts",
+                           "needles", "tokens_per_s", "kv_bytes"}], "plain": {"rows", "tokens_per_s", "kv_bytes"},
+                           "environment"}; KL in nats a token, bytes of the first batch
   dms retrofit --json      {"out", "steps", "checkpoints": {CR: directory}, "documents": {"rows", "rejected_rows",
                            "documents", "cut", "tokens_cut", "dropped", "tokens", "labelled"}}; with --list
                            {"recipes"}, with --show the recipe's fields

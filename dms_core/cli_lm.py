@@ -68,7 +68,7 @@ def run_converse(args) -> dict:
 
 def run_fidelity(args) -> dict:
     from dms_core.environment import describe
-    from dms_core.fidelity import report
+    from dms_core.fidelity_report import report
 
     model, tokenizer = _base(args.model)
     conversations = [json.loads(line)["messages"] for line in args.data.read_text().splitlines()]
@@ -78,12 +78,10 @@ def run_fidelity(args) -> dict:
         args.save.parent.mkdir(parents=True, exist_ok=True)
         args.save.write_text(json.dumps(result, indent=1) + "\n")
     if not args.json:
-        for row in result["rows"]:
-            print(
-                "{method} CR {cr:g}: agreement {agreement:.3f} [{agreement_low:.3f}, {agreement_high:.3f}], "
-                "KL {kl:.4f}, "
-                "CR measured {cr_decisions:.2f} (live {cr_live:.2f}), needles {needles:.2f}".format(**row)
-            )
-        for row in result["speed"]:
-            print("{name}: {tokens_per_s:.1f} tokens/s, {kv_bytes} bytes".format(**row))
+        line = (
+            "{method} CR {cr:g}: agreement {agreement:.3f} [{agreement_low:.3f}, {agreement_high:.3f}], KL {kl:.4f}, "
+            "CR {cr_decisions:.2f} (live {cr_live:.2f}), needles {needles:.2f}, {tokens_per_s:.1f} tokens/s"
+        )
+        print("\n".join(line.format(**row) for row in result["rows"]))
+        print("transformers' own cache: {tokens_per_s:.1f} tokens/s".format(**result["plain"]))
     return result

@@ -1,4 +1,4 @@
-"""Tokens a second and bytes of keys and values, dense against compressed, for one batch of long prompts."""
+"""Tokens a second and bytes of keys and values of an unmodified transformers model."""
 
 import statistics
 import time
@@ -7,21 +7,16 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache
 
-from dms_core.cache import DMSCache
-
 
 @torch.inference_mode()
-def decode_speed(model, prompts: Sequence[Sequence[int]], pad: int, tokens: int = 48, page: int = 16) -> dict:
-    """Greedy decoding after a prefill, which is not timed: {"tokens_per_s", "kv_bytes"}.
+def decode_speed(model, prompts: Sequence[Sequence[int]], pad: int, tokens: int = 32) -> dict:
+    """Greedy decoding with a DynamicCache after a prefill, which is not timed: {"tokens_per_s", "kv_bytes"}.
 
-    A model without gates uses transformers' DynamicCache and its own attention, one with gates a DMSCache.  The rate is
-    that of the median step, of all rows together; bytes are those of the tensors held at the end, free pages apart.
+    The rate is that of the median step, of all rows together.
     """
-    gated = getattr(model, "dms", None) is not None
-    cache = DMSCache.for_model(model, page) if gated else DynamicCache()
-    width = max(map(len, prompts))
+    cache, width = DynamicCache(), max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-    mask = (torch.arange(width) >= torch.tensor([[width - len(p)] for p in prompts])).long()
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     seconds = []
     for _ in range(tokens + 1):
@@ -34,9 +29,5 @@ def decode_speed(model, prompts: Sequence[Sequence[int]], pad: int, tokens: int 
         ids = out.logits[:, -1].argmax(-1, keepdim=True)
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
         positions = positions[:, -1:] + 1
-    if gated:
-        cache.trim()
-        held = cache.bytes_held()
-    else:
-        held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
     return {"tokens_per_s": len(prompts) / statistics.median(seconds[1:]), "kv_bytes": held}

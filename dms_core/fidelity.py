@@ -1,10 +1,12 @@
 """How closely a compressed cache follows the dense model on real text.
 
-The dense model continues each prompt greedily.  The same tokens are then fed, one by one, to a model that decodes with
-another cache, after the same prefill: at every token, is its first choice the dense one's (top-1 agreement), and how
-far is its distribution (KL, nats)?  Tokens after the end of the dense model's answer do not count.
+A prompt is a long conversation and, in two branches of the same cache, its next question and a needle: a question
+after a code that was told near the beginning.  The dense model answers the first greedily.  The same tokens are then
+fed, one by one, to a model that decodes with another cache: at every token, is its first choice the dense one's (top-1
+agreement), and how far is its distribution (KL, nats)?  Tokens after the end of the dense model's answer do not count.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,42 +16,91 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dms_core.cache import DMSCache
-from dms_core.checkpoint import load_gates, read_settings
-from dms_core.completions import prompt_ids
-from dms_core.config import DMSConfig
-from dms_core.decode_speed import decode_speed
+from dms_core.cache_base import RowCache
 from dms_core.distill import token_divergence
-from dms_core.model import attach, detach
 
-MakeCache = Callable[[object, Sequence[int]], DMSCache]  # (model, prompt lengths) -> an empty cache
+MakeCache = Callable[[object], RowCache]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a conversation, of the question that continues it, and of the one after the needle."""
+
+    context: list[int]
+    question: list[int]
+    needle: list[int]
+    code: str
 
 
 @dataclass
-class Reference:
-    """What the dense model says after each prompt: tokens (N, n), logits (N, n, V) before each, counted (N, n)."""
+class Answers:
+    """What a model with some cache says to N prompts, n tokens each."""
 
-    prompts: list[list[int]]
-    tokens: Tensor
-    logits: Tensor
-    counted: Tensor
+    tokens: Tensor  # (N, n) fed
+    logits: Tensor  # (N, n, V) before each
+    recalled: list[bool]  # the code is in the answer to the needle
+    seen: Tensor  # (N,) tokens of context, question and answer
+    live: Tensor  # (N,) items held of them, mean over layers and heads
+    cells: int  # recent tokens that are held in any case
+    step_seconds: list[float]  # of every decode step of a batch of ``rows``
+    rows: int  # decoded together, both branches
+    kv_bytes: int  # of the first batch's cache at the end
 
 
-class _Decoder:
-    """Left-padded prompts of one batch in one cache, fed a token a row at a time."""
+def make_prompts(tokenizer, conversations: Sequence[Sequence[dict]], longest: int, seed: int = 0) -> list[Prompt]:
+    """One prompt a conversation; exchanges are left out from the front until it has at most ``longest`` tokens.
 
-    def __init__(self, model, cache: DMSCache, prompts: Sequence[Sequence[int]], pad: int) -> None:
-        self.model, self.cache = model, cache
-        width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        self.logits = self._forward(ids, (mask.cumsum(1) - 1).clamp_min(0), mask)
-        self.position = torch.tensor([len(p) for p in prompts])
+    A code is told within the first quarter of what remains.
+    """
+    random, prompts = np.random.default_rng(seed), []
 
-    def feed(self, token: Tensor) -> Tensor:
-        """token (B,); returns the logits after it, (B, V)."""
+    def ids(messages: Sequence[dict], waiting: bool) -> list[int]:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=waiting, return_dict=True)["input_ids"]
+
+    for number, messages in enumerate(conversations):
+        code, owner = str(random.integers(1000, 10000)), ("red", "blue", "green", "black", "white")[number % 5]
+        told = [
+            {"role": "user", "content": f"Please remember: the code of the {owner} box is {code}."},
+            {"role": "assistant", "content": f"The code of the {owner} box is {code}."},
+        ]
+        *past, question, _ = messages
+        while len(past) > 2 and len(ids([*told, *past, question], True)) > longest:
+            past = past[2:]
+        at = 2 * int(random.integers(0, max(len(past) // 8, 1)))
+        past = [*past[:at], *told, *past[at:]]
+        context, needle = ids(past, False), {"role": "user", "content": f"What is the code of the {owner} box?"}
+        asked = [ids([*past, last], True)[len(context) :] for last in (question, needle)]
+        prompts.append(Prompt(context, *asked, code))
+    return prompts
+
+
+class Decoder:
+    """Rows of one cache that are fed tokens: many a row at first, then one a row."""
+
+    def __init__(self, model, cache: RowCache, rows: Sequence[Sequence[int]], pad: int) -> None:
+        self.model, self.cache, self.pad = model, cache, pad
+        self.position = torch.zeros(len(rows), dtype=torch.long)
+        self.logits = self.prefill(rows)
+
+    def prefill(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Token ids a row, padded on the left; returns the logits after the last, (B, V)."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[self.pad] * (width - len(row)) + list(row) for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        positions = self.position[:, None] + (mask.cumsum(1) - 1).clamp_min(0)
+        self.position = self.position + torch.tensor([len(row) for row in rows])
+        return self._forward(ids, positions, mask)
+
+    def branch(self, *questions: Sequence[Sequence[int]]) -> None:
+        """Every row becomes as many as there are questions to it, neighbours together, and takes in its own."""
+        self.cache.fork(len(questions))
+        self.position = self.position.repeat_interleave(len(questions))
+        self.logits = self.prefill([question for row in zip(*questions, strict=True) for question in row])
+
+    def feed(self, token: Tensor) -> None:
+        """token (B,): one a row."""
         self.logits = self._forward(token[:, None], self.position[:, None], torch.ones_like(token)[:, None])
-        self.position += 1
-        return self.logits
+        self.position = self.position + 1
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         out = self.model(
@@ -60,150 +111,66 @@ class _Decoder:
 
 
 @torch.inference_mode()
-def dense_reference(model, tokenizer, prompts: Sequence[Sequence[int]], tokens: int, batch: int = 8) -> Reference:
-    """Greedy continuations by the dense model.  ``model`` has DMS gates; they are off here."""
-    said, logits = [], []
-    with model.dms.disabled():
-        for start in tqdm(range(0, len(prompts), batch), desc="dense", unit="batch"):
-            rows = prompts[start : start + batch]
-            decoder = _Decoder(model, DMSCache.for_model(model), rows, tokenizer.pad_token_id)
-            steps = []
-            for _ in range(tokens):
-                steps.append(decoder.logits)
-                decoder.feed(decoder.logits.argmax(-1))
-            logits.append(torch.stack(steps, 1))
-            said.append(logits[-1].argmax(-1))
-    said = torch.cat(said)
-    end = (said == tokenizer.eos_token_id).long()
-    counted = end.cumsum(1) - end == 0  # the end mark, too
-    return Reference([list(p) for p in prompts], said, torch.cat(logits), counted)
+def answer(
+    model, tokenizer, prompts: Sequence[Prompt], make_cache: MakeCache, tokens: int, said: Tensor | None = None,
+    batch: int = 4, label: str = "",
+) -> Answers:  # fmt: skip
+    """Answers of ``tokens`` tokens: greedy, or ``said`` (N, tokens) word by word.  Needles are answered greedily."""
+    fed, logits, recalled, seen, live, seconds, held = [], [], [], [], [], [], 0
+    for start in tqdm(range(0, len(prompts), batch), desc=label, unit="batch"):
+        part = prompts[start : start + batch]
+        decoder = Decoder(model, make_cache(model), [p.context for p in part], tokenizer.pad_token_id)
+        decoder.branch([p.question for p in part], [p.needle for p in part])
+        steps, words = [], []
+        for i in range(tokens):
+            steps.append(decoder.logits[::2])
+            words.append(decoder.logits.argmax(-1))
+            if said is not None:
+                words[-1][::2] = said[start : start + batch, i]
+            began = time.perf_counter()
+            decoder.feed(words[-1])
+            if len(part) == min(batch, len(prompts)):
+                seconds.append(time.perf_counter() - began)
+        words = torch.stack(words, 1)
+        texts = tokenizer.batch_decode(words[1::2])
+        recalled += [p.code in text for p, text in zip(part, texts, strict=True)]
+        fed.append(words[::2])
+        logits.append(torch.stack(steps, 1))
+        seen.append(decoder.cache.tokens_seen()[::2])
+        live.append(decoder.cache.live_tokens().float().mean((0, 2))[::2])
+        if not held:
+            decoder.cache.trim()
+            held = decoder.cache.bytes_held()
+    cells = model.dms.config.window + 1 if model.dms.enabled else 0
+    rows = 2 * min(batch, len(prompts))
+    return Answers(
+        torch.cat(fed), torch.cat(logits), recalled, torch.cat(seen), torch.cat(live), cells, seconds, rows, held
+    )
 
 
-@torch.inference_mode()
-def follow(
-    model, tokenizer, reference: Reference, make_cache: MakeCache, batch: int = 8, resamples: int = 1000
-) -> dict:
-    """Feed the reference's tokens to ``model`` with the caches that ``make_cache`` makes.
+def compare(answers: Answers, dense: Answers, eos: int, resamples: int = 1000) -> dict:
+    """``answers`` to the dense model's own words beside that model's.
 
-    Returns ``agreement`` and ``kl`` over counted tokens, with ``agreement_low`` and ``agreement_high`` (95 % bootstrap
-    over prompts), ``cr_live``: tokens seen over items held at the end, mean over layers and heads of all rows, and
-    ``tokens``, the number counted.
+    ``agreement`` and ``kl`` over counted tokens; ``agreement_low`` and ``_high``: 95 % bootstrap over prompts;
+    ``cr_live``: tokens seen over items held; ``cr_decisions``: the same outside the window;
+    ``needles``: share of codes recalled; ``tokens_per_s`` of the median decode step, all rows together; ``kv_bytes``.
     """
-    same, divergence, seen, live = [], [], 0, 0.0
-    for start in tqdm(range(0, len(reference.prompts), batch), desc="follow", unit="batch"):
-        rows = slice(start, start + batch)
-        prompts = reference.prompts[rows]
-        cache = make_cache(model, [len(p) for p in prompts])
-        decoder = _Decoder(model, cache, prompts, tokenizer.pad_token_id)
-        for i in range(reference.tokens.shape[1]):
-            dense = reference.logits[rows, i]
-            same.append(decoder.logits.argmax(-1) == dense.argmax(-1))
-            divergence.append(token_divergence(decoder.logits, dense, "forward"))
-            decoder.feed(reference.tokens[rows, i])
-        steps = reference.tokens.shape[1]
-        same[-steps:] = [torch.stack(same[-steps:], 1)]
-        divergence[-steps:] = [torch.stack(divergence[-steps:], 1)]
-        seen += int(cache.tokens_seen().sum())
-        live += float(cache.live_tokens().float().mean((0, 2)).sum())
-    counted = reference.counted
-    hits, total = (torch.cat(same) & counted).sum(1).numpy(), counted.sum(1).numpy()
+    end = (dense.tokens == eos).long()
+    counted = end.cumsum(1) - end == 0  # the end mark, too
+    same = (answers.logits.argmax(-1) == dense.logits.argmax(-1)) & counted
+    kl = token_divergence(answers.logits[counted], dense.logits[counted], "forward")
+    hits, total = same.sum(1).numpy(), counted.sum(1).numpy()
     draws = np.random.default_rng(0).integers(len(hits), size=(resamples, len(hits)))
-    shares = hits[draws].sum(1) / total[draws].sum(1)
-    low, high = np.quantile(shares, (0.025, 0.975))
+    low, high = np.quantile(hits[draws].sum(1) / total[draws].sum(1), (0.025, 0.975))
+    outside = [(x - answers.cells).clamp_min(1).sum() for x in (answers.seen, answers.live)]
     return {
         "agreement": float(hits.sum() / total.sum()), "agreement_low": float(low), "agreement_high": float(high),
-        "kl": float(torch.cat(divergence)[counted].mean()), "cr_live": seen / live, "tokens": int(total.sum()),
-        "prompts": len(hits),
+        "kl": float(kl.mean()), "cr_live": float(answers.seen.sum() / answers.live.sum()),
+        "cr_decisions": float(outside[0] / outside[1]), "needles": sum(answers.recalled) / len(hits),
+        "tokens": int(total.sum()), "prompts": len(hits), "kv_bytes": answers.kv_bytes,
+        "tokens_per_s": answers.rows / float(np.median(answers.step_seconds)),
     }  # fmt: skip
 
 
-@torch.inference_mode()
-def decisions_cr(model, prompts: Sequence[Sequence[int]]) -> float:
-    """1 / (1 - evicted fraction) of the gates' decisions on whole prompts, window aside."""
-    kept = tokens = 0.0
-    for ids in prompts:
-        model(input_ids=torch.tensor([list(ids)]), use_cache=False, logits_to_keep=1)
-        evicted = torch.stack([e.float().mean() for e in model.dms.step.evicted.values()]).mean()
-        kept, tokens = kept + (1 - float(evicted)) * len(ids), tokens + len(ids)
-    return tokens / kept
-
-
-def needle_prompts(tokenizer, conversations: Sequence[Sequence[dict]], seed: int = 0) -> list[tuple[list[int], str]]:
-    """(prompt, code): each conversation with a code told in its first quarter and asked for at its end."""
-    random = np.random.default_rng(seed)
-    found = []
-    for number, messages in enumerate(conversations):
-        code, owner = str(random.integers(1000, 10000)), ("red", "blue", "green", "black", "white")[number % 5]
-        told = [
-            {"role": "user", "content": f"Please remember: the code of the {owner} box is {code}."},
-            {"role": "assistant", "content": f"The code of the {owner} box is {code}."},
-        ]
-        at = 2 * int(random.integers(0, max(len(messages) // 8, 1)))
-        asked = {"role": "user", "content": f"What is the code of the {owner} box?"}
-        found.append((prompt_ids(tokenizer, [*messages[:at], *told, *messages[at:], asked]), code))
-    return found
-
-
-@torch.inference_mode()
-def needle_recall(model, tokenizer, needles: Sequence[tuple[list[int], str]], make_cache: MakeCache, tokens: int = 24,
-                  batch: int = 8) -> float:  # fmt: skip
-    """The share of codes that a greedy answer of ``tokens`` tokens contains."""
-    found = 0
-    for start in tqdm(range(0, len(needles), batch), desc="needles", unit="batch"):
-        rows = needles[start : start + batch]
-        prompts = [prompt for prompt, _ in rows]
-        decoder = _Decoder(model, make_cache(model, [len(p) for p in prompts]), prompts, tokenizer.pad_token_id)
-        said = []
-        for _ in range(tokens):
-            said.append(decoder.logits.argmax(-1))
-            decoder.feed(said[-1])
-        texts = tokenizer.batch_decode(torch.stack(said, 1))
-        found += sum(code in text for text, (_, code) in zip(texts, rows, strict=True))
-    return found / len(needles)
-
-
-def report(model, tokenizer, checkpoints: Sequence, conversations: Sequence, tokens: int, longest: int) -> dict:
-    """Every comparison for the gates in ``checkpoints`` and for the training-free methods at their compression ratios.
-
-    Prompts are the conversations up to their last question, shortened from the front until they have at most
-    ``longest`` tokens.
-    """
-    prompts = [_shortened(tokenizer, messages, longest) for messages in conversations]
-    ids = [prompt_ids(tokenizer, messages) for messages in prompts]
-    needles = needle_prompts(tokenizer, [messages[2:-1] for messages in prompts])
-    batch, pad = sorted(ids, key=len)[-8:], tokenizer.pad_token_id
-    speed = [{"name": "dense"} | decode_speed(model, batch, pad)]
-    attach(model, DMSConfig())
-    reference = dense_reference(model, tokenizer, ids, tokens)
-    with model.dms.disabled():
-        rows = [{"method": "dense", "cr": 1.0, "cr_decisions": 1.0} | _row(model, tokenizer, reference, needles)]
-    detach(model)
-    for directory in checkpoints:
-        cr = read_settings(directory)["cr"]
-        load_gates(model, directory)
-        facts = {"method": "dms", "cr": cr, "cr_decisions": decisions_cr(model, ids)}
-        rows.append(facts | _row(model, tokenizer, reference, needles))
-        speed.append({"name": f"dms CR {cr:g}"} | decode_speed(model, batch, pad))
-        detach(model)
-    lengths = [len(p) for p in ids]
-    return {
-        "prompts": len(ids), "prompt_tokens": [min(lengths), max(lengths)], "continuation": tokens, "rows": rows,
-        "speed_batch": [len(p) for p in batch], "speed": speed,
-    }  # fmt: skip
-
-
-def _own_cache(model, lengths: Sequence[int]) -> DMSCache:
+def own_cache(model) -> DMSCache:
     return DMSCache.for_model(model)
-
-
-def _row(model, tokenizer, reference: Reference, needles: Sequence, make_cache: MakeCache = _own_cache) -> dict:
-    recall = needle_recall(model, tokenizer, needles, make_cache)
-    return follow(model, tokenizer, reference, make_cache) | {"needles": recall}
-
-
-def _shortened(tokenizer, messages: Sequence[dict], longest: int) -> list[dict]:
-    """A conversation without its last answer, and without its first exchanges if they are too many."""
-    messages = list(messages[:-1])
-    while len(messages) > 1 and len(prompt_ids(tokenizer, messages)) > longest:
-        messages = messages[2:]
-    return messages
