@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from dms_core.baselines import BASELINES, get_baseline
 from dms_core.curves import summarise
 from dms_core.profiles import get_profile
 
@@ -19,8 +20,9 @@ def add_commands(add) -> None:
     command = add("sample", run_sample, "chains of a model on a benchmark, graded; goes on where it was interrupted")
     command.add_argument("--model", required=True, help="a directory or a hub id; for dms a retrofitted model")
     add_task_options(command)
-    command.add_argument("--method", choices=("vanilla", "dms"), required=True, help="vanilla: gates off")
-    command.add_argument("--cr", type=float, help="compression ratio that the records name (default: the checkpoint's)")
+    command.add_argument("--method", choices=("vanilla", "dms", *sorted(BASELINES)), required=True,
+                         help="vanilla: gates off; training-free methods run the original weights")  # fmt: skip
+    command.add_argument("--cr", type=float, help="compression ratio (default: the checkpoint's)")
     command.add_argument("--chains", type=int, default=1, metavar="W", help="chains a problem")
     command.add_argument("--length", type=int, required=True, metavar="L", help="most generated tokens a chain")
     command.add_argument("--out", type=Path, required=True, help="directory for run.json and records/")
@@ -87,11 +89,12 @@ def run_sample(args) -> dict:
     model, tokenizer, cr = load_sampler(args)
     config = SamplingConfig(args.length, args.temperature, args.top_p, args.batch, args.seed)
     method = Method(args.method, cr)
-    file = grid_file(model, tokenizer, task, method, config, args.out / "records")
+    baseline = get_baseline(args.method)(cr) if args.method in BASELINES else None
+    file = grid_file(model, tokenizer, task, method, config, args.out / "records", baseline)
     note["records"][f"{method.name}-cr{cr:g}"] = file.name
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / SIDECAR).write_text(json.dumps(note, indent=1) + "\n")
-    records = run_grid(model, tokenizer, task, method, args.chains, config, file)
+    records = run_grid(model, tokenizer, task, method, args.chains, config, file, baseline)
     if task.grades_later:
         reason = None if args.unsafe_execution else sandbox.why_not()
         if reason:
@@ -116,7 +119,9 @@ def load_sampler(args):
     from dms_core.model import attach
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.method == "vanilla":
+    if args.method in BASELINES and not args.cr:
+        raise ValueError(f"--method {args.method}: needs --cr, the compression ratio of its budget")
+    if args.method != "dms":
         model, cr = attach(load_base(args.model, dtype=args.dtype), DMSConfig()), args.cr or 1.0
     else:
         cr = args.cr or read_settings(args.model).get("cr")

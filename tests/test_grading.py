@@ -186,3 +186,13 @@ def test_committed_results_and_directories_without_a_note_are_still_read(program
     assert {p["accuracy"] for p in summary["points"]} == {100}
     shutil.rmtree(tmp_path / "run" / "records")
     assert main(["curves", "--results", str(tmp_path / "run")]) == 2
+
+
+@pytest.mark.parametrize("method", ["tova", "quest"])
+def test_a_training_free_method_samples_too_and_needs_a_ratio(method, tmp_path, capsys):
+    arguments = ["sample", "--model", str(REASONER_DIR), "--task", "programs", "--limit", "2", "--method", method]
+    arguments += ["--length", "12", "--out", str(tmp_path)]
+    assert main(arguments) == 2 and "needs --cr" in capsys.readouterr().err
+    assert main([*arguments, "--cr", "4"]) == 0
+    (file,) = (tmp_path / "records").iterdir()
+    assert file.name.startswith(f"{method}-cr4-") and len(file.read_text().splitlines()) == 2
