@@ -173,8 +173,3 @@ class DMSCache(RowCache):
 
     def _new(self) -> "DMSCache":
         return type(self)(self.config, len(self.layers), self.page, self.sliding)
-
-    def check(self, dms) -> None:
-        """Raises ValueError if the cache was made for other settings than those of ``dms``, a model's gates."""
-        if self.config != dms.config:
-            raise ValueError(f"a cache made for {self.config}: this model has {dms.config}")

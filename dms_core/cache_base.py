@@ -92,8 +92,7 @@ class RowLayer(CacheLayerMixin):
 class RowCache(Cache):
     """A cache for a model prepared by ``dms_core.attach``.  Works with ``model.generate`` and by hand.
 
-    A subclass has ``_new``, an empty cache like it, ``check``, which refuses a model that it does not suit, and
-    ``config``, its settings.
+    A subclass has ``_new``, an empty cache like it, and ``config``, its settings.
     """
 
     config: object
@@ -104,6 +103,11 @@ class RowCache(Cache):
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             theirs.lazy_initialization(mine.like.new_empty(batch, mine.heads, 0, mine.like.shape[-1]))
         return other
+
+    def check(self, dms) -> None:
+        """Raises ValueError if the cache was made for other settings than those of ``dms``, a model's gates."""
+        if self.config != dms.config:
+            raise ValueError(f"a cache made for {self.config}: this model has {dms.config}")
 
     @property
     def batch_size(self) -> int:

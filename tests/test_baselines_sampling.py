@@ -9,12 +9,12 @@ from dms_core.config import DMSConfig
 from dms_core.model import attach
 from dms_core.sampling import SamplingConfig, sample_chains
 from dms_core.scaling import Method, grid_key, run_grid
-from dms_core.tasks.programs import make_problem
+from dms_core.tasks.program_traces import ProgramTraces
 from dms_core.tasks.reasoner import REASONER_DIR, make_tokenizer
 
 TOKENIZER = make_tokenizer()
-PROBLEMS = [make_problem("validation", 0, i, (1, 4)) for i in range(3)]
-PROMPTS = [TOKENIZER(p.prompt)["input_ids"] for p in PROBLEMS]
+TASK = ProgramTraces(size=3, split="validation", variables=(1, 4))
+PROMPTS = [TASK.prompt_ids(TOKENIZER, problem) for problem in TASK.problems]
 JOBS = [(p, c) for p in range(3) for c in range(3)]
 METHODS = {name: Quest(4.0, page=4) if name == "quest" else cls(4.0) for name, cls in BASELINES.items()}
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -91,8 +91,8 @@ def test_a_grid_keeps_every_setting_of_a_baseline_apart(model, tmp_path):
     config = SamplingConfig(max_new_tokens=12, batch=4, stride=4)
     method = Method("streaming-llm", 4.0)
     makers = [None, StreamingLLM(4.0), StreamingLLM(4.0, sinks=2), StreamingLLM(3.0), H2O(4.0), TOVA(4.0)]
-    assert len({grid_key(model, PROBLEMS, method, config, make) for make in makers}) == len(makers)
-    records = run_grid(model, TOKENIZER, PROBLEMS, method, 2, config, tmp_path, make_cache=StreamingLLM(4.0))
+    assert len({grid_key(model, TASK, PROMPTS, method, config, make) for make in makers}) == len(makers)
+    records = run_grid(model, TOKENIZER, TASK, method, 2, config, tmp_path, make_cache=StreamingLLM(4.0))
     assert [(r["problem"], r["chain"]) for r in records] == [(p, c) for p in range(3) for c in range(2)]
     assert all(r["live"][-1] <= (r["prompt_tokens"] + 12) // 4 for r in records)
     assert model.dms.enabled and len(list(tmp_path.iterdir())) == 1

@@ -112,6 +112,8 @@ class DMC(DMS):
         if self.neuron_factor > 0:  # a warm-up comes before any merging
             z = torch.full_like(z, float("-inf"))
         self.step.logits[index] = z
+        if self.step.cache is not None:
+            self.step.cache.layers[index].ensure(k.transpose(1, 2))
         self.plans[index] = self._plan(index, z, self.weights[index])
         return self._merge(index, "k", self.silence(k))
 
@@ -124,7 +126,6 @@ class DMC(DMS):
         weight = weight.masked_fill(padding, 0.0)
         if step.cache is not None:
             layer = step.cache.layers[index]
-            layer.ensure(len(z), self.heads, self.head_dim, weight)
             opens = (step.valid.cumsum(1) + layer.count[:, None] == 1)[:, None]
             alpha = hard_decisions(z).float().masked_fill(opens, 0.0)
             return Plan(alpha.masked_fill(padding, 1.0), weight)

@@ -7,9 +7,8 @@ also as the unrotated sum over its tokens, so that the next token can be added t
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from dms_core.cache import DMSCache, DMSLayer, _take
+from dms_core.cache_base import RowCache, RowLayer, take
 
 GROW = 64  # entries by which storage grows
 
@@ -34,42 +33,43 @@ def running_average(x: Tensor, alpha: Tensor, weight: Tensor, carry: Tensor | No
     return average.to(x.dtype), sums[:, :, -1]
 
 
-class DMCLayer(DMSLayer):
+class DMCLayer(RowLayer):
     """One layer's rows.  ``open`` is for the hooks that merge; ``attend`` stores the entries and answers queries."""
 
-    def __init__(self, config) -> None:
-        super().__init__(config, GROW)
+    per_row = ("keys", "values", "length", "seen")
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        self.batch, self.heads, _, self.head_dim = key_states.shape
-        self.keys, self.values = (key_states.new_zeros(self.batch, self.heads, 0, self.head_dim) for _ in range(2))
-        self.length = torch.zeros(self.batch, self.heads, dtype=torch.long, device=key_states.device)
-        self.reads, self.peak = torch.zeros_like(self.length), torch.zeros_like(self.length)
-        self.seen = self.length[:, 0].clone()
+    def _allocate(self) -> None:
+        self.keys, self.values = (self.like.new_zeros(self.batch, self.heads, 0, self.like.shape[-1]) for _ in "kv")
+        self.length, self.seen = torch.zeros_like(self.reads), torch.zeros_like(self.reads[:, 0])
         self.open = {
-            kind: torch.zeros(self.batch, self.heads, self.head_dim + 1, device=key_states.device) for kind in "kv"
+            kind: self.keys.new_zeros(self.batch, self.heads, self.like.shape[-1] + 1).float() for kind in "kv"
         }
         self.bound = 0  # no row has more entries; known without asking the device
-        self.is_initialized = True
 
-    def ensure(self, batch: int, heads: int, head_dim: int, like: Tensor) -> None:
-        """The hooks come before ``update``; storage takes the keys' dtype once they are there."""
+    def ensure(self, keys: Tensor) -> None:
+        """The hooks come before ``update``, with the new keys (B, H, T, D)."""
         if not self.is_initialized:
-            self.lazy_initialization(like.new_zeros(batch, heads, 0, head_dim))
+            self.lazy_initialization(keys)
 
     @property
     def count(self) -> Tensor:
         """Tokens that each batch row has taken in, padding excluded: (B,)."""
         return self.seen
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if not self.is_initialized:
-            return
-        indices = indices.to(self.seen.device)
-        for name in ("keys", "values", "length", "reads", "peak", "seen"):
-            setattr(self, name, getattr(self, name)[indices])
-        self.open = {kind: sums[indices] for kind, sums in self.open.items()}
-        self.batch = len(indices)
+    @property
+    def live(self) -> Tensor:
+        """Entries, (B, H)."""
+        return self.length
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (self.keys, self.values, *self.open.values()))
+
+    def trim(self) -> None:
+        self.bound = int(self.length.max())
+        self.keys, self.values = (x[:, :, : self.bound].clone() for x in (self.keys, self.values))
+
+    # Storing and attending.
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, merged: Tensor, valid: Tensor, scale: float) -> Tensor:
         """Store new entries and attend to what the queries may see.
@@ -115,7 +115,7 @@ class DMCLayer(DMSLayer):
         self.length = kept.sum(2)
         self.bound = int(self.length.max())
         order = torch.argsort((~kept).to(torch.int8), dim=2, stable=True)[..., : self.bound]
-        self.keys, self.values = _take(k, order), _take(v, order)
+        self.keys, self.values = take(k, order), take(v, order)
         self.seen = self.seen + valid.sum(1)
         return out
 
@@ -124,53 +124,38 @@ class DMCLayer(DMSLayer):
             more = -(-entries // GROW) * GROW - self.keys.shape[2]
             self.keys, self.values = F.pad(self.keys, (0, 0, 0, more)), F.pad(self.values, (0, 0, 0, more))
 
-    def put(self, indices: Tensor, other: "DMCLayer", source: Tensor) -> None:
-        """Batch rows ``indices`` become copies of rows ``source`` of another layer of the same shape."""
-        self.bound = max(self.bound, other.bound)
-        self._reserve(other.keys.shape[2])
-        self.keys, self.values = self.keys.to(other.keys.dtype), self.values.to(other.values.dtype)
+    # Rows one by one.
+
+    def _select(self, indices: Tensor) -> None:
+        for name in self.per_row:
+            setattr(self, name, getattr(self, name)[indices])
+        self.open = {kind: sums[indices] for kind, sums in self.open.items()}
+
+    def _copy(self, indices: Tensor, other: "DMCLayer", source: Tensor) -> None:
+        self.bound, used = max(self.bound, other.bound), other.keys.shape[2]
+        self._reserve(used)
         for name in ("keys", "values"):
-            getattr(self, name)[indices, :, : other.keys.shape[2]] = getattr(other, name)[source]
-        for name in ("length", "reads", "peak", "seen"):
+            getattr(self, name)[indices, :, :used] = getattr(other, name)[source]
+        for name in ("length", "seen"):
             getattr(self, name)[indices] = getattr(other, name)[source]
         for kind, sums in self.open.items():
             sums[indices] = other.open[kind][source]
 
-    def clear(self, indices: Tensor) -> None:
-        """Empty batch rows ``indices``."""
-        for rows in (self.length, self.reads, self.peak, self.seen, *self.open.values()):
+    def _empty(self, indices: Tensor) -> None:
+        for rows in (self.length, self.seen, *self.open.values()):
             rows[indices] = 0
 
 
-class DMCCache(DMSCache):
+class DMCCache(RowCache):
     """A cache for a model prepared by ``attach_dmc``, with DMSCache's counters and row operations."""
 
     def __init__(self, config, layers: int, page: int = GROW, sliding=()) -> None:
         """``page`` and ``sliding`` are DMSCache's; storage here is dense, and DMC has no sliding layers."""
-        Cache.__init__(self, layers=[DMCLayer(config) for _ in range(layers)])
+        super().__init__([DMCLayer() for _ in range(layers)])
         self.config = config
 
-    def empty_like(self, batch: int) -> "DMCCache":
-        other = DMCCache(self.config, len(self.layers))
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            theirs.lazy_initialization(mine.keys.new_empty(batch, mine.heads, 0, mine.head_dim))
-        return other
-
-    def live_tokens(self) -> Tensor:
-        """Entries now, (layers, B, H)."""
-        return torch.stack([x.length for x in self.layers])
-
-    def bytes_held(self) -> int:
-        """Bytes of the keys and values, unused places included, and of the open entries' sums."""
-        layers = [layer for layer in self.layers if layer.is_initialized]
-        return sum(x.nbytes for layer in layers for x in (layer.keys, layer.values, *layer.open.values()))
-
-    def trim(self) -> None:
-        """Give back places that no row uses."""
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.bound = int(layer.length.max())
-                layer.keys, layer.values = (x[:, :, : layer.bound].clone() for x in (layer.keys, layer.values))
+    def _new(self) -> "DMCCache":
+        return DMCCache(self.config, len(self.layers))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
