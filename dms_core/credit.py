@@ -1,7 +1,8 @@
 """From chain records to what each (method, CR) scores and costs, problem by problem (section 5.1, App. G).
 
-A chain cut at L answers only if its answer was complete by then.  W chains vote (math, multiple choice), or one correct
-chain among them is enough (pass@all, for programs):
+A chain cut at L answers only if its answer was complete by then.  A chain whose record has "budget_length", the L for
+which a method set its KV budget, stands for that L alone: at a smaller L the method would have evicted more.
+W chains vote (math, multiple choice), or one correct chain among them is enough (pass@all, for programs):
 
     credit = 1/k where the gold answer is among the k most frequent ones, else 0      "vote"
     credit = 1 − C(n − c, W) / C(n, W)      "any": n chains, c of them correct at L; the mean over all choices of W
@@ -27,11 +28,12 @@ RECORD_KEYS = (
 
 @dataclass(frozen=True)
 class Grid:
-    """What one (method, CR) scores and costs, problem by problem."""
+    """What one (method, CR) scores and costs, problem by problem; with a budget for one L, at that L."""
 
     method: str
     cr: float
     problems: tuple  # sorted identifiers
+    lengths: tuple[int, ...]  # those of the requested lengths that the chains stand for, ascending, at least one
     widths: tuple[int, ...]  # the requested widths that every problem has chains for
     credit: np.ndarray  # (P, L, W) in [0, 1]
     reads: np.ndarray  # (P, L, W)
@@ -79,13 +81,17 @@ def _check_record(record: dict) -> None:
 
 
 def make_grids(records: Iterable[dict], lengths: tuple, widths: tuple, aggregate: str, seed: int) -> list[Grid]:
-    """One Grid a (method, CR): vanilla first, then dms, then the others.  ValueError names the offending record."""
-    chains: dict = defaultdict(lambda: defaultdict(dict))  # (method, cr) → problem → chain → record
+    """One Grid a (method, CR), or one a "budget_length" where records have it, if it is among ``lengths``.
+
+    Vanilla comes first, then dms, then the others.  ValueError names the offending record.
+    """
+    chains: dict = defaultdict(lambda: defaultdict(dict))  # (method, cr, budget length or 0) → problem → chain → record
     gold: dict = {}
     tasks: set = set()
     for record in records:
         _check_record(record)
-        of_problem = chains[record["method"], float(record["cr"])][record["problem"]]
+        of_length = chains[record["method"], float(record["cr"]), record.get("budget_length", 0)]
+        of_problem = of_length[record["problem"]]
         if record["chain"] in of_problem:
             key = [record[k] for k in ("method", "cr", "problem", "chain")]
             raise ValueError(f"(method, cr, problem, chain) {key} occurs twice; allowed: once")
@@ -99,7 +105,13 @@ def make_grids(records: Iterable[dict], lengths: tuple, widths: tuple, aggregate
     if len(tasks) > 1:
         raise ValueError(f"the records are of the tasks {sorted(map(str, tasks))}; allowed: one task")
     order = sorted(chains, key=lambda key: (key[0] != "vanilla", key[0] != "dms", *key))
-    return [_grid(*key, chains[key], lengths, widths, aggregate, seed) for key in order]
+    served = [(key, tuple(n for n in lengths if key[2] in (0, n))) for key in order]
+    grids = [_grid(*key[:2], chains[key], own, widths, aggregate, seed) for key, own in served if own]
+    if not grids:
+        raise ValueError(
+            f"lengths is {list(lengths)}; allowed: those of the KV budgets, {sorted({k[2] for k in order})}"
+        )
+    return grids
 
 
 def _grid(method: str, cr: float, by_problem: dict, lengths: tuple, widths: tuple, aggregate: str, seed: int) -> Grid:
@@ -118,7 +130,7 @@ def _grid(method: str, cr: float, by_problem: dict, lengths: tuple, widths: tupl
         read, own = np.mean([_costs(r, lengths) for r in records], axis=0)  # (L,) each, mean over chains
         reads[row] = np.outer(read, widths)
         peak[row] = np.outer(own, widths) + prompt
-    return Grid(method, cr, problems, widths, credit, reads, peak, alone, chains)
+    return Grid(method, cr, problems, lengths, widths, credit, reads, peak, alone, chains)
 
 
 def _credit(answers: np.ndarray, width: int, aggregate: str, seed: int) -> np.ndarray:

@@ -31,9 +31,10 @@ def summarise(
 
     records: one dict a chain with RECORD_KEYS; `live` and `reads` hold the live items and the cumulative KV reads after
     0, stride, 2·stride, … generated tokens and at the end. lengths: budgets L in generated tokens, at most the limit of
-    the run. widths: numbers W of voting chains; a (method, CR) has no point at a W that one of its problems lacks
-    chains for. Intervals are 95 % percentile bootstraps over problems; whatever compares two methods uses the problems
-    that both have, and the same resamples of them. aggregate: how W chains count, "vote" or "any" (see `credit`).
+    the run; records with "budget_length" count at that L alone (see `credit`). widths: numbers W of voting chains; a
+    (method, CR) has no point at a W that one of its problems lacks chains for. Intervals are 95 % percentile bootstraps
+    over problems; whatever compares two methods uses the problems that both have, and the same resamples of them.
+    aggregate: how W chains count, "vote" or "any" (see `credit`).
 
     Returns {"points", "pass_at_1", "margins", "margins_per_cr", "paired"}. Accuracies, margins and differences are in
     points (0–100). "margins" compare frontiers over all CRs of a method, "margins_per_cr" one CR of `dms` with vanilla;
@@ -47,8 +48,8 @@ def summarise(
         raise ValueError(f"aggregate is {aggregate!r}; allowed: one of {AGGREGATES}")
     grids = make_grids(records, lengths, widths, aggregate, seed)
     return {
-        "points": [p for grid in grids for p in _points(grid, lengths, resamples, seed)],
-        "pass_at_1": [row for grid in grids for row in _pass_at_1(grid, lengths)],
+        "points": [p for grid in grids for p in _points(grid, resamples, seed)],
+        "pass_at_1": [row for grid in grids for row in _pass_at_1(grid)],
         "margins": _margins(grids, resamples, seed),
         "margins_per_cr": _margins_per_cr(grids, resamples, seed),
         "paired": _paired(grids, lengths[-1], resamples, seed),
@@ -93,21 +94,21 @@ def _plain(cr: float) -> float | int:
     return int(cr) if cr == int(cr) else cr
 
 
-def _points(grid: Grid, lengths: tuple, resamples: int, seed: int) -> list[dict]:
+def _points(grid: Grid, resamples: int, seed: int) -> list[dict]:
     if not grid.widths:
         return []
     accuracy = _accuracies(grid.rows("credit", grid.problems), resamples, seed)
     low, high = np.percentile(accuracy[1:], [2.5, 97.5], axis=0)
     reads, peak = grid.reads.mean(0).ravel(), grid.peak.mean(0).ravel()
     rows = []
-    for i, (length, width) in enumerate(product(lengths, grid.widths)):
+    for i, (length, width) in enumerate(product(grid.lengths, grid.widths)):
         row = {"method": grid.method, "cr": _plain(grid.cr), "L": length, "W": width, "problems": len(grid.problems)}
         row |= {"accuracy": float(accuracy[0, i]), "low": float(low[i]), "high": float(high[i])}
         rows.append(row | {"reads": float(reads[i]), "peak": float(peak[i])})
     return rows
 
 
-def _pass_at_1(grid: Grid, lengths: tuple) -> list[dict]:
+def _pass_at_1(grid: Grid) -> list[dict]:
     """Accuracy of one chain (avg@n) at each L with two standard errors, all in points.
 
     se_questions: of the mean over questions, these drawn from many; None for one question.  se_samples: what other
@@ -115,7 +116,7 @@ def _pass_at_1(grid: Grid, lengths: tuple) -> list[dict]:
     """
     questions = len(grid.problems)
     rows = []
-    for length, p in zip(lengths, grid.alone.T, strict=True):  # p (P,)
+    for length, p in zip(grid.lengths, grid.alone.T, strict=True):  # p (P,)
         row = {"method": grid.method, "cr": _plain(grid.cr), "L": length, "problems": questions}
         row |= {"chains": float(grid.chains.mean()), "accuracy": float(100 * p.mean())}
         row["se_questions"] = float(100 * p.std(ddof=1) / np.sqrt(questions)) if questions > 1 else None
@@ -181,7 +182,7 @@ def _margins_per_cr(grids: list[Grid], resamples: int, seed: int) -> list[dict]:
 
 def _paired(grids: list[Grid], length: int, resamples: int, seed: int) -> list[dict]:
     """Differences of one-chain accuracy at the largest L: dms at each CR against vanilla and all methods at that CR."""
-    rows = []
+    rows, grids = [], [grid for grid in grids if length in grid.lengths]
     for dms in (grid for grid in grids if grid.method == "dms"):
         for other in grids:
             if other.method == "dms" or (other.method != "vanilla" and other.cr != dms.cr):

@@ -1,5 +1,7 @@
 """The W-L-CR grid: one generation at the largest L and W serves every smaller budget (paper section 5.1).
 
+Not so for the baselines: their KV budget is (prompt + L) / CR, so a chain serves its own L alone, its "budget_length".
+
 One JSONL line a chain, written as it ends.  A file's name carries a hash of everything that matters, so an
 interrupted run goes on where it stopped and a changed parameter never mixes with old lines.
 """
@@ -51,14 +53,15 @@ def run_grid(
     out, problems = Path(out), task.problems
     file = out if out.suffix == ".jsonl" else grid_file(model, tokenizer, task, method, config, out, make_cache)
     file.parent.mkdir(parents=True, exist_ok=True)
-    records = {(r["problem"], r["chain"]): r for r in read_records(file)}
+    mark = _budget_length(config, make_cache)  # records from before there was such a mark get it here
+    records = {(r["problem"], r["chain"]): r | mark for r in read_records(file)}
     jobs = [(p, c) for p in range(len(problems)) for c in range(chains) if (p, c) not in records]
     prompts = [task.prompt_ids(tokenizer, problem) for problem in problems]
     gates = model.dms.disabled() if method.name == "vanilla" or make_cache else contextlib.nullcontext()
     label = f"{method.name} CR{method.cr:g}"
     with gates, file.open("a") as log, tqdm(total=len(jobs), desc=label, unit="chain", mininterval=2) as bar:
         for chain in sample_chains(model, tokenizer, prompts, jobs, config, make_cache):
-            record = make_record(chain, task, method, tokenizer, config.stride)
+            record = make_record(chain, task, method, tokenizer, config, make_cache)
             log.write(json.dumps(record) + "\n")
             log.flush()
             records[chain.problem, chain.chain] = record
@@ -90,8 +93,13 @@ def grid_key(
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def make_record(chain, task: Task, method: Method, tokenizer, stride: int) -> dict:
-    """One JSONL line: answer, whether it is right, when it was complete, and budgets (see sampling.Chain)."""
+def make_record(
+    chain, task: Task, method: Method, tokenizer, config: SamplingConfig, make_cache: Baseline | None = None
+) -> dict:
+    """One JSONL line: answer, whether it is right, when it was complete, and budgets (see sampling.Chain).
+
+    With a baseline's ``make_cache`` also "budget_length", the L that its KV budget was set for.
+    """
     problem: TaskProblem = task.problems[chain.problem]
     text = decode(tokenizer, chain.tokens)
     answer = task.extract(text)
@@ -100,10 +108,14 @@ def make_record(chain, task: Task, method: Method, tokenizer, stride: int) -> di
         "chain": chain.chain, "answer": answer, "gold": problem.gold,
         "correct": None if task.grades_later else task.grade(answer, problem), **problem.metadata,
         "finished_at": task.complete_at(chain.tokens, tokenizer), "tokens": len(chain.tokens) + chain.finished,
-        "stride": stride, "live": [round(x, 3) for x in chain.live], "reads": [round(x, 1) for x in chain.reads],
+        "stride": config.stride, "live": [round(x, 3) for x in chain.live], "reads": [round(x, 1) for x in chain.reads],
         "prompt_tokens": chain.prompt_tokens, "prompt_live": round(chain.live[0], 3),
-        "text": text if task.keeps_text else None,
+        "text": text if task.keeps_text else None, **_budget_length(config, make_cache),
     }  # fmt: skip
+
+
+def _budget_length(config: SamplingConfig, make_cache: Baseline | None) -> dict:
+    return {"budget_length": config.max_new_tokens} if make_cache else {}
 
 
 def read_records(file: Path) -> list[dict]:

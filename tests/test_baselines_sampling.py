@@ -1,5 +1,7 @@
 """Baselines in generation: chains are their own, counted like DMS's, and only in the original model."""
 
+import json
+
 import pytest
 import torch
 
@@ -96,6 +98,21 @@ def test_a_grid_keeps_every_setting_of_a_baseline_apart(model, tmp_path):
     assert [(r["problem"], r["chain"]) for r in records] == [(p, c) for p in range(3) for c in range(2)]
     assert all(r["live"][-1] <= (r["prompt_tokens"] + 12) // 4 for r in records)
     assert model.dms.enabled and len(list(tmp_path.iterdir())) == 1
+
+
+def test_records_of_a_baseline_say_for_which_length_their_budget_was_set(model, tmp_path):
+    config, method = SamplingConfig(max_new_tokens=12, batch=4, stride=4), Method("tova", 4.0)
+
+    def grid(make_cache):
+        return run_grid(model, TOKENIZER, TASK, method, 1, config, tmp_path / str(bool(make_cache)), make_cache)
+
+    records = grid(TOVA(4.0))
+    assert [r["budget_length"] for r in records] == [12] * 3
+    assert all("budget_length" not in r for r in grid(None))
+    (file,) = (tmp_path / "True").iterdir()
+    old = [{k: v for k, v in r.items() if k != "budget_length"} for r in records]
+    file.write_text("".join(json.dumps(r) + "\n" for r in old))  # written before records had the key
+    assert grid(TOVA(4.0)) == records
 
 
 def test_rows_keep_their_budgets_beside_others_and_caches_refuse_what_they_do_not_suit(model):

@@ -217,6 +217,58 @@ def test_paired_rows_compare_dms_with_vanilla_and_with_methods_at_the_same_cr():
     ]
 
 
+def test_dms_is_compared_with_every_method_at_its_cr_problem_by_problem():
+    rng = np.random.default_rng(7)
+    others = ("dms-immediate", "h2o", "quest", "streaming-llm", "tova")
+    records = run("vanilla", 1, [0.5] * 12, rng, 2) + run("dms", 4, [0.9] * 12, rng, 2)
+    for other in others:
+        records += budgeted(run(other, 4, [0.5] * 12, rng, 2), 64)
+    records += budgeted(run("tova", 2, [0.5] * 12, rng, 2), 64)  # no dms at this CR
+    summary = summarise(records, [16, 64], [1, 2], resamples=50)
+    assert [(p["a"], p["b"], p["cr"]) for p in summary["paired"]] == [("dms", b, 4) for b in ("vanilla", *others)]
+    for row in summary["paired"]:
+        others_cr = 1 if row["b"] == "vanilla" else 4
+        dms, other = (point(summary, method=m, cr=cr, L=64, W=1) for m, cr in (("dms", 4), (row["b"], others_cr)))
+        assert row["difference"] == pytest.approx(dms["accuracy"] - other["accuracy"])
+        assert row["low"] <= row["difference"] <= row["high"] and (row["L"], row["W"]) == (64, 1)
+
+
+def budgeted(records, length):
+    return [record | {"budget_length": length} for record in records]
+
+
+def test_a_chain_whose_kv_budget_was_set_for_one_length_stands_for_that_length_alone():
+    rng = np.random.default_rng(8)
+    dense, free = run("vanilla", 1, [0.6] * 10, rng, 2), run("dms", 4, [0.6] * 10, rng, 2)
+    tova = run("tova", 4, [0.6] * 10, rng, 2)
+    lengths, widths = [16, 32, 64], [1, 2]
+    cut = summarise([*dense, *free, *tova], lengths, widths, 20)  # records without the key: every L
+    held = summarise([*dense, *free, *budgeted(tova, 64)], lengths, widths, 20)
+    for name in ("points", "pass_at_1"):
+        assert held[name] == [row for row in cut[name] if row["method"] != "tova" or row["L"] == 64]
+    assert held["paired"] == cut["paired"] and held["margins_per_cr"] == cut["margins_per_cr"]
+    for row in held["margins"]:
+        a, b = (
+            [(p[row["axis"]], p["accuracy"]) for p in held["points"] if p["method"] == row[side]] for side in ("a", "b")
+        )
+        assert row["value"] == (None if (value := margin(a, b, row["scale"])) is None else pytest.approx(value))
+    assert {(m["a"], m["b"]) for m in held["margins"]} == {("dms", "vanilla"), ("tova", "vanilla"), ("dms", "tova")}
+
+
+def test_runs_at_two_lengths_give_a_budgeted_method_both_points():
+    short, long = (budgeted([chain(0, 0, method="tova", cr=4, tokens=n)], n) for n in (8, 64))
+    summary = summarise([chain(0, 0, method="dms", cr=4), *short, *long], [8, 32, 64], [1], 5)
+    assert [(p["method"], p["L"]) for p in summary["points"]] == [
+        *(("dms", n) for n in (8, 32, 64)), ("tova", 8), ("tova", 64),
+    ]  # fmt: skip
+    assert [(p["b"], p["L"]) for p in summary["paired"]] == [("tova", 64)]
+    assert summarise([chain(0, 0), *short], [32], [1], 5)["points"][0]["method"] == "vanilla"
+    with pytest.raises(ValueError, match=r"lengths is \[32\]; allowed: those of the KV budgets, \[8\]"):
+        summarise(short, [32], [1])
+    with pytest.raises(ValueError, match="occurs twice"):
+        summarise(short * 2, [8], [1])
+
+
 def test_comparisons_use_the_problems_that_both_methods_have():
     records = [chain(p, 0, answer="1" if p else "2") for p in range(4)] + [chain(p, 0, method="dms") for p in (0, 1)]
     summary = summarise(records, [8], [1], resamples=10)

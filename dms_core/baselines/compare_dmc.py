@@ -31,7 +31,7 @@ from dms_core.retrofit import RetrofitConfig, checkpoint_dir, retrofit
 from dms_core.sampling import SamplingConfig
 from dms_core.scaling import Method, run_grid
 from dms_core.tasks.dataset import TraceDataset
-from dms_core.tasks.programs import make_problem
+from dms_core.tasks.program_traces import ProgramTraces
 from dms_core.tasks.reasoner import REASONER_DIR, load_tokenizer
 
 RESULT = Path(__file__).parents[2] / "data" / "results" / "dmc.json"
@@ -96,10 +96,10 @@ def measure(arm: str, out: Path, options: argparse.Namespace, tokenizer) -> dict
 
 def sample(model, method: Method, options: argparse.Namespace, tokenizer) -> dict:
     """One chain's accuracy at the longest length, in percent with a 95 % interval over problems, and its budgets."""
-    problems = [make_problem("validation", options.seed, i) for i in range(options.problems)]
+    task = ProgramTraces(size=options.problems, split="validation", seed=options.seed)
     length = max(TINY.lengths)
     config = SamplingConfig(max_new_tokens=length, batch=TINY.batch, seed=options.seed)
-    records = run_grid(model, tokenizer, problems, method, options.chains, config, options.runs / "records")
+    records = run_grid(model, tokenizer, task, method, options.chains, config, options.runs / "records")
     point = summarise(records, [length], [1])["points"][0]
     return {key: point[key] for key in ("problems", "L", "accuracy", "low", "high", "reads", "peak")}
 
