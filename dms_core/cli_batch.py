@@ -6,9 +6,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
+HELP = """\
+  dms stage --json         {"stage", "seconds", "result"}; without a name {"needs": {name: [names]}}
+  dms notebook --json      {"notebook", "parameters"}
+  dms chapters --json      {"book"}
+  dms summarise --json     as dms curves, with "model", "task" and "environment"
+"""
 
-def add_batch(add) -> None:
-    """Register the commands; ``add`` as in ``cli.make_parser``."""
+
+def add_commands(add) -> None:
+    """``add(name, run, text)`` makes a command with --json."""
     from dms_core.profiles import PROFILES
 
     command = add("stage", run_one_stage, "one stage of the main job, such as records-dms-cr4; no name lists them")

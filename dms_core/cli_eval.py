@@ -9,7 +9,9 @@ HELP = """\
 """
 
 
-def add_eval_arguments(command) -> None:
+def add_commands(add) -> None:
+    """``add(name, run, text)`` makes a command with --json."""
+    command = add("eval", run_eval, "run tasks of lm-evaluation-harness on a retrofitted model")
     command.add_argument(
         "--model", required=True, help="a directory or hub id: retrofitted by us or the authors, or plain"
     )

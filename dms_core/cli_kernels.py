@@ -12,6 +12,36 @@ from dms_core import environment
 
 RESULTS = Path(__file__).parents[1] / "data" / "results"
 
+HELP = """\
+  dms bench --json         {"device", "environment", "cases": [{"name", "kind", "shape", "rounds", "ours_ms",
+                           "baseline_ms": {name: ms}, "ratio": {name: baseline over ours}, "quartiles_ms": {"ours":
+                           [low, high], name: ...}, "gbps", "copy_gbps", "flops", "peak_bytes": {"ours", name: ...},
+                           "notes": {name: why a baseline is missing}}]}; medians; gbps: 10^9 bytes a second that the
+                           operation must move, copy_gbps: that a copy moves; peak_bytes: beyond what was held before;
+                           "held_bytes" {"ours", name: ...} with cache
+  dms kernels --json       {"torch", "triton", "devices": {"cpu", "cuda": {"name", "modules": {operation: module} or
+                           null, "why": reason or null}}}
+  dms kernels --aot --json {"triton", "cases": [{"kernel", "target", "registers", "spills", "shared", "limit", "stack",
+                           "ok"}]}, shared, its limit and stack in bytes; status 1 if a case is not ok
+"""
+
+
+def add_commands(add) -> None:
+    """``add(name, run, text)`` makes a command with --json."""
+    command = add("bench", run_bench, "time an operation of dms_kernels against what one would use otherwise")
+    command.add_argument("kind", metavar="KIND", help="prefill, train, decode or cache")
+    command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    command.add_argument("--case", action="append", metavar="NAME", help="only this case; may be given repeatedly")
+    command.add_argument("--repeats", type=int, help="timed rounds (default: what some seconds allow)")
+    command.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
+    command.add_argument("--save", nargs="?", const="", metavar="FILE",
+                         help="merge into data/results/kernels-DEVICE.json, or into FILE")  # fmt: skip
+
+    command = add("kernels", run_kernels, "which implementation serves which device; what the kernels compile to")
+    command.add_argument("--aot", action="store_true", help="compile every Triton kernel; needs no card, takes minutes")
+    command.add_argument("--target", type=int, nargs="+", metavar="SM", help="80, 90, 100 (default: all three)")
+    command.set_defaults(passed=lambda result: all(case["ok"] for case in result.get("cases", [])))
+
 
 def run_bench(args) -> dict:
     from dms_kernels import benchmarks

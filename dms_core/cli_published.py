@@ -5,9 +5,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
+HELP = """\
+  dms published --json     {"run": {"label", "model", "task", "same"}, "margins": [the published row, "measured":
+                           {"log2", "linear": {"value", "low", "high"}} or null, "direction"}], "accuracies": [the
+                           published row, "measured": {"accuracy", "low", "high", "L", "difference"} or null]}
+"""
 
-def add_published(add) -> None:
-    """Register the command; ``add`` as in ``cli.make_parser``."""
+
+def add_commands(add) -> None:
+    """``add(name, run, text)`` makes a command with --json."""
     command = add("published", run_published, "a run's margins and accuracies beside the paper's tables, as Markdown")
     command.add_argument("--results", type=Path, metavar="DIR",
                          help="directory with curves.json (default: runs/tiny, else data/results/tiny)")  # fmt: skip

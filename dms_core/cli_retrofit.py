@@ -5,8 +5,16 @@ from pathlib import Path
 
 from dms_core.recipe import Recipe, load_recipe, parse_changes, recipe_file, recipe_names
 
+HELP = """\
+  dms retrofit --json      {"out", "steps", "checkpoints": {CR: directory}, "documents": {"rows", "rejected_rows",
+                           "documents", "cut", "tokens_cut", "dropped", "tokens", "labelled"}}; with --list
+                           {"recipes"}, with --show the recipe's fields
+"""
 
-def add_arguments(command) -> None:
+
+def add_commands(add) -> None:
+    """``add(name, run, text)`` makes a command with --json."""
+    command = add("retrofit", run_retrofit, "teach a model to evict, by a recipe; also under torchrun")
     command.add_argument("--recipe", help="a recipe of the library (see --list) or a YAML file")
     command.add_argument("--model", help="hub id or directory (default: the recipe's)")
     command.add_argument("--data", help="hub id or JSONL file (default: the recipe's)")

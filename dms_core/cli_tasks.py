@@ -14,9 +14,14 @@ from dms_core.profiles import get_profile
 
 SIDECAR = "run.json"
 
+HELP = """\
+  dms sample --json        {"task", "method", "cr", "file", "records", "pass_at_1": as above, or null if not graded}
+  dms grade --json         {"task", "files": [{"file", "records", "correct"}]}
+"""
+
 
 def add_commands(add) -> None:
-    """Declare the commands; ``add(name, run, text)`` returns a parser."""
+    """``add(name, run, text)`` makes a command with --json."""
     command = add("sample", run_sample, "chains of a model on a benchmark, graded; goes on where it was interrupted")
     command.add_argument("--model", required=True, help="a directory or a hub id; for dms a retrofitted model")
     add_task_options(command)
