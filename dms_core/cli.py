@@ -19,20 +19,13 @@ from dms_core import (
     cli_published,
     cli_retrofit,
     cli_tasks,
+    cli_tokens,
 )
 
 MODULES = (
-    cli_embedded, cli_tasks, cli_plan, cli_eval, cli_grid, cli_lm, cli_retrofit, cli_kernels, cli_published, cli_batch,
+    cli_embedded, cli_tasks, cli_plan, cli_eval, cli_grid, cli_lm, cli_tokens, cli_retrofit, cli_kernels,
+    cli_published, cli_batch,
 )  # fmt: skip
-
-LM_HELP = """\
-  dms fetch --json         {"directory"}
-  dms converse --json      {"documents", "tokens", "labelled"}
-  dms fidelity --json      {"prompts", "prompt_tokens", "continuation", "rows": [{"method", "cr", "cr_decisions",
-                           "cr_live", "agreement", "agreement_low", "agreement_high", "kl", "tokens", "prompts",
-                           "needles", "tokens_per_s", "kv_bytes"}], "plain": {"rows", "tokens_per_s", "kv_bytes"},
-                           "environment"}; KL in nats a token, bytes of the first batch
-"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def json_help() -> str:
-    return "JSON on standard output:\n" + "".join(LM_HELP if module is cli_lm else module.HELP for module in MODULES)
+    return "JSON on standard output:\n" + "".join(module.HELP for module in MODULES)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SAVED = ROOT / "data" / "results" / "smollm2.json"
 
+HELP = """\
+  dms fetch --json         {"directory"}
+  dms converse --json      {"documents", "tokens", "labelled"}
+  dms fidelity --json      {"prompts", "prompt_tokens", "continuation", "rows": [{"method", "cr", "cr_decisions",
+                           "cr_live", "agreement", "agreement_low", "agreement_high", "kl", "tokens", "prompts",
+                           "needles", "tokens_per_s", "kv_bytes"}], "plain": {"rows", "tokens_per_s", "kv_bytes"},
+                           "environment"}; KL in nats a token, bytes of the first batch
+"""
+
 
 def add_commands(add) -> None:
     """``add(name, run, text)`` makes a command with --json."""
