@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from dms_core import cli_grid, cli_lm, cli_retrofit
+from dms_core import cli_ablate, cli_grid, cli_lm, cli_retrofit
 from dms_core.cli_batch import add_batch
 from dms_core.cli_eval import HELP as EVAL_HELP
 from dms_core.cli_eval import add_eval_arguments, run_eval
@@ -71,6 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_eval_arguments(add("eval", run_eval, "run tasks of lm-evaluation-harness on a retrofitted model"))
     cli_grid.add_commands(add)
+    cli_ablate.add_commands(add)
     cli_lm.add_commands(add)
     command = add("retrofit", cli_retrofit.run_retrofit, "teach a model to evict, by a recipe; also under torchrun")
     cli_retrofit.add_arguments(command)
@@ -140,6 +141,7 @@ JSON on standard output:
 """
     + EVAL_HELP
     + cli_grid.HELP
+    + cli_ablate.HELP
 )
 
 
