@@ -62,8 +62,8 @@ def lookups(problem: Problem, distance: int) -> list[tuple[int, int, str]]:
         before, start = definitions[line[0]] if first_visit else last[line[0]]
         for k in range(2, min(5, len(before), len(line))):  # X = a + b
             repeated = line[k] in DIGITS and before[k] == line[k]
-            of_prompt = not first_visit and definitions[line[0]][0][k] in DIGITS
-            if repeated and not of_prompt and at + k - 1 - (start + k) >= distance:
+            of_prompt = definitions[line[0]][0][k : k + 1] in tuple(DIGITS)
+            if repeated and of_prompt == first_visit and at + k - 1 - (start + k) >= distance:
                 found.append((start + k, at + k - 1, KINDS[not first_visit]))
         last[line[0]] = line, at
         at += len(line) + 1
