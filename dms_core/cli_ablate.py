@@ -1,7 +1,6 @@
 """``dms ablate``: ablations of the embedded model's retrofit, and what the delay is used for."""
 
 import json
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -12,8 +11,10 @@ HELP = """\
                            "train", "loss", "cr", "cr_decisions", "cr_live", "kl", "agreement", "accuracy", "low",
                            "high", "problems", "chains", "L", "tokens", "seconds"}], "pairs": [{"a", "b",
                            "difference", "low", "high", "problems"}], "missing", "left_out", "environment"}
-  dms ablate delay --json  {"question", "settings", "rows": [{"model", "patched", "follows", "follows_low",
-                           "follows_high", "effect", "effect_low", "effect_high"}], "verdict", "environment"}
+  dms ablate delay --json  {"question", "rows": [{"model", "patched", "kind", "lookups", "follows", "effect"}],
+                           "dms_minus_dense": [{"patched", "kind", "difference"}], "window_minus_control":
+                           {"difference"}, each with NAME_low and NAME_high, in %; "source_kept": [[share a KV head] a
+                           layer], "kept_somewhere", "verdict", "settings", "environment"}
 """
 
 
@@ -64,8 +65,9 @@ def run_delay(args) -> dict:
         line = ("{model}, {patched}: follows the other digit {follows:.1f} % [{follows_low:.1f}, {follows_high:.1f}], "
                 "log-odds moved {effect:.3f} [{effect_low:.3f}, {effect_high:.3f}]")  # fmt: skip
         for row in result["rows"]:
-            print(line.format(**row))
-        print(result["verdict"], file=sys.stdout)
+            if row["kind"] == "all":
+                print(line.format(**row))
+        print(result["verdict"])
     return result
 
 

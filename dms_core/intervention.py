@@ -176,7 +176,7 @@ def interchange(model, cases: Sequence[Case], window: int) -> list[dict]:
 
 
 def delay(
-    checkpoint: Path | str = REASONER_DIR / "dms-cr4", base: Path | str = REASONER_DIR, documents: int = 400,
+    checkpoint: Path | str = REASONER_DIR / "dms-cr4", base: Path | str = REASONER_DIR, documents: int = 200,
     seed: int = 0, batch: int = 32,
 ) -> dict:  # fmt: skip
     """The experiment on a retrofitted model and the dense one, over the look-ups that both solve in both runs.
