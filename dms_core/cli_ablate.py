@@ -24,6 +24,7 @@ def add_commands(add) -> None:
     command.add_argument("name", metavar="NAME", help="window, loss or weights; or delay, an intervention")
     command.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablations", help="where retrofits are kept")
     command.add_argument("--finished", action="store_true", help="only what was measured before; train nothing")
+    command.add_argument("--documents", type=int, default=200, help="of delay: validation documents (default: 200)")
     command.add_argument("--save", action="store_true", help="also store the result in data/results")
 
 
@@ -58,7 +59,7 @@ def run_ablation(args) -> dict:
 def run_delay(args) -> dict:
     from dms_core.intervention import delay
 
-    result = delay()
+    result = delay(documents=args.documents)
     if args.save:
         (RESULTS / "delay.json").write_text(json.dumps(result, indent=1) + "\n")
     if not args.json:
