@@ -7,8 +7,9 @@ put from the corrupted run into the clean one: keys and values (outputs of k_pro
     follows(S) = P(most likely token at q is the other digit)
     effect(S)  = (o(S) - o(clean)) / (o(corrupted) - o(clean)),   o: log-odds at q, other digit over right
 
-S = {j}: the straight path.  S = {j + 1, ..., j + w}: what moved into the window while j was still visible.  The next w
-tokens are the control.
+S = {j}: the total effect, since later tokens read the exchanged source and write what follows from it.
+S = {j + 1, ..., j + w}, with the clean source: what moved into the window while j was still visible.  The next w tokens
+are the control; "after source" is all that later tokens carry, and what it lacks of the total goes straight from j.
 """
 
 import contextlib
