@@ -9,6 +9,7 @@ import os
 import sys
 
 from dms_core import (
+    cli_ablate,
     cli_batch,
     cli_embedded,
     cli_eval,
@@ -24,7 +25,7 @@ from dms_core import (
 
 MODULES = (
     cli_embedded, cli_tasks, cli_plan, cli_eval, cli_grid, cli_lm, cli_tokens, cli_retrofit, cli_kernels,
-    cli_published, cli_batch,
+    cli_published, cli_ablate, cli_batch,
 )  # fmt: skip
 
 

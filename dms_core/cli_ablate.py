@@ -1,0 +1,78 @@
+"""``dms ablate``: ablations of the embedded model's retrofit, and what the delay is used for."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "data" / "results"
+
+HELP = """\
+  dms ablate NAME --json   {"question", "reference", "recipe", "rows": [{"variant", "eviction", "window", "gate",
+                           "train", "loss", "cr", "cr_decisions", "cr_live", "kl", "agreement", "accuracy", "low",
+                           "high", "problems", "chains", "L", "tokens", "seconds"}], "pairs": [{"a", "b",
+                           "difference", "low", "high", "problems"}], "missing", "left_out", "environment"}
+  dms ablate delay --json  {"question", "rows": [{"model", "patched", "kind", "lookups", "follows", "effect"}],
+                           "dms_minus_dense": [{"patched", "kind", "difference"}], "window_minus_control":
+                           {"difference"}, each with NAME_low and NAME_high, in %; "source_kept": [[share a KV head] a
+                           layer], "kept_somewhere", "verdict", "settings", "environment"}
+"""
+
+
+def add_commands(add) -> None:
+    """``add(name, run, text)`` makes a command with --json."""
+    command = add("ablate", run_ablate, "what a part of the method is worth: retrofits that differ in one thing")
+    command.add_argument("name", metavar="NAME", help="window, loss or weights; or delay, an intervention")
+    command.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablations", help="where retrofits are kept")
+    command.add_argument("--finished", action="store_true", help="only what was measured before; train nothing")
+    command.add_argument("--documents", type=int, default=200, help="of delay: validation documents (default: 200)")
+    command.add_argument("--save", action="store_true", help="also store the result in data/results")
+
+
+def run_ablate(args) -> dict:
+    return run_delay(args) if args.name == "delay" else run_ablation(args)
+
+
+def run_ablation(args) -> dict:
+    from transformers.utils import logging
+
+    from dms_core.ablations import Ablations, get_ablation, window_rows
+
+    get_ablation(args.name)  # before anything is loaded
+    logging.disable_progress_bar()
+    result = Ablations(args.runs).result(args.name, args.finished)
+    if args.save:
+        save(RESULTS / "ablations.json", {args.name: result})
+        if args.name == "window":
+            (RESULTS / "window.json").write_text(json.dumps(window_rows(result), indent=1) + "\n")
+    if not args.json:
+        line = ("{variant}: KL {kl:.4f}, agreement {agreement:.4f}, CR {cr_decisions:.2f} by decisions, {cr_live:.2f} "
+                "live, accuracy {accuracy:.1f} [{low:.1f}, {high:.1f}]")  # fmt: skip
+        for row in result["rows"]:
+            print(line.format(**row))
+        for row in result["pairs"]:
+            print("accuracy {a} - {b}: {difference:+.1f} [{low:+.1f}, {high:+.1f}]".format(**row))
+        for variant in result["missing"]:
+            print(f"{variant}: not finished")
+    return result
+
+
+def run_delay(args) -> dict:
+    from dms_core.intervention import delay
+
+    result = delay(documents=args.documents)
+    if args.save:
+        (RESULTS / "delay.json").write_text(json.dumps(result, indent=1) + "\n")
+    if not args.json:
+        line = ("{model}, {patched}: follows the other digit {follows:.1f} % [{follows_low:.1f}, {follows_high:.1f}], "
+                "log-odds moved {effect:.3f} [{effect_low:.3f}, {effect_high:.3f}]")  # fmt: skip
+        for row in result["rows"]:
+            if row["kind"] == "all":
+                print(line.format(**row))
+        print(result["verdict"])
+    return result
+
+
+def save(file: Path, results: dict) -> None:
+    """Replace some entries of a JSON object on disk and keep the others."""
+    stored = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**stored, **results}, indent=1) + "\n")
