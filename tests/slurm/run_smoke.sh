@@ -12,7 +12,7 @@ CONF=/etc/slurm/slurm.conf  # where jobs look: the plugin hands no SLURM_CONF on
 DIR=$(mktemp -d /tmp/slurm-smoke.XXXXXX)
 HOST=$(hostname -s)
 export PYTHONPATH=$ROOT:$ROOT/kernels
-mkdir -p "$DIR"/{munge,state,spool,log,work}
+mkdir -p "$DIR"/{munge,state,spool,log,run}
 chmod 755 "$DIR"
 pids=()
 
@@ -23,7 +23,7 @@ stop() {
     for pid in "${pids[@]}"; do kill -$signal "$pid" 2>/dev/null || true; done
     sleep 2
   done
-  if [ $status -ne 0 ]; then tail -n 20 "$DIR"/log/*.log "$DIR"/work/.snakemake/slurm_logs/*/*/*.log >&2 || true; fi
+  if [ $status -ne 0 ]; then tail -n 20 "$DIR"/log/*.log "$DIR"/run/.snakemake/slurm_logs/*/*/*.log >&2 || true; fi
   rm -f "$CONF" "$(dirname $CONF)/cgroup.conf"
   [ -n "${KEEP:-}" ] || rm -rf "$DIR"
   exit $status
@@ -93,7 +93,7 @@ status=0
 targets=("$@")
 [ $# -gt 0 ] || targets=(runs/smoke/stages/summary.json runs/smoke/notebooks/01_bottleneck.ipynb)
 "$PYTHON" -m snakemake -s workflow/Snakefile --profile workflow/profiles/slurm --configfile "$DIR/config.yaml" \
-  --directory "$DIR/work" --jobs 4 --latency-wait 5 --slurm-init-seconds-before-status-checks 5 \
+  --directory "$DIR/run" --jobs 4 --latency-wait 5 --slurm-init-seconds-before-status-checks 5 \
   --slurm-status-command squeue --slurm-no-account "${targets[@]}" &
 pids+=($!)
 wait $! || status=$?
