@@ -11,6 +11,10 @@ HELP = """\
                            "train", "loss", "cr", "cr_decisions", "cr_live", "kl", "agreement", "accuracy", "low",
                            "high", "problems", "chains", "L", "tokens", "seconds"}], "pairs": [{"a", "b",
                            "difference", "low", "high", "problems"}], "missing", "left_out", "environment"}
+  dms ablate seeds --json  {"rows": [{"method", "seed", "cr", "cr_decisions", "cr_live", "kl", "agreement", "seconds",
+                           "accuracy", "difference"}], "means": [{"a", "b", "cr", "difference", "seeds"}], "dense":
+                           {"accuracy"}, each with low and high, "seeds", "problems", "chains", "L", "recipe", "dms",
+                           "environment"}
   dms ablate delay --json  {"question", "rows": [{"model", "patched", "kind", "lookups", "follows", "effect"}],
                            "dms_minus_dense": [{"patched", "kind", "difference"}], "window_minus_control":
                            {"difference"}, each with NAME_low and NAME_high, in %; "source_kept": [[share a KV head] a
@@ -21,15 +25,20 @@ HELP = """\
 def add_commands(add) -> None:
     """``add(name, run, text)`` makes a command with --json."""
     command = add("ablate", run_ablate, "what a part of the method is worth: retrofits that differ in one thing")
-    command.add_argument("name", metavar="NAME", help="window, loss or weights; or delay, an intervention")
-    command.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablations", help="where retrofits are kept")
+    command.add_argument("name", metavar="NAME", help="window, steps, loss or weights; seeds: the main job's retrofit "
+                         "again; delay: an intervention")
+    command.add_argument("--runs", type=Path, help="where retrofits are kept (default: runs/ablations; seeds: runs/tiny)")
     command.add_argument("--finished", action="store_true", help="only what was measured before; train nothing")
+    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of seeds (default: 0 1 2)")
+    command.add_argument("--profile", default="tiny", help="of seeds: smoke or tiny (default: tiny)")
     command.add_argument("--documents", type=int, default=200, help="of delay: validation documents (default: 200)")
     command.add_argument("--save", action="store_true", help="also store the result in data/results")
 
 
 def run_ablate(args) -> dict:
-    return run_delay(args) if args.name == "delay" else run_ablation(args)
+    if args.finished and args.name in ("delay", "seeds"):
+        raise ValueError(f"--finished with {args.name}: must be an ablation by short retrofits")
+    return {"delay": run_delay, "seeds": run_seeds}.get(args.name, run_ablation)(args)
 
 
 def run_ablation(args) -> dict:
@@ -39,7 +48,7 @@ def run_ablation(args) -> dict:
 
     get_ablation(args.name)  # before anything is loaded
     logging.disable_progress_bar()
-    result = Ablations(args.runs).result(args.name, args.finished)
+    result = Ablations(args.runs or ROOT / "runs" / "ablations").result(args.name, args.finished)
     if args.save:
         save(RESULTS / "ablations.json", {args.name: result})
         if args.name == "window":
@@ -53,6 +62,27 @@ def run_ablation(args) -> dict:
             print("accuracy {a} - {b}: {difference:+.1f} [{low:+.1f}, {high:+.1f}]".format(**row))
         for variant in result["missing"]:
             print(f"{variant}: not finished")
+    return result
+
+
+def run_seeds(args) -> dict:
+    from transformers.utils import logging
+
+    from dms_core.profiles import get_profile
+    from dms_core.replicas import Replicas
+
+    logging.disable_progress_bar()
+    profile = get_profile(args.profile)
+    result = Replicas(profile, args.runs or ROOT / "runs" / profile.name, args.seeds).result()
+    if args.save:
+        (RESULTS / profile.name / "seeds.json").write_text(json.dumps(result, indent=1) + "\n")
+    if not args.json:
+        line = ("{method} CR {cr:g}, seed {seed}: {accuracy:.1f} %, minus dense {difference:+.1f} [{low:+.1f}, "
+                "{high:+.1f}], KL {kl:.4f}, CR {cr_decisions:.2f} by decisions")  # fmt: skip
+        for row in result["rows"]:
+            print(line.format(**row))
+        for row in result["means"]:
+            print("mean of {seeds}, {a} - {b}, CR {cr:g}: {difference:+.1f} [{low:+.1f}, {high:+.1f}]".format(**row))
     return result
 
 

@@ -65,7 +65,7 @@ class Pipeline:
         if not (out / "retrofit.json").exists():
             out.mkdir(parents=True, exist_ok=True)
             recipe = variant.recipe
-            data = TraceDataset(self.tokenizer, recipe.steps * recipe.batch, recipe.batch, seed=self.seed)
+            data = TraceDataset(self.tokenizer, recipe.steps * recipe.batch, recipe.batch, seed=recipe.seed)
             began = time.time()
             retrofit(
                 load_base(self.base), self.tokenizer, data, variant.dms, recipe, out,
