@@ -1,11 +1,13 @@
 """Ablations of the method at the embedded scale (paper section 5.3, appendix C): one change at a time.
 
 Every variant starts from the same weights, sees the same documents in the same order and takes the same number of
-steps to the same target.  Training, held-out measures and samples are stages of ``Pipeline``: what is finished is
-kept in the run directory under a hash of the variant, so variants that several ablations share are trained once.
+steps to the same target (but for "steps", which is about their number).  Training, held-out measures and samples are
+stages of ``Pipeline``: what is finished is kept in the run directory under a hash of the variant, so variants that
+several ablations share are trained once.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,9 +23,9 @@ from dms_core.tasks.reasoner import REASONER_DIR
 
 REFERENCE = "dms"  # delayed eviction, w = 16, adapter gate, all weights, forward KL
 CR = 4.0
-RECIPE = replace(TINY.recipe, final_cr=CR, steps_per_unit=15, rests=((CR, 25),), batch=12, warmup=5)
+RECIPE = replace(TINY.recipe, final_cr=CR, steps_per_unit=20, rests=((CR, 60),))
 PROFILE = replace(
-    TINY, name="ablations", recipe=RECIPE, compare_cr=CR, crs=(CR,), problems=60, chains=2,
+    TINY, name="ablations", recipe=RECIPE, compare_cr=CR, crs=(CR,), problems=200, chains=2,
     lengths=(max(TINY.lengths),), widths=(1,), batch=120, held_out=64,
 )  # fmt: skip
 RESAMPLES = 1000
@@ -56,6 +58,7 @@ ABLATIONS = {
                              "than 256 tokens can reach CR 4",
         },
     ),
+    "steps": _against_reference("How many steps per unit of CR? Is a rest worth it?", "steps-5", "steps-40", "no-rest"),
     "loss": _against_reference("Which divergence from the teacher, or none?", "reverse-kl", "lm-loss"),
     "weights": _against_reference("Which gate, and do all weights train?", "gates-only", "neuron"),
 }  # fmt: skip
@@ -77,6 +80,9 @@ def make_variants(dms: DMSConfig, recipe: RetrofitConfig) -> dict[str, Variant]:
         "delayed-w4": ({"window": 4}, {}),
         "immediate-w4": ({"window": 4, "eviction": "immediate"}, {}),
         "delayed-w64": ({"window": 64}, {}),
+        "steps-5": ({}, {"steps_per_unit": 5}),
+        "steps-40": ({}, {"steps_per_unit": 40}),
+        "no-rest": ({}, {"steps_per_unit": math.ceil(recipe.steps / (recipe.final_cr - 1)), "rests": ()}),  # as long
         "reverse-kl": ({}, {"direction": "reverse"}),
         "lm-loss": ({}, {"direction": "lm"}),
         "gates-only": ({}, {"train": "gates"}),
@@ -146,9 +152,9 @@ class Ablations(Pipeline):
         return {
             "variant": name, "eviction": variant.dms.eviction, "window": variant.dms.window, "gate": variant.dms.gate,
             "train": variant.recipe.train, "loss": variant.recipe.direction, "cr": self.profile.compare_cr,
-            "cr_decisions": held["cr_decisions"], "cr_live": held["cr_live"], "kl": held["kl"],
-            "agreement": held["agreement"], "documents": held["documents"], "accuracy": accuracy, "low": low,
-            "high": high, "problems": len(facts["right"]), "chains": self.profile.chains,
+            "steps": variant.recipe.steps, "cr_decisions": held["cr_decisions"], "cr_live": held["cr_live"],
+            "kl": held["kl"], "agreement": held["agreement"], "documents": held["documents"], "accuracy": accuracy,
+            "low": low, "high": high, "problems": len(facts["right"]), "chains": self.profile.chains,
             "L": max(self.profile.lengths), "tokens": facts["tokens"], "seconds": round(facts["seconds"], 1),
         }  # fmt: skip
 
@@ -165,8 +171,3 @@ def interval(values, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, 
     draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
     return 100 * float(values.mean()), 100 * float(low), 100 * float(high)
-
-
-def window_rows(result: dict) -> list[dict]:
-    """The rows of ablation "window" with delayed eviction, as a table of windows."""
-    return [row for row in result["rows"] if row["eviction"] == "delayed"]

@@ -8,8 +8,8 @@ RESULTS = ROOT / "data" / "results"
 
 HELP = """\
   dms ablate NAME --json   {"question", "reference", "recipe", "rows": [{"variant", "eviction", "window", "gate",
-                           "train", "loss", "cr", "cr_decisions", "cr_live", "kl", "agreement", "accuracy", "low",
-                           "high", "problems", "chains", "L", "tokens", "seconds"}], "pairs": [{"a", "b",
+                           "train", "loss", "cr", "steps", "cr_decisions", "cr_live", "kl", "agreement", "accuracy",
+                           "low", "high", "problems", "chains", "L", "tokens", "seconds"}], "pairs": [{"a", "b",
                            "difference", "low", "high", "problems"}], "missing", "left_out", "environment"}
   dms ablate seeds --json  {"rows": [{"method", "seed", "cr", "cr_decisions", "cr_live", "kl", "agreement", "seconds",
                            "accuracy", "difference"}], "means": [{"a", "b", "cr", "difference", "seeds"}], "dense":
@@ -25,9 +25,14 @@ HELP = """\
 def add_commands(add) -> None:
     """``add(name, run, text)`` makes a command with --json."""
     command = add("ablate", run_ablate, "what a part of the method is worth: retrofits that differ in one thing")
-    command.add_argument("name", metavar="NAME", help="window, steps, loss or weights; seeds: the main job's retrofit "
-                         "again; delay: an intervention")
-    command.add_argument("--runs", type=Path, help="where retrofits are kept (default: runs/ablations; seeds: runs/tiny)")
+    command.add_argument(
+        "name",
+        metavar="NAME",
+        help="window, steps, loss or weights; seeds: the main job's retrofit again; delay: an intervention",
+    )
+    command.add_argument(
+        "--runs", type=Path, help="where retrofits are kept (default: runs/ablations; seeds: runs/tiny)"
+    )
     command.add_argument("--finished", action="store_true", help="only what was measured before; train nothing")
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of seeds (default: 0 1 2)")
     command.add_argument("--profile", default="tiny", help="of seeds: smoke or tiny (default: tiny)")
@@ -44,15 +49,13 @@ def run_ablate(args) -> dict:
 def run_ablation(args) -> dict:
     from transformers.utils import logging
 
-    from dms_core.ablations import Ablations, get_ablation, window_rows
+    from dms_core.ablations import Ablations, get_ablation
 
     get_ablation(args.name)  # before anything is loaded
     logging.disable_progress_bar()
     result = Ablations(args.runs or ROOT / "runs" / "ablations").result(args.name, args.finished)
     if args.save:
         save(RESULTS / "ablations.json", {args.name: result})
-        if args.name == "window":
-            (RESULTS / "window.json").write_text(json.dumps(window_rows(result), indent=1) + "\n")
     if not args.json:
         line = ("{variant}: KL {kl:.4f}, agreement {agreement:.4f}, CR {cr_decisions:.2f} by decisions, {cr_live:.2f} "
                 "live, accuracy {accuracy:.1f} [{low:.1f}, {high:.1f}]")  # fmt: skip

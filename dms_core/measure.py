@@ -1,6 +1,7 @@
 """What a retrofitted model does on held-out documents: compression, retention per head, distance to its teacher."""
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -51,6 +52,35 @@ def kept_tokens(model, ids: Sequence[int]) -> Tensor:
     """Which tokens of one document each head keeps by its decisions, window aside: boolean (layers, KV heads, T)."""
     model(input_ids=torch.tensor([list(ids)]), use_cache=False)
     return ~torch.cat([e.bool() for e in model.dms.step.evicted.values()])
+
+
+def retention_by_position(kept: Sequence[Tensor], edges: Sequence[int], lag: int, window: int) -> list[dict]:
+    """Retention and measured compression along the sequence, for each layer and KV head (paper Fig. 6).
+
+    kept: documents as of ``kept_tokens``.  A row for each bucket edges[i] <= position < edges[i + 1]: ``from``, ``to``,
+    ``tokens``; ``retention`` (layers, heads), the share kept of the bucket's tokens that have a decision (a document's
+    last ``lag`` have none); ``documents`` that reach its end, and over those ``cr`` and ``cr_live`` (layers, heads), up
+    to there, window aside and included, or None without such a document.  Buckets without any decision get no row.
+    Raises ValueError for edges that do not ascend from >= 0.
+    """
+    if len(edges) < 2 or edges[0] < 0 or list(edges) != sorted(set(edges)):
+        raise ValueError(f"edges {list(edges)}: must be two or more ascending integers from 0 on")
+    rows = []
+    for low, high in itertools.pairwise(edges):
+        parts = [k[..., low : min(high, max(k.shape[-1] - lag, 0))] for k in kept]
+        tokens = sum(part.shape[-1] for part in parts)
+        if not tokens:
+            continue
+        whole = [k for k in kept if k.shape[-1] >= high + lag]
+        row = {"from": low, "to": high, "tokens": tokens, "documents": len(whole), "cr": None, "cr_live": None}
+        row["retention"] = (sum(part.sum(-1) for part in parts) / tokens).tolist()
+        if whole:
+            outside = max(high - 1 - window, 0)
+            held = sum(k[..., :high].sum(-1) for k in whole) / len(whole)
+            live = sum(k[..., :outside].sum(-1) for k in whole) / len(whole) + min(high, window + 1)
+            row |= {"cr": (high / held).tolist(), "cr_live": (high / live).tolist()}
+        rows.append(row)
+    return rows
 
 
 def live_cr(kept: Sequence[Tensor], window: int) -> float:

@@ -44,9 +44,9 @@ class Replicas(Pipeline):
     def result(self) -> dict:
         """Train, sample and compare, or read what is there; ready for JSON.
 
-        ``rows``: a retrofit and CR each, with its accuracy, the paired difference to the dense model and what it does on
-        held-out documents.  ``means``: differences averaged over seeds.  Accuracies in %, differences in points, with
-        95 % intervals: over problems in ``rows``, over seeds and problems in ``means`` (``bootstrap_mean``).
+        ``rows``: a retrofit and CR each, with its accuracy, the paired difference to the dense model and what it does
+        on held-out documents.  ``means``: differences averaged over seeds.  Accuracies in %, differences in points,
+        with 95 % intervals: over problems in ``rows``, over seeds and problems in ``means`` (``bootstrap_mean``).
         """
         profile = self.profile
         dense = self.right(Method("vanilla", 1.0))
