@@ -1,4 +1,4 @@
-"""``dms published``: the paper's tables beside what a run has measured."""
+"""``dms published`` and ``dms ledger``: the paper's tables and claims beside what a run has measured."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ HELP = """\
   dms published --json     {"run": {"label", "model", "task", "same"}, "margins": [the published row, "measured":
                            {"log2", "linear": {"value", "low", "high"}} or null, "direction"}], "accuracies": [the
                            published row, "measured": {"accuracy", "low", "high", "L", "difference"} or null]}
+  dms ledger --json        {"claims": [{"claim", "where", "measured", "published", "verdict", "needs"}], all text}
 """
 
 
@@ -21,6 +22,10 @@ def add_commands(add) -> None:
     command.add_argument("--task", help="its benchmark, likewise")
     command.add_argument("--markdown", type=Path, metavar="FILE", help="write the Markdown to this file")
     command.add_argument("--figure", type=Path, metavar="FILE", help="also draw it to this PNG or SVG file")
+    command = add("ledger", run_ledger, "the paper's claims, one a row, with what was measured and a verdict")
+    command.add_argument("--runs", type=Path, default=ROOT / "runs", metavar="DIR",
+                         help="as given to dms reproduce; the run must be finished")  # fmt: skip
+    command.add_argument("--profile", default="tiny", help="smoke or tiny (default: tiny)")
 
 
 def run_published(args) -> dict:
@@ -40,6 +45,23 @@ def run_published(args) -> dict:
     if args.figure:
         draw(summary, args)
     return result
+
+
+def run_ledger(args) -> dict:
+    from dataclasses import asdict
+
+    from dms_core.ledger import gather, make_ledger, markdown
+    from dms_core.pipeline import Pipeline
+    from dms_core.profiles import get_profile
+
+    profile = get_profile(args.profile)
+    directory = args.runs / profile.name
+    if not (directory / "curves.json").exists():
+        raise ValueError(f"{directory}: holds no finished run; dms reproduce --profile {profile.name} makes one")
+    claims = make_ledger(gather(Pipeline(profile, directory), ROOT / "data" / "results"))
+    if not args.json:
+        print(markdown(claims))
+    return {"claims": [asdict(claim) for claim in claims]}
 
 
 def draw(summary: dict, args) -> None:
