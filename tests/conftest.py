@@ -63,3 +63,20 @@ def tiny_model():
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def load(tmp_path):
+    """A task from a file with these rows, or with the one of ``benchmark_rows``."""
+    import json
+
+    from benchmark_rows import ROWS
+
+    from dms_core.tasks import get_task
+
+    def load(name, *rows, **options):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows or [ROWS[name]]))
+        return get_task(name, file, **options)
+
+    return load

@@ -1,53 +1,20 @@
 """Benchmarks: rows from local files, prompts, reading an answer, when it was complete, and who grades it."""
 
-import base64
 import json
-import os
-import pickle
 import threading
 import time
-import zlib
 
 import pytest
+from benchmark_rows import AIME, ROWS
 from transformers import PreTrainedTokenizerFast
 
 from dms_core.tasks import TASKS, get_task, sandbox, task_class
 from dms_core.tasks.base import TaskProblem
 from dms_core.tasks.boxed import boxes
 from dms_core.tasks.gpqa import GPQADiamond
-from dms_core.tasks.livecodebench import LiveCodeBench, load_tests, same_output, unpack
+from dms_core.tasks.livecodebench import LiveCodeBench
 from dms_core.tasks.program_traces import ProgramTraces
 from dms_core.tasks.reasoner import make_tokenizer
-
-CASES = json.dumps([{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}])
-AIME = {"id": 60, "problem": "What is $1 + 1$?", "solution": "2", "answer": "033", "url": "", "year": "2024"}
-ROWS = {
-    "aime24": AIME,
-    "aime25": AIME | {"id": "1", "answer": 70},
-    "math500": {"problem": "?", "answer": "\\frac{1}{2}", "subject": "Algebra", "level": 2, "unique_id": "t/1.json"},
-    "gpqa_diamond": {
-        "Record ID": "rec1", "Question": "A made-up question?", "Correct Answer": "yes", "Incorrect Answer 1": "no",
-        "Incorrect Answer 2": "perhaps", "Incorrect Answer 3": "never", "Canary String": "",
-    },
-    "livecodebench": {
-        "question_title": "Sum", "question_content": "Add {two} <QUESTION> numbers.", "platform": "atcoder",
-        "question_id": "abc1", "contest_id": "abc", "contest_date": "2024-08-01T00:00:00", "starter_code": "",
-        "difficulty": "easy", "public_test_cases": CASES, "private_test_cases": "[]", "metadata": "{}",
-    },
-    "programs": {"prompt": "?j;j=3;!", "answer": "3", "variables": 1},
-}  # fmt: skip
-
-
-@pytest.fixture
-def load(tmp_path):
-    """A task from a file with these rows."""
-
-    def load(name, *rows, **options):
-        file = tmp_path / f"{name}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows or [ROWS[name]]))
-        return get_task(name, file, **options)
-
-    return load
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -266,74 +233,6 @@ def test_options_are_shuffled_by_the_recorded_seed_and_the_gold_letter_follows(l
         assert f"\n{problem.gold}) yes" in problem.question + "\n"
         assert problem.metadata == {"order": problem.metadata["order"], "shuffle": 0}
         assert task.grade(problem.gold, problem) and not task.grade(None, problem)
-
-
-def test_livecodebench_keeps_to_the_window_with_both_its_days(load):
-    days = ["2024-07-31", "2024-08-01T00:00:00", "2025-01-31T23:00:00", "2025-02-01"]
-    rows = [ROWS["livecodebench"] | {"question_id": day, "contest_date": day} for day in days]
-    assert [p.id for p in load("livecodebench", *rows).problems] == days[1:3]
-    assert [p.id for p in load("livecodebench", *rows, start="2025-02-01", end="2025-02-01").problems] == days[3:]
-    with pytest.raises(ValueError, match="no problem from 2026-01-01 to 2026-02-01; those given are from 2024-07-31"):
-        load("livecodebench", *rows, start="2026-01-01", end="2026-02-01")
-    with pytest.raises(ValueError, match="start 'August': must be a date"):
-        load("livecodebench", *rows, start="August")
-
-
-def packed(value) -> str:
-    return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch /tmp/evil",)
-
-
-def test_packed_tests_are_read_and_a_pickle_that_calls_is_refused(load):
-    row = ROWS["livecodebench"] | {"private_test_cases": packed(CASES)}
-    (problem,) = load("livecodebench", row).problems
-    assert load_tests(problem) == [{"input": "1 2\n", "output": "3\n"}] * 2
-    with pytest.raises(pickle.UnpicklingError, match="system"):
-        unpack(packed(Evil()))
-    (problem,) = load("livecodebench", row | {"private_test_cases": packed(Evil())}).problems
-    with pytest.raises(ValueError, match="problem abc1: private_test_cases cannot be read"):
-        load_tests(problem)
-    for broken in ("not base64!", base64.b64encode(b"no zlib").decode(), json.dumps([{"input": "1"}])):
-        (problem,) = load("livecodebench", row | {"private_test_cases": broken}).problems
-        with pytest.raises(ValueError, match="problem abc1: private_test_cases cannot be read"):
-            load_tests(problem)
-
-
-def test_outputs_are_compared_by_line_and_numbers_by_value():
-    assert same_output(" 1 2 \n3\n\n", "1 2\n3") and same_output("1.0 2", "1 2.00") and same_output("Yes", "Yes\n")
-    for printed in ("1 2", "1 2\n4", "1  2 3\n3", "yes\n3", ""):
-        assert not same_output(printed, "1 2\n3")
-    assert not same_output("50000000000000001", "50000000000000000") and not same_output("yes", "Yes")
-
-
-@pytest.mark.skipif(sandbox.why_not() is not None, reason=f"no sandbox here: {sandbox.why_not()}")
-def test_programs_must_pass_every_test(load):
-    more = json.dumps([{"input": "5 5\n", "output": "10\n"}])
-    (problem,) = (task := load("livecodebench", ROWS["livecodebench"] | {"private_test_cases": packed(more)})).problems
-    assert task.grade("print(sum(map(int, input().split())))", problem)
-    assert (
-        not task.grade("print(3)", problem) and not task.grade("print(sum(", problem) and not task.grade(None, problem)
-    )
-    tests = json.dumps([{"input": '"ab"\n2', "output": '["ab", "ab"]'}])
-    row = ROWS["livecodebench"] | {"public_test_cases": tests, "metadata": '{"func_name": "twice"}'}
-    row["starter_code"] = "class Solution:\n    def twice(self, s: str, n: int) -> List[str]:\n        "
-    (problem,) = (task := load("livecodebench", row)).problems
-    assert "You will use the following starter code" in problem.question and row["starter_code"] in problem.question
-    assert task.grade(row["starter_code"] + "return (s,) * n", problem)
-    assert not task.grade(row["starter_code"] + "return [s]", problem)
-
-
-def test_programs_are_not_graded_where_nothing_confines_them(load, monkeypatch):
-    monkeypatch.setattr(sandbox, "why_not", lambda: "bwrap (bubblewrap) is not installed")
-    task = load("livecodebench")
-    with pytest.raises(ValueError, match="programs cannot be confined here"):
-        task.grade("print(3)", task.problems[0])
-    task = load("livecodebench", unsafe=True)
-    assert task.grade("print(3)", task.problems[0]) and not task.grade("print(4)", task.problems[0])
 
 
 def test_reasoning_gym_scores_its_own_answers_and_evaluates_nothing_outside_the_sandbox(tmp_path):

@@ -9,6 +9,7 @@ except ValueError as error:
     raise WorkflowError(str(error)) from error
 
 BASE = [ROOT / "data" / "reasoner" / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
+RESULTS = ROOT / "data" / "results"
 GLUE = [ROOT / "dms_core" / "pipeline.py"]
 MODULES = {  # what a stage runs; profiles are no sources, since their values are parameters
     "retrofit": ["dms_core.retrofit", "dms_core.checkpoint", "dms_core.tasks.dataset"],
@@ -18,7 +19,7 @@ MODULES = {  # what a stage runs; profiles are no sources, since their values ar
 }
 SOURCES = {kind: [*GLUE, *sources(modules)] for kind, modules in MODULES.items()}
 CHAPTER_STAGES = {  # chapters that need no stage; the others wait for all of them
-    "01_bottleneck": [], "02_gate": [], "03_delayed_eviction": [], "04_kernels": [],
+    "01_bottleneck": [], "02_gate": [], "03_delayed_eviction": [], "04_kernels": [], "08_real_model": [],
     "05_retrofit": ["retrofit-dms", f"held-out-dms-cr{STAGES['retrofit-dms'].method.cr:g}"],
 }
 RUN_PARAMETERS = {"profile": S["profile"], "seed": S["seed"], "run_dir": relpath(RUN, ROOT / "notebooks")}
@@ -34,8 +35,12 @@ def chapter_stages(chapter):
 
 
 def chapter_data(chapter):
-    return {"01_bottleneck": [], "02_gate": [], "03_delayed_eviction": BASE,
-            "04_kernels": [ROOT / "data" / "results" / "kernels-cpu.json"]}.get(chapter, [*BASE, *PUBLISHED])
+    stored = {
+        "01_bottleneck": [], "02_gate": [], "03_delayed_eviction": BASE, "04_kernels": [RESULTS / "kernels-cpu.json"],
+        "07_ablations": [*BASE, *PUBLISHED, *sorted(RESULTS.rglob("*.json"))],
+        "08_real_model": [RESULTS / "smollm2.json", RESULTS / "smollm2-tokens.json"],
+    }
+    return stored.get(chapter, [*BASE, *PUBLISHED])
 
 
 def stage_of(wildcards, kind):
