@@ -139,10 +139,9 @@ def _against_dmc(evidence: Evidence) -> Claim:
     text = "DMS needs far fewer training tokens than DMC"
     rows = published.table(1).query("task == 'GSM8K' and cr == 4").set_index("method")["value"]
     told = f"GSM8K, Llama 3.2 1B, CR 4, equal training: DMS {rows['dms']}, DMC {rows['dmc']} (Table 1)"
-    study = evidence.stored.get("dmc")
-    if study is None:
+    runs = {run["arm"]: run for run in evidence.stored.get("dmc", {"runs": []})["runs"]}
+    if not {"dms", "dmc"} <= runs.keys():
         return Claim(text, "—", "no stored comparison", told, NOT_TESTED, "CPU")
-    runs = {run["arm"]: run for run in study["runs"]}
     measured = "; ".join(
         f"{name} CR {run['held_out']['cr_decisions']:.2f}, {run['sampled']['accuracy']:.1f} % "
         f"[{run['sampled']['low']:.1f}, {run['sampled']['high']:.1f}]"
@@ -183,6 +182,11 @@ def _delay(evidence: Evidence) -> Claim:
             verdict = (
                 f"{verdict}; over seeds {_verdict(mean['low'], mean['high'], evidence.stored['seeds']['problems'])}"
             )
+    for study in evidence.stored.get("ablations", {}).values():
+        for row in study["pairs"]:
+            if (row["a"], row["b"]) == ("immediate-w16", "dms"):
+                turned = wording.points(-row["difference"], -row["high"], -row["low"])
+                measured += f"; after {study['recipe']['steps']} steps: {turned}"
     return Claim(
         "Delayed eviction is far better than immediate", "{ref}`07 <sec-immediate>`", measured,
         "“far worse”, a figure without numbers (section 5.3)", verdict, "longer windows; real models on a GPU",
