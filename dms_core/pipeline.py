@@ -131,8 +131,13 @@ class Pipeline:
         return summary
 
     def grid(self) -> dict:
-        """``summary``'s points, margins and differences with the training-free methods; also written to grid.json."""
+        """``summary``'s points, margins and differences with the training-free methods; also written to grid.json.
+
+        What is not there yet is trained and sampled.
+        """
         began = time.time()
+        for method in self.variants:
+            self.retrofit(method)
         records = [record for method in self.grid_methods() for record in self.records(method)]
         summary = summarise(records, list(self.profile.lengths), list(self.profile.widths))
         summary |= {

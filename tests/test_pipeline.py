@@ -67,3 +67,14 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
     assert "dms.json" in capsys.readouterr().err
     with pytest.raises(ValueError, match="nano"):
         get_profile("nano")
+
+
+@pytest.mark.slow
+def test_the_grid_trains_and_samples_what_is_not_there_yet(tmp_path):
+    recipe = replace(SMOKE.recipe, final_cr=2.0, steps_per_unit=1, rests=((2.0, 1),), batch=2)
+    quick = replace(SMOKE, recipe=recipe, crs=(2.0,), problems=2, chains=1, lengths=(8,), widths=(1,), held_out=2)
+    result = Pipeline(quick, tmp_path).grid()
+    assert {point["method"] for point in result["points"]} == {
+        "vanilla", "dms", "dms-immediate", "tova", "h2o", "quest", "streaming-llm",
+    }  # fmt: skip
+    assert (tmp_path / "grid.json").exists()
