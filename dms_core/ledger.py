@@ -101,7 +101,7 @@ def _margins(evidence: Evidence) -> list[Claim]:
 def _published_margins(axis: str) -> str:
     rows = published.margins().query(f"axis == '{axis}' and a == 'dms' and b == 'vanilla'")
     means = rows.groupby("task", sort=False)["value"].mean()
-    listed = ", ".join(f"{task} {value:+.1f}" for task, value in means.items()).replace("-", "−")
+    listed = ", ".join(f"{task} {f'{value:+.1f}'.replace('-', '−')}" for task, value in means.items())
     return f"mean of three sizes: {listed} (Table {rows['table'].iloc[0]})"
 
 
