@@ -42,6 +42,8 @@ class Variant:
 class Pipeline:
     """The main job of one profile in one run directory."""
 
+    aggregate, label = "vote", "this book"  # how W chains count; what its curves are called
+
     def __init__(self, profile: Profile, root: Path | str, base: Path | str = REASONER_DIR, seed: int = 0) -> None:
         self.profile, self.root, self.base, self.seed = profile, Path(root), Path(base), seed
         self.tokenizer = load_tokenizer(base)
@@ -136,8 +138,6 @@ class Pipeline:
         What is not there yet is trained and sampled.
         """
         began = time.time()
-        for method in self.variants:
-            self.retrofit(method)
         records = [record for method in self.grid_methods() for record in self.records(method)]
         summary = summarise(records, list(self.profile.lengths), list(self.profile.widths))
         summary |= {
@@ -157,7 +157,12 @@ class Pipeline:
     def _model(self, method: Method):
         if method.name == "vanilla" or self._baseline(method):
             return attach(load_base(self.base), self.profile.dms)  # gates stay off; the same cache and counters
+        self.retrofit(method.name)
         return load_model(self.checkpoint(method.name, method.cr))
+
+    def parameters(self) -> int:
+        """Weights of the base model."""
+        return load_base(self.base).num_parameters()
 
     def _retrofit_dir(self, variant: Variant) -> Path:
         facts = [asdict(variant), self.base_fingerprint]
