@@ -254,7 +254,7 @@ def verdict(specific: dict, against_dense: dict) -> str:
     """Content moved if the window carries more than the control span, and more than in the dense model."""
     more = [d["difference_low"] > 0 for d in (specific, against_dense)]
     numbers = (
-        "effect of the window {difference:+.1f} % of the log-odds [{difference_low:+.1f}, {difference_high:+.1f}] "
+        "effect of the window {difference:+.2f} % of the log-odds [{difference_low:+.2f}, {difference_high:+.2f}] "
     )
     listed = f"{numbers.format(**specific)}beyond the control span, {numbers.format(**against_dense)}beyond dense"
     if all(more):
