@@ -113,14 +113,11 @@ class Ablations(Pipeline):
         """
         file = self.facts_file(name)
         if not file.exists():
-            cr, profile = self.profile.compare_cr, self.profile
+            cr = self.profile.compare_cr
             seconds = self.retrofit(name)["seconds"]
             held = self.held_out(name, cr)
-            right = np.zeros(profile.problems)
-            records = self.records(Method(name, cr))
-            for record in records:
-                right[record["problem"]] += record["correct"] / profile.chains
-            tokens = float(np.mean([record["tokens"] for record in records]))
+            right = self.right(Method(name, cr))
+            tokens = float(np.mean([record["tokens"] for record in self.records(Method(name, cr))]))
             facts = {"held_out": held, "seconds": seconds, "tokens": tokens, "right": right.tolist()}
             file.write_text(json.dumps(facts, indent=1) + "\n")
         return json.loads(file.read_text())

@@ -5,7 +5,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 HELP = """\
-  dms grid --json          as dms curves, with "seconds": what was not kept from earlier runs is sampled
+  dms grid --json          as dms curves, with "seconds": what was not kept from earlier runs is trained and sampled
 """
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dms_core import published, wording
+from dms_core.latency import ARCHITECTURES, kv_share
 from dms_core.pipeline import Pipeline
 from dms_core.report import style_of
 
@@ -126,12 +127,18 @@ def _fixed_budget(evidence: Evidence) -> Claim:
 
 def _schedule(evidence: Evidence) -> Claim:
     held, target = evidence.held, evidence.target
-    near = abs(held["cr_decisions"] / target - 1) <= 0.1
+    rows = evidence.stored.get("seeds", {"rows": []})["rows"]
+    others = [row["cr_decisions"] for row in rows if (row["method"], row["cr"]) == ("dms", target)]
+    measured = (
+        f"{evidence.steps} steps, CR {held['cr_decisions']:.2f} by decisions for a target of {target:g} on held-out "
+        f"data; live {held['cr_live']:.2f}"
+    )
+    measured += f"; stored retrofits: {', '.join(f'{cr:.2f}' for cr in others)}" if others else ""
+    least, most = min([held["cr_decisions"], *others]) / target, max([held["cr_decisions"], *others]) / target
+    verdict = f"disagrees ({1 - least:.0%} short)" if least < 0.9 else f"agrees (at most {max(most - 1, 0):.0%} over)"
     return Claim(
         "About a hundred steps per unit of CR suffice, and one run gives every ratio", "{ref}`05 <sec-held-out>`",
-        f"{evidence.steps} steps, CR {held['cr_decisions']:.2f} by decisions for a target of {target:g} on held-out "
-        f"data; live {held['cr_live']:.2f}",
-        "CR 8 at step 700", "agrees (within a tenth)" if near else "disagrees (not within a tenth)", GPU,
+        measured, "CR 8 at step 700", verdict, GPU,
     )  # fmt: skip
 
 
@@ -208,8 +215,8 @@ def _absorbed(evidence: Evidence) -> Claim:
         numbers = (moved[key] for key in ("difference", "difference_low", "difference_high"))
         value, low, high = (f"{x:+.2f}".replace("-", "−") for x in numbers)
         measured = f"{value} % of the log-odds [{low}, {high}] sit in the window's tokens"
-        above = moved["difference_low"] > 0
-        verdict = "agrees" if above else "no sign of it: a head keeps every digit that is needed"
+        kept = f"; some head keeps the digit in {study['kept_somewhere']:.0f} % of the look-ups"
+        verdict = "agrees" if moved["difference_low"] > 0 else f"no sign of it{kept}"
     return Claim(
         "In the window, later tokens absorb what the leaving one holds", "{ref}`07 <sec-delay>`", measured,
         "asserted (section 3.2)", verdict, "a model whose heads drop what it needs",
@@ -241,9 +248,13 @@ def _rests(evidence: Evidence) -> Claim:
 
 
 def _latency() -> Claim:
+    model, batch, context = ARCHITECTURES["llama-3.1-8b"], 256, 8192
+    dense, ours = (kv_share(model, batch, context, cr) for cr in (1, 8))
     return Claim(
-        "Reading the cache dominates the latency of long generations", "[01](01_bottleneck)", "the latency model",
-        "Fig. 9", "the model's figure is reproduced", "timings on a GPU",
+        "Reading the cache dominates the latency of long generations", "[01](01_bottleneck)",
+        f"roofline model, Llama 3.1 8B, batch {batch}, {context} tokens: {dense:.0%} of the bytes read, "
+        f"{ours:.0%} at CR 8",
+        "Fig. 9", "agrees, by the same model" if dense > 0.5 else "disagrees", "timings on a GPU",
     )  # fmt: skip
 
 

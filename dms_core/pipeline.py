@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from dms_core.baselines import Baseline, Quest, get_baseline
 from dms_core.checkpoint import load_base, load_model
 from dms_core.config import DMSConfig
@@ -109,6 +111,13 @@ class Pipeline:
             self._model(method), self.tokenizer, task, method, profile.chains, config, self.root / "records",
             self._baseline(method),
         )  # fmt: skip
+
+    def right(self, method: Method) -> np.ndarray:
+        """For each test problem the share of its chains, at the largest L, with the right answer: (P,)."""
+        right = np.zeros(self.profile.problems)
+        for record in self.records(method):
+            right[record["problem"]] += record["correct"] / self.profile.chains
+        return right
 
     def run(self) -> dict:
         """Every stage in order; returns the summary."""

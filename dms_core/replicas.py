@@ -34,13 +34,6 @@ class Replicas(Pipeline):
                 recipe = replace(variant.recipe, seed=seed)
                 self.variants[_name(name, seed, self.seed)] = Variant(variant.method, variant.dms, recipe)
 
-    def right(self, method: Method) -> np.ndarray:
-        """For each test problem the share of its chains, at the largest L, with the right answer: (P,)."""
-        right = np.zeros(self.profile.problems)
-        for record in self.records(method):
-            right[record["problem"]] += record["correct"] / self.profile.chains
-        return right
-
     def result(self) -> dict:
         """Train, sample and compare, or read what is there; ready for JSON.
 
@@ -71,9 +64,7 @@ class Replicas(Pipeline):
         }  # fmt: skip
 
     def _seed_right(self, method: str, cr: float, seed: int) -> np.ndarray:
-        name = _name(method, seed, self.seed)
-        self.retrofit(name)
-        return self.right(Method(name, cr))
+        return self.right(Method(_name(method, seed, self.seed), cr))
 
     def _row(self, key: tuple[str, float], place: int, right: np.ndarray, dense: np.ndarray) -> dict:
         (method, cr), seed = key, self.seeds[place]
