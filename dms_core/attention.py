@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from dms_core.cache_base import RowCache
+from dms_core.cache.base import RowCache
 from dms_core.gate import hard_decisions, keyed_noise, sample_noise, soft_decisions
 from dms_core.visibility import align_decisions
 from dms_kernels import train_attention

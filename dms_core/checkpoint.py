@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dms_core import interop
 from dms_core.config import DMSConfig
-from dms_core.files import HUB_OPTIONS, local_directory, read_object, read_safetensors
+from dms_core.hub_files import HUB_OPTIONS, local_directory, read_object, read_safetensors
 from dms_core.model import attach, detach
 
 SETTINGS, GATES = "dms.json", "dms_gates.safetensors"

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from dms_core.config import DMSConfig
-from dms_core.files import read_object, read_safetensors
+from dms_core.hub_files import read_object, read_safetensors
 
 CONFIG, ADAPTERS, MARK = "config.json", "dms_adapters.safetensors", "dms_proj_alpha"
 BLOCK = 256  # their default of dms_paged_attention_block_size; they require dms_window_size > it

@@ -15,8 +15,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from dms_core.attention import NAME, Step
-from dms_core.cache import DMSCache
-from dms_core.cache_base import RowCache
+from dms_core.cache.base import RowCache
+from dms_core.cache.dms import DMSCache
 from dms_core.config import DMSConfig
 from dms_core.gate import AdapterGate, gate_logits, read_neuron
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dms_core.cache import DMSCache
-from dms_core.cache_base import RowCache
+from dms_core.cache.base import RowCache
+from dms_core.cache.dms import DMSCache
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def load(tmp_path):
 
     from benchmark_rows import ROWS
 
-    from dms_core.tasks import get_task
+    from companion.tasks import get_task
 
     def load(name, *rows, **options):
         file = tmp_path / f"{name}.jsonl"

@@ -14,7 +14,7 @@ def sampling_hours(arch, hardware, gpus: int, task: dict, cr: float, memory_cr: 
 
     memory_cr: what the cache holds less; 1 for a method such as Quest, that reads less but keeps everything.
     """
-    from dms_core import latency
+    from companion.cost import latency
 
     whole = replace(hardware, flops=gpus * hardware.flops, bandwidth=gpus * hardware.bandwidth)
     length, chains = max(task["lengths"]), task["problems"] * task["chains"]
@@ -30,8 +30,8 @@ def lines(settings: dict, device: str = "h100") -> list[str]:
     """The estimate as text."""
     if "profile" in settings:
         return [f"profile {settings['profile']}: no GPU; LOG.md has the minutes it took on two CPU cores"]
-    from dms_core.latency import DEVICES, Architecture
-    from dms_core.planner import RETROFIT_HOURS, find_architecture
+    from companion.cost.latency import DEVICES, Architecture
+    from companion.cost.planner import RETROFIT_HOURS, find_architecture
 
     name = settings["architecture"] or settings["model"]
     arch = Architecture(**name) if isinstance(name, dict) else find_architecture(name)

@@ -13,7 +13,11 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"dms_core": ROOT / "dms_core", "dms_kernels": ROOT / "kernels" / "dms_kernels"}
+PACKAGES = {
+    "dms_core": ROOT / "dms_core",
+    "companion": ROOT / "companion",
+    "dms_kernels": ROOT / "kernels" / "dms_kernels",
+}
 ASIDE = ("benchmarks", "aot.py")  # of dms_kernels: part of a run only where imported by name
 
 

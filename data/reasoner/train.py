@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from dms_core.optim import make_optimizer
-from dms_core.tasks.programs import SPLITS, Problem, make_problem
-from dms_core.tasks.reasoner import REASONER_DIR, encode_problem, make_model, make_tokenizer
+from companion.paths import REASONER
+from companion.tasks.programs import SPLITS, Problem, make_problem
+from companion.tasks.reasoner import encode_problem, make_model, make_tokenizer
+from dms_core.train.optim import make_optimizer
 
 TOKENS_PER_STEP = 8192
 PROMPT_WEIGHT = 0.1  # the prompt is mostly random; learning to parse it helps a little
@@ -88,7 +89,7 @@ def overlap(seed: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=REASONER_DIR)
+    parser.add_argument("--out", type=Path, default=REASONER)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--check", action="store_true", help="only count evaluation prompts in the training stream")
     args = parser.parse_args()

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dms_core.cache import sliding_layer
-from dms_core.cache_base import RowCache, RowLayer, prepared, take, tokens_first
+from dms_core.cache.base import RowCache, RowLayer, prepared, take, tokens_first
+from dms_core.cache.dms import sliding_layer
 
 BLOCK = 256  # queries whose attention weights are held at once in a prefill
 ROUND = 1e-6  # tokens: a quotient this close below a whole number counts as that number

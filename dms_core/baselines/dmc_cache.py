@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dms_core.cache_base import RowCache, RowLayer, take
+from dms_core.cache.base import RowCache, RowLayer, take
 
 GROW = 64  # entries by which storage grows
 

@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from companion.provenance import describe
 from dms_core.baselines import TOVA, SnapKV, StreamingLLM
 from dms_core.baselines.tova import TOVALayer
 from dms_core.config import DMSConfig
-from dms_core.environment import describe
 from dms_core.model import attach
 
 CASE = {"prompt": 20, "total": 100, "cr": 4.0, "window": 8, "kernel": 5, "sinks": 4, "seeds": 2}

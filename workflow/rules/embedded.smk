@@ -1,7 +1,7 @@
 # The main job with the embedded model: stages, chapters, book, and the comparison with the published tables.
-from dms_core.pipeline import Pipeline
-from dms_core.profiles import get_profile
-from dms_core.stages import stages
+from companion.experiments.main import Pipeline
+from companion.experiments.profiles import get_profile
+from companion.experiments.stages import stages
 
 try:
     STAGES = stages(Pipeline(get_profile(S["profile"]), RUN, seed=S["seed"]))
@@ -10,12 +10,12 @@ except ValueError as error:
 
 BASE = [ROOT / "data" / "reasoner" / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
 RESULTS = ROOT / "data" / "results"
-GLUE = [ROOT / "dms_core" / "pipeline.py"]
+GLUE = [ROOT / "companion" / "experiments" / "main.py"]
 MODULES = {  # what a stage runs; profiles are no sources, since their values are parameters
-    "retrofit": ["dms_core.retrofit", "dms_core.checkpoint", "dms_core.tasks.dataset"],
-    "held-out": ["dms_core.measure", "dms_core.checkpoint", "dms_core.tasks.dataset"],
-    "records": ["dms_core.scaling", "dms_core.sampling", "dms_core.checkpoint", "dms_core.model"],
-    "summary": ["dms_core.curves"],
+    "retrofit": ["dms_core.train.retrofit", "dms_core.checkpoint", "companion.tasks.dataset"],
+    "held-out": ["companion.experiments.heldout", "dms_core.checkpoint", "companion.tasks.dataset"],
+    "records": ["companion.records", "dms_core.sampling", "dms_core.checkpoint", "dms_core.model"],
+    "summary": ["dms_core.budgets.curves"],
 }
 SOURCES = {kind: [*GLUE, *sources(modules)] for kind, modules in MODULES.items()}
 CHAPTER_STAGES = {  # chapters that need no stage; the others wait for all of them
@@ -130,7 +130,7 @@ rule summary:
 rule curves:
     input:
         f"{RUN}/stages/summary.json",
-        sources=sources(["dms_core.report"]),
+        sources=sources(["companion.figures.style"]),
     output:
         f"{RUN}/curves.png",
     localrule: True
@@ -142,7 +142,7 @@ rule published:
     input:
         PUBLISHED,
         f"{RUN}/stages/summary.json",
-        sources=sources(["dms_core.published_plot", "dms_core.cli_published"]),
+        sources=sources(["companion.claims.published_plot", "companion.cli.published"]),
     output:
         markdown=f"{RUN}/published.md",
         json=f"{RUN}/published.json",
@@ -157,7 +157,7 @@ rule book:
         expand(f"{RUN}/notebooks/{{chapter}}.ipynb", chapter=NOTEBOOKS),
         pages=[path for path in sorted((ROOT / "book").glob("*")) if path.is_file()],
         extensions=sorted((ROOT / "book" / "_ext").glob("*.py")),
-        sources=sources(["dms_core.bookbuild"]),
+        sources=sources(["companion.bookbuild"]),
     output:
         f"{RUN}/book/_build/html/index.html",
     log:

@@ -4,7 +4,7 @@ CHOSEN = S["notebooks"] or {}
 if unknown := set(CHOSEN) - set(NOTEBOOKS):
     raise WorkflowError(f"notebooks: unknown {', '.join(sorted(unknown))}; there are {', '.join(NOTEBOOKS)}")
 if CHOSEN:
-    from dms_core.reproduce import check_parameters
+    from companion.book import check_parameters
 
     for chapter, values in CHOSEN.items():
         try:

@@ -1,0 +1,72 @@
+"""One figure of a run beside the paper's tables: curves, margins, and accuracies at a fixed budget."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from companion.claims.published import AXES, compare, read, size_of
+from companion.figures import style as report
+
+
+def plot_comparison(summary: dict, model: str | None = None, task: str | None = None) -> Figure:
+    """Top: the run's curves. Middle: margins over vanilla. Bottom: differences to vanilla with one chain.
+
+    Arguments as of ``published.compare``.  Grey lines in the curves: pass@1 of the original model, by its makers.
+    """
+    comparison = compare(summary, model, task)
+    layout = [["reads", "peak"], ["margins reads", "margins peak"], ["fixed", "fixed"]]
+    fig, axes = plt.subplot_mosaic(layout, figsize=(14, 13), layout="constrained")
+    for axis in ("reads", "peak"):
+        report.plot_curves(summary, axis, axes[axis])
+        _plot_pass1(axes[axis], comparison["run"])
+        rows = [row for row in comparison["margins"] if row["axis"] == axis and row["b"] == "vanilla"]
+        plot_margins_beside(rows, axes[f"margins {axis}"])
+        axes[f"margins {axis}"].set_title(f"at equal {AXES[axis]}", fontsize=10, pad=18)
+    plot_differences_beside(comparison["accuracies"], axes["fixed"])
+    fig.suptitle(f"Published, and measured by this run: {comparison['run']['label']}", fontsize=11)
+    return fig
+
+
+def plot_margins_beside(rows: list[dict], ax: Axes) -> Axes:
+    """Published margins over vanilla, and at the right those of the run on log2 axes, with their intervals."""
+    if not rows:
+        ax.set_axis_off()
+        return ax
+    shown = [{**row, "model": size_of(row["model"])} for row in rows]
+    own = {row["a"]: row["measured"]["log2"] for row in rows if row["measured"]}
+    report.plot_margins([*shown, *({"task": "this run", "model": "", "a": a, **own[a]} for a in own)], ax)
+    ax.legend(loc="best", fontsize=8)
+    return ax
+
+
+def plot_differences_beside(rows: list[dict], ax: Axes) -> Axes:
+    """Accuracy minus vanilla with one chain at the largest length: published per benchmark and model, then the run."""
+    places = list(dict.fromkeys((row["task"], size_of(row["model"])) for row in rows))
+    compressed = [row for row in rows if row["method"] != "vanilla"]
+    kinds = sorted({(row["method"], row["cr"]) for row in compressed})
+    for kind, shift in zip(kinds, np.linspace(-0.25, 0.25, len(kinds)), strict=True):
+        label, colour, marker = report.style_of(kind[0])
+        style = dict(color=colour, marker=marker, linestyle="", markerfacecolor=colour if kind[1] <= 4 else "none")
+        mine = [row for row in compressed if (row["method"], row["cr"]) == kind]
+        x = [places.index((row["task"], size_of(row["model"]))) + shift for row in mine]
+        ax.plot(x, [row["difference"] for row in mine], **style, label=f"{label}, CR {kind[1]:g}")
+        measured = next((row["measured"] for row in mine if row["measured"]), None)
+        if measured and measured["difference"]:
+            gap, at = measured["difference"], len(places) + shift
+            ax.plot(at, gap["difference"], **style)
+            ax.vlines(at, gap["low"], gap["high"], color=colour)
+    ax.axhline(0, color=report.STYLES["vanilla"][1], linewidth=1)
+    ax.axvline(len(places) - 0.5, color="#888888", linewidth=0.8)
+    names = [*(f"{task}, {size}" for task, size in places), "this run"]
+    ax.set_xticks(range(len(names)), names, fontsize=8, rotation=35, ha="right", rotation_mode="anchor")
+    ax.grid(axis="x", visible=False)
+    ax.set_ylabel("accuracy minus vanilla (points)")
+    ax.legend(loc="best", fontsize=8)
+    return ax
+
+
+def _plot_pass1(ax: Axes, run: dict) -> None:
+    rows = read("deepseek_r1_pass1.csv")
+    for value in rows[(rows["model"] == run["model"]) & (rows["task"] == run["task"])]["value"]:
+        ax.axhline(value, color="#888888", linestyle=":", linewidth=1)

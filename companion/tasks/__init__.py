@@ -1,0 +1,52 @@
+"""Benchmarks by name.  A task is loaded from the hub, from a local file of the same schema, or generated."""
+
+import inspect
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+
+from companion.tasks.base import Task, TaskProblem
+
+TASKS = {  # name: module and class, imported when asked for
+    "programs": ("program_traces", "ProgramTraces"),
+    "aime24": ("aime", "AIME24"),
+    "aime25": ("aime", "AIME25"),
+    "math500": ("math500", "MATH500"),
+    "gpqa_diamond": ("gpqa", "GPQADiamond"),
+    "livecodebench": ("livecodebench", "LiveCodeBench"),
+    "reasoning_gym": ("gym", "ReasoningGym"),
+}
+
+__all__ = ["TASKS", "Task", "TaskProblem", "get_task", "task_class"]
+
+
+def task_class(name: str) -> type[Task]:
+    """The class of a task; of ``reasoning_gym:chain_sum`` that of reasoning_gym.  ValueError for an unknown name."""
+    module, cls = TASKS.get(name.partition(":")[0], (None, None))
+    if module is None:
+        raise ValueError(f"task {name!r}: must be one of {sorted(TASKS)}, or reasoning_gym:DATASET")
+    return getattr(import_module(f"companion.tasks.{module}"), cls)
+
+
+def get_task(name: str, source: Path | str | None = None, limit: int | None = None, **options) -> Task:
+    """Load a task.
+
+    source: a local JSONL file in place of the hub.  limit: the first so many problems only.  options: the task's own,
+    such as seed, start and end, dataset and size.  Raises ValueError for an unknown name or option, for a bad row
+    (naming file, line and field), and where the hub cannot be reached.
+    """
+    cls = task_class(name)
+    if ":" in name:
+        options = {"dataset": name.partition(":")[2], **options}
+    allowed = [key for key in inspect.signature(cls).parameters if key != "source"]
+    unknown = [key for key in options if key not in allowed]
+    if unknown:
+        raise ValueError(f"task {name!r} has no option {unknown}; allowed: {allowed}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit {limit}: must be >= 1")
+    task = cls(source, **options)
+    twice = [key for key, count in Counter(problem.id for problem in task.problems).items() if count > 1]
+    if twice:
+        raise ValueError(f"task {name!r}: problems {twice[:3]} occur more than once; identifiers must differ")
+    task.problems = task.problems[:limit]
+    return task

@@ -1,0 +1,43 @@
+"""The embedded reasoner: a character tokenizer and a small Llama for program traces."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from companion.paths import REASONER
+from companion.tasks.programs import ALPHABET, Problem
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, plus ``<pad>`` (0) and ``<eos>`` (1)."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *ALPHABET])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left", model_max_length=1024
+    )
+
+
+def load_tokenizer(directory: Path | str = REASONER) -> PreTrainedTokenizerFast:
+    """The tokenizer saved beside a reasoner's weights."""
+    return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+def make_model(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
+    """A fresh reasoner: 4 layers of width 128, 4 query heads over 2 KV heads of 32, tied embeddings."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024,
+        tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=1, initializer_range=0.04,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def encode_problem(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> tuple[list[int], int]:
+    """Token ids of prompt, trace and ``<eos>``, and the prompt's length in tokens."""
+    prompt = tokenizer(problem.prompt)["input_ids"]
+    return prompt + tokenizer(problem.trace)["input_ids"] + [tokenizer.eos_token_id], len(prompt)

@@ -1,0 +1,178 @@
+"""What every cache here shares: rows that come and go, and budgets counted as in paper section 5.1.
+
+A layer stores new tokens and answers their queries in ``attend``, called by the ``dms`` attention function; it counts
+KV reads (items attended to at each decode step; prefill does not count) and says how many items it holds.  DMS
+(``dms_core.cache.dms``) and the training-free baselines (``dms_core.baselines``) differ in their layers alone.
+"""
+
+from typing import Self
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class RowLayer(CacheLayerMixin):
+    """One layer.  A subclass has attend, _allocate, _select, _copy, _empty, and the properties live, count, nbytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns = 0  # columns of the padded batch seen so far, what generate() calls the length
+        self.unread = False  # update() was called, attend() not yet
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        self.batch, self.heads = key_states.shape[:2]
+        self.like = key_states.new_empty(0, key_states.shape[-1])  # head dimension, dtype and device
+        self.reads = torch.zeros(self.batch, self.heads, dtype=torch.long, device=key_states.device)
+        self.peak = torch.zeros_like(self.reads)  # most live tokens before the last prefill
+        self._allocate()
+        self.is_initialized = True
+
+    # What transformers asks of a layer.
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Pass the new keys and values on to the ``dms`` attention function, which calls attend()."""
+        if self.unread:
+            raise ValueError("a DMSCache was given to a model that dms_core.attach has not prepared")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states)
+        if (self.batch, self.heads) != tuple(key_states.shape[:2]):
+            raise ValueError(
+                f"keys of {tuple(key_states.shape[:2])} (batch, KV heads): this cache holds {(self.batch, self.heads)}"
+            )
+        self.unread = True
+        self.columns += key_states.shape[2]
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+    def reset(self) -> None:
+        self.columns, self.unread, self.is_initialized = 0, False, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(self.batch, device=self.reads.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if not self.is_initialized:
+            return
+        indices = indices.to(self.reads.device)
+        self._select(indices)
+        self.reads, self.peak = self.reads[indices], self.peak[indices]
+        self.batch = len(indices)
+
+    # Rows one by one.
+
+    def put(self, indices: Tensor, other: Self, source: Tensor) -> None:
+        """Batch rows ``indices`` become copies of rows ``source`` of another layer of the same shape."""
+        self._copy(indices, other, source)
+        self.reads[indices], self.peak[indices] = other.reads[source], other.peak[source]
+
+    def clear(self, indices: Tensor) -> None:
+        """Empty batch rows ``indices``."""
+        self._empty(indices)
+        for counter in (self.reads, self.peak):
+            counter[indices] = 0
+
+    def trim(self) -> None:
+        """Give memory that is not needed back to the allocator."""
+
+
+class RowCache(Cache):
+    """A cache for a model prepared by ``dms_core.attach``.  Works with ``model.generate`` and by hand.
+
+    A subclass has ``_new``, an empty cache like it, and ``config``, its settings.
+    """
+
+    config: object
+
+    def empty_like(self, batch: int) -> Self:
+        """An empty cache of ``batch`` rows with this one's settings, heads, dtype and device."""
+        other = self._new()
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            theirs.lazy_initialization(mine.like.new_empty(batch, mine.heads, 0, mine.like.shape[-1]))
+        return other
+
+    def check(self, dms) -> None:
+        """Raises ValueError if the cache was made for other settings than those of ``dms``, a model's gates."""
+        if self.config != dms.config:
+            raise ValueError(f"a cache made for {self.config}: this model has {dms.config}")
+
+    @property
+    def batch_size(self) -> int:
+        return self.layers[0].batch
+
+    def live_tokens(self) -> Tensor:
+        """Live tokens now, (layers, B, H)."""
+        return torch.stack([x.live for x in self.layers])
+
+    def tokens_seen(self) -> Tensor:
+        """Tokens each batch row has taken in, padding excluded: (B,)."""
+        return self.layers[0].count
+
+    def kv_reads(self) -> Tensor:
+        """Items attended to, summed over decode steps, (layers, B, H); prefill does not count (section 5.1)."""
+        return torch.stack([x.reads for x in self.layers])
+
+    def peak_tokens(self) -> Tensor:
+        """Most live items after any step so far, (layers, B, H).  Rows only shrink when more is prefilled."""
+        return torch.maximum(self.live_tokens(), torch.stack([x.peak for x in self.layers]))
+
+    def bytes_held(self) -> int:
+        """Bytes of all key and value tensors, unused room included."""
+        return sum(x.nbytes for x in self.layers if x.is_initialized)
+
+    def trim(self) -> None:
+        """Give unused room back to the allocator."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.trim()
+
+    def fork(self, chains: int) -> None:
+        """Repeat every row ``chains`` times, neighbours together: one prompt, many chains."""
+        if chains < 1:
+            raise ValueError(f"chains {chains}: must be >= 1")
+        self.batch_repeat_interleave(chains)
+
+    def put_rows(self, indices: Tensor, other: Self, source: Tensor) -> None:
+        """Rows ``indices`` become copies of rows ``source`` of ``other``: how a finished chain's row is refilled."""
+        if other.config != self.config or len(other.layers) != len(self.layers):
+            raise ValueError(f"rows of a cache with {other.config}: this one has {self.config}; both must be the same")
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.put(indices, theirs, source)
+
+    def reset_rows(self, indices: Tensor) -> None:
+        """Empty single rows."""
+        for layer in self.layers:
+            layer.clear(indices)
+
+    def name_streams(self, indices: Tensor, streams: Tensor) -> None:
+        """Rows ``indices`` draw from the random streams ``streams`` (int64) from now on; only some methods draw."""
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, H, S, D), index (B, H, N): (B, H, N, D)."""
+    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
+
+
+def tokens_first(valid: Tensor) -> Tensor:
+    """An order of the columns of ``valid`` (B, T) that puts tokens first and padding behind them: (B, T)."""
+    return torch.argsort((~valid).to(torch.int8), dim=1, stable=True)
+
+
+def prepared(model):
+    """``model.dms``.  Raises ValueError if ``attach`` has not prepared the model."""
+    if getattr(model, "dms", None) is None:
+        raise ValueError(f"{type(model).__name__} has no DMS gates: call dms_core.attach(model, config) first")
+    return model.dms

@@ -1,1 +1,0 @@
-"""The recipes of the library, one YAML file each; ``dms_core.recipe`` reads them."""

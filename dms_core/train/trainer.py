@@ -1,0 +1,130 @@
+"""The retrofit's training loop on transformers' Trainer: targets, noise and loss weights of a step's global batch.
+
+A step's result does not depend on how its rows are cut into processes and accumulation steps: noise is keyed by a
+row's index in the global batch (``gate.keyed_noise``), losses are means over that batch (``distill.Totals``).
+"""
+
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from tqdm import tqdm
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from dms_core.checkpoint import save_model
+from dms_core.config import target_fraction
+from dms_core.gate import row_keys, warmup_factor
+from dms_core.train.losses import Totals
+
+
+class RetrofitTrainer(Trainer):
+    """Hands target, noise keys and totals to the Distiller, and keeps the parts of its loss for the log."""
+
+    def __init__(self, recipe, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.recipe = recipe
+        self.model_accepts_loss_kwargs = True  # the loss is a share of the step's mean: no division by accumulation
+        self.totals: Totals | None = None
+        self.parts: dict[str, torch.Tensor] = {}  # of the current step, summed over this process's batches
+        self.seen = 0  # batches of the current step that this process has had
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.zeros(1, 3, dtype=torch.float64)
+        for batch in samples:
+            labels, mask = batch["labels"], batch["attention_mask"]
+            counts += torch.stack([(labels[:, 1:] != -100).sum(), torch.tensor(len(labels)), mask.sum()]).cpu()
+        if self.args.world_size > 1:
+            counts = self.accelerator.gather(counts.to(device))
+        self.totals = Totals(*counts.sum(0).tolist())
+        self.parts, self.seen = {}, 0
+        return samples, self.totals.labelled
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        step, schedule = self.state.global_step, self.recipe.schedule
+        dms = self.model.student.dms
+        dms.evicting = step >= schedule.lead
+        dms.neuron_factor = 0.0 if dms.evicting else warmup_factor(step, schedule.lead)
+        first = (self.seen * self.args.world_size + self.args.process_index) * self.args.per_device_train_batch_size
+        labels = inputs["labels"]
+        dms.noise_keys = row_keys(self.recipe.seed, step, first, len(labels)).to(labels.device)
+        self.seen += 1
+        outputs = model(**inputs, alpha_target=target_fraction(schedule.cr(step)), totals=self.totals)
+        for name in ("kd", "aux", "evicted"):
+            self.parts[name] = self.parts.get(name, 0) + outputs[name]
+        loss = outputs["loss"] * self.args.world_size  # gradients, and the losses logged, are means over processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        """Tied weights are saved once."""
+        state = self.model.state_dict() if state_dict is None else state_dict
+        again = self.model._keys_to_ignore_on_save or ()
+        super()._save(output_dir, {name: tensor for name, tensor in state.items() if name not in again})
+
+    def log(self, logs: dict, *args, **kwargs) -> None:
+        if "loss" in logs and self.parts:
+            values = self.accelerator.reduce(torch.stack([part.float() for part in self.parts.values()]))
+            logs |= dict(zip(self.parts, values.tolist(), strict=True))
+            logs["cr_target"] = self.recipe.schedule.cr(max(self.state.global_step - 1, 0))
+            logs["cr_measured"] = 1 / (1 - min(logs["evicted"], 0.999))
+        super().log(logs, *args, **kwargs)
+
+
+class SaveFamily(TrainerCallback):
+    """Keeps the student at each integer CR."""
+
+    def __init__(self, recipe, student: PreTrainedModel, tokenizer, out: Path) -> None:
+        self.recipe, self.student, self.tokenizer, self.out = recipe, student, tokenizer, out
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        cr = self.recipe.schedule.saves().get(state.global_step)
+        if cr is None:
+            return
+        weights = full_state(model) if args.fsdp else None  # every process takes part
+        if state.is_world_process_zero:
+            directory = checkpoint_dir(self.out, cr)
+            save_model(self.student, directory, self.tokenizer, weights, cr=cr, step=state.global_step)
+
+
+def full_state(distiller) -> dict[str, torch.Tensor]:
+    """The student's weights gathered from their FSDP2 shards, on the first process; empty on the others."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(distiller, options=options)
+    return {name.removeprefix("student."): tensor for name, tensor in state.items()}
+
+
+def shard_teacher(teacher: PreTrainedModel, device: torch.device) -> None:
+    """FSDP2 on a teacher that is no part of the trained module: its layers are sharded, the rest is replicated.
+
+    Embeddings and output layer stay whole: they may be one tensor, and the loss calls the output layer by itself.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for layer in teacher.get_decoder().layers:
+        fully_shard(layer, mesh=mesh)
+
+
+class ProgressBar(TrainerCallback):
+    """One plain bar on standard error, in a terminal and in a notebook; the log itself goes to retrofit.json."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        show = state.is_world_process_zero
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="retrofit", mininterval=2, disable=not show
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.bar.set_postfix(
+            {key: f"{logs[key]:.3g}" for key in ("kd", "cr_target", "cr_measured") if key in logs}, refresh=False
+        )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def checkpoint_dir(out: Path | str, cr: float) -> Path:
+    return Path(out) / f"cr{cr:g}"

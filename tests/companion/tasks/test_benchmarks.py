@@ -1,0 +1,288 @@
+"""Benchmarks: rows from local files, prompts, reading an answer, when it was complete, and who grades it."""
+
+import json
+import threading
+import time
+
+import pytest
+from benchmark_rows import AIME, ROWS
+from transformers import PreTrainedTokenizerFast
+
+from companion.tasks import TASKS, get_task, task_class
+from companion.tasks.base import TaskProblem
+from companion.tasks.boxed import boxes
+from companion.tasks.gpqa import GPQADiamond
+from companion.tasks.livecodebench import LiveCodeBench
+from companion.tasks.program_traces import ProgramTraces
+from companion.tasks.reasoner import make_tokenizer
+from companion.tasks.sandbox import sandbox
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_local_file_of_the_schema_gives_the_task_and_a_prompt(load, name):
+    task = load(name)
+    (problem,) = task.problems
+    assert task.name == name and problem.id and task.messages(problem)[-1]["role"] == "user"
+    assert task.prompt_ids(make_tokenizer(), problem)
+    assert problem.question not in json.dumps([problem.id, problem.gold, problem.metadata])
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_bad_rows_name_file_line_and_field(load, tmp_path, name):
+    for field in type_checked(name):
+        short = {key: value for key, value in ROWS[name].items() if key != field}
+        with pytest.raises(ValueError, match=rf"{name}.jsonl, line 2: field '{field}' is missing; required"):
+            load(name, ROWS[name], short)
+        with pytest.raises(ValueError, match=rf"{name}.jsonl, line 1: field '{field}' is \[\]; allowed: (str|int)"):
+            load(name, ROWS[name] | {field: []})
+    for text, message in (
+        ("{", "line 1: not valid JSON"),
+        ("[1]", "line 1: a list; expected an object"),
+        ("", "no rows"),
+    ):
+        (tmp_path / "bad.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            get_task(name, tmp_path / "bad.jsonl")
+    with pytest.raises(ValueError, match="no such file"):
+        get_task(name, tmp_path / "none.jsonl")
+
+
+def type_checked(name):
+    module = __import__(task_class(name).__module__, fromlist=["DATA"])
+    return (getattr(module, "DATA", None) or task_class(name).data).fields
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "programs"])
+def test_without_the_hub_the_error_says_what_was_wanted_and_how_to_give_a_file(monkeypatch, name):
+    datasets = pytest.importorskip("datasets")
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(ValueError, match=r"cannot fetch dataset .*Couldn't reach.*local JSONL file \(source=") as error:
+        get_task(name)
+    assert ("gated: accept its terms" in str(error.value)) == (name == "gpqa_diamond")
+
+
+def test_names_options_and_limits_are_checked(load):
+    with pytest.raises(ValueError, match=r"task 'aime26': must be one of \['aime24'.*reasoning_gym:DATASET"):
+        get_task("aime26")
+    with pytest.raises(ValueError, match=r"task 'gpqa_diamond' has no option \['sede'\]; allowed: \['seed'\]"):
+        load("gpqa_diamond", sede=1)
+    with pytest.raises(ValueError, match="limit 0: must be >= 1"):
+        load("aime24", limit=0)
+    assert len(load("aime24", AIME, AIME | {"id": 61}, limit=1).problems) == 1
+    with pytest.raises(ValueError, match=r"problems \['60'\] occur more than once"):
+        load("aime24", AIME, AIME)
+    assert all(task_class(name).name == name for name in TASKS if name != "reasoning_gym")
+
+
+def test_a_chat_template_wraps_the_prompt_and_writes_the_special_tokens_itself():
+    class Tokenizer:
+        chat_template = "yes"
+
+        def apply_chat_template(self, messages, add_generation_prompt, tokenize):
+            assert add_generation_prompt and not tokenize
+            return "<bos>" + "".join(f"[{m['role']}]{m['content']}" for m in messages) + "[assistant]"
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": (["<bos>"] if add_special_tokens else []) + [text]}
+
+    task = object.__new__(LiveCodeBench)
+    (ids,) = task.prompt_ids(Tokenizer(), TaskProblem("1", "Q", None))
+    assert ids.startswith("<bos>[system]A conversation between") and ids.endswith("[user]Q[assistant]")
+
+
+# Reading answers.
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("\\boxed{1} then \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
+        ("\\boxed{ 7 } and \\boxed{8", "7"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\fbox {a}", "a"),
+        ("} { \\boxed{3}", "3"),
+        ("\\boxed{}", None),
+        ("the answer is 7", None),
+        ("\\boxed{\\text{a \\boxed{b}}}", "\\text{a \\boxed{b}}"),
+    ],
+)
+def test_the_last_closed_box_is_the_answer(load, text, answer):
+    assert load("aime24").extract(text) == answer
+
+
+def test_boxes_are_found_in_one_pass():
+    began = time.process_time()
+    assert list(boxes("\\boxed{" * 50_000 + "}")) == []
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("Answer: B", "B"),
+        ("answer: $C$", "C"),
+        ("**Answer:** D", "D"),
+        ("**Answer: (A)**", "A"),
+        ("The final answer is $\\boxed{\\text{B}}$", "B"),
+        ("Answer: A. No, wait. Answer: C", "C"),
+        ("Answer: $\\boxed{D}$.", "D"),
+        ("Answer: Butane", None),
+        ("Option B is wrong", None),
+        ("Answer: E", None),
+    ],
+)
+def test_the_last_stated_letter_is_the_answer(text, answer):
+    assert object.__new__(GPQADiamond).extract(text) == answer
+
+
+def test_the_last_closed_program_is_the_answer(load):
+    task = load("livecodebench")
+    text = "```python\na = 1\n```\nBetter:\n```python\nb = 2\nc = 3\n```\nDone.\n```python\nd"
+    assert task.extract(text) == "b = 2\nc = 3"
+    assert [text[:end].count("```") for end, _ in task.candidates(text)] == [2, 4]
+    assert task.extract("```python\nx") is None and task.extract("```\n```") is None
+
+
+@pytest.mark.parametrize(
+    "name, text, closing",
+    [
+        ("aime24", "\\boxed{3} no \\boxed{33} so \\boxed{33} end", "\\boxed{33}"),
+        ("gpqa_diamond", "Answer: A or Answer: B, that is Answer: B", "Answer: B"),
+        ("livecodebench", "```\nx\n```\nor\n```\ny\n```\nbye", "y\n```"),
+        ("programs", "a=3;#7;#8", "#7"),
+    ],
+)
+def test_an_answer_is_complete_with_the_token_that_closes_it(load, name, text, closing):
+    for tokenizer in (byte_tokenizer(), byte_tokenizer({"{3", "33", "``", "er", "7;", "B,"})):
+        task, tokens = load(name), tokenizer(text)["input_ids"]
+        complete = task.complete_at(tokens, tokenizer)
+        final = task.extract(tokenizer.decode(tokens))
+        shortest = next(n for n in range(len(tokens) + 1) if task.extract(tokenizer.decode(tokens[:n])) == final)
+        assert complete == shortest
+        assert closing in tokenizer.decode(tokens[:complete])
+    assert task.complete_at(tokenizer("none")["input_ids"], tokenizer) is None
+
+
+def test_characters_of_several_tokens_do_not_shift_the_place(load):
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer("für 7 € gilt \\boxed{7} €€€")["input_ids"]
+    place = load("aime24").complete_at(tokens, tokenizer)
+    assert tokenizer.decode(tokens[:place]).endswith("\\boxed{7}")
+
+
+def byte_tokenizer(merged=()):
+    """One token a byte, and some of two."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate([*letters, *sorted(merged)])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(pair) for pair in sorted(merged)]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+# Grading.
+
+
+@pytest.mark.parametrize(
+    "gold, answer, right",
+    [
+        ("\\frac{1}{2}", "0.5", True),
+        ("033", "33", True),
+        ("33", "\\text{33}", True),
+        ("(3, \\frac{\\pi}{2})", "(3,\\pi/2)", True),
+        ("11\\sqrt2", "11\\sqrt{2}", True),
+        ("\\text{Evelyn}", "Evelyn", True),
+        ("p - q", "p-q", True),
+        ("33", "34", False),
+        ("\\frac{1}{2}", "0.51", False),
+        ("2", "", False),
+        ("2", "\\frac{", False),
+    ],
+)
+def test_mathematics_is_graded_by_value(load, gold, answer, right):
+    pytest.importorskip("math_verify")
+    assert load("math500").grade(answer, TaskProblem("1", "", gold)) is right
+
+
+def test_a_grader_that_hangs_is_stopped_in_any_thread_and_works_again():
+    pytest.importorskip("math_verify")
+    from companion.tasks.sandbox.worker import math_worker
+
+    worker, answers = math_worker(), []
+    usual, worker.seconds = worker.seconds, 1.5
+    thread = threading.Thread(target=lambda: answers.append(worker.ask({"gold": "3", "answer": "9^{9^{9^{9^9}}}"})))
+    thread.start()
+    thread.join(60)
+    worker.seconds = usual
+    assert answers == [None]
+    assert worker.ask({"gold": "3", "answer": "3.0"}) is True
+
+
+def test_options_are_shuffled_by_the_recorded_seed_and_the_gold_letter_follows(load):
+    rows = [ROWS["gpqa_diamond"] | {"Record ID": f"rec{i}"} for i in range(40)]
+    task, other = load("gpqa_diamond", *rows), load("gpqa_diamond", *rows, seed=1)
+    assert [p.gold for p in task.problems] == [p.gold for p in load("gpqa_diamond", *rows).problems]
+    assert [p.gold for p in task.problems] != [p.gold for p in other.problems]
+    assert {p.gold for p in task.problems} == set("ABCD")
+    for problem in task.problems:
+        assert f"\n{problem.gold}) yes" in problem.question + "\n"
+        assert problem.metadata == {"order": problem.metadata["order"], "shuffle": 0}
+        assert task.grade(problem.gold, problem) and not task.grade(None, problem)
+
+
+def test_reasoning_gym_scores_its_own_answers_and_evaluates_nothing_outside_the_sandbox(tmp_path):
+    pytest.importorskip("reasoning_gym")
+    task = get_task("reasoning_gym:chain_sum", limit=2, size=5, seed=3)
+    again = get_task("reasoning_gym", dataset="chain_sum", size=5, seed=3)
+    assert [p.question for p in task.problems] == [p.question for p in again.problems[:2]]
+    assert task.extract("<answer>1</answer> <answer> 2\n</answer> <answer>3") == "2"
+    with pytest.raises(ValueError, match=r"dataset 'sums': must be one of \["):
+        get_task("reasoning_gym:sums")
+    with pytest.raises(ValueError, match="takes no file"):
+        get_task("reasoning_gym", tmp_path / "x.jsonl")
+    with pytest.raises(ValueError, match="refuses"):
+        get_task("reasoning_gym", config={"no_such": 1})
+    if sandbox.why_not() is not None:
+        pytest.skip(f"no sandbox here: {sandbox.why_not()}")
+    assert task.grade(task.problems[0].gold, task.problems[0]) and not task.grade("1", task.problems[0])
+    mark = tmp_path / "mark"
+    task = get_task("reasoning_gym:countdown", size=1)
+    assert not task.grade(f"__import__('pathlib').Path({str(mark)!r}).write_text('x')", task.problems[0])
+    assert not mark.exists()
+
+
+def test_a_missing_grader_is_found_before_anything_is_sampled(load, monkeypatch):
+    from companion.tasks.sandbox import worker
+
+    monkeypatch.setattr(worker.importlib.util, "find_spec", lambda name: None)
+    worker.math_worker.cache_clear()
+    with pytest.raises(ValueError, match=r"math-verify is not installed.*\[tasks\]"):
+        load("aime24").ready()
+    worker.math_worker.cache_clear()
+
+
+def test_reasoning_gym_is_graded_later_where_nothing_confines_its_scorers(monkeypatch):
+    pytest.importorskip("reasoning_gym")
+    monkeypatch.setattr(sandbox, "why_not", lambda: "bwrap (bubblewrap) is not installed")
+    assert get_task("reasoning_gym", size=1).grades_later
+    assert not get_task("reasoning_gym", size=1, unsafe=True).grades_later
+
+
+def test_program_traces_are_the_embedded_models_problems():
+    from companion.tasks.programs import make_problem
+
+    task, made = ProgramTraces(size=3, seed=5), [make_problem("test", 5, i) for i in range(3)]
+    assert [(p.question, p.gold, p.metadata["variables"]) for p in task.problems] == [
+        (m.prompt, m.answer, m.variables) for m in made
+    ]
+    tokenizer = make_tokenizer()
+    for problem, program in zip(task.problems, made, strict=True):
+        tokens = tokenizer(program.trace)["input_ids"]
+        assert task.prompt_ids(tokenizer, problem) == tokenizer(program.prompt)["input_ids"]
+        assert task.complete_at(tokens, tokenizer) == len(tokens) and task.grade(program.answer, problem)

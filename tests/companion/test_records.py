@@ -1,0 +1,172 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from companion import records as scaling
+from companion.records import Method, make_record, model_fingerprint, run_grid
+from companion.tasks.program_traces import ProgramTraces
+from companion.tasks.programs import ANSWER_MARK, make_problem
+from companion.tasks.reasoner import make_tokenizer
+from dms_core.budgets.curves import summarise
+from dms_core.budgets.voting import RECORD_KEYS
+from dms_core.model import detach
+from dms_core.sampling import Chain, SamplingConfig
+
+TOKENIZER = make_tokenizer()
+TASK = ProgramTraces(size=3, split="validation", variables=(1, 3))
+TRACE = make_problem("validation", 0, 0, (1, 3)).trace
+CONFIG = SamplingConfig(max_new_tokens=24, temperature=1.0, top_p=1.0, batch=4, stride=8)
+DMS, VANILLA = Method("dms", 2.0), Method("vanilla", 1.0)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model(vocabulary=len(TOKENIZER), window=2)
+
+
+def grid(model, out, method=DMS, config=CONFIG, chains=2, task=TASK):
+    return run_grid(model, TOKENIZER, task, method, chains, config, out)
+
+
+def count_jobs(monkeypatch) -> list:
+    """The jobs of every call, and with them how much work was done."""
+    calls, plain = [], scaling.sample_chains
+
+    def watched(model, tokenizer, prompts, jobs, config, make_cache):
+        calls.append(list(jobs))
+        return plain(model, tokenizer, prompts, jobs, config, make_cache)
+
+    monkeypatch.setattr(scaling, "sample_chains", watched)
+    return calls
+
+
+def test_every_problem_and_chain_has_one_record_in_order(model, tmp_path):
+    records = grid(model, tmp_path)
+    assert [(r["problem"], r["chain"]) for r in records] == [(p, c) for p in range(3) for c in range(2)]
+    assert all(set(RECORD_KEYS) <= set(r) for r in records)
+    (file,) = tmp_path.iterdir()
+    assert file.name.startswith("dms-cr2-")
+    assert sorted(map(json.loads, file.read_text().splitlines()), key=lambda r: (r["problem"], r["chain"])) == records
+
+
+@pytest.mark.parametrize("cut", [1, 40, 400])
+def test_a_killed_run_repeats_and_loses_nothing(model, tmp_path, monkeypatch, cut):
+    whole = grid(model, tmp_path / "whole")
+    (file,) = (tmp_path / "whole").iterdir()
+    text = file.read_text()
+    lines = text.splitlines(keepends=True)
+    file.write_text("".join(lines[:3]) + lines[3][:cut].rstrip("\n"))  # killed in the middle of the fourth line
+    calls = count_jobs(monkeypatch)
+    assert grid(model, tmp_path / "whole") == whole
+    done = {(json.loads(x)["problem"], json.loads(x)["chain"]) for x in lines[:3]}
+    assert calls == [[job for job in ((p, c) for p in range(3) for c in range(2)) if job not in done]]
+    assert sorted(file.read_text().splitlines()) == sorted(text.splitlines())
+    assert grid(model, tmp_path / "whole") == whole and calls[1] == []
+
+
+def test_an_interruption_while_sampling_keeps_the_chains_that_ended(model, tmp_path, monkeypatch):
+    plain = scaling.sample_chains
+
+    def interrupted(*args):
+        for number, chain in enumerate(plain(*args)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield chain
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scaling, "sample_chains", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            grid(model, tmp_path / "cut")
+    (file,) = (tmp_path / "cut").iterdir()
+    assert len(file.read_text().splitlines()) == 2
+    assert grid(model, tmp_path / "cut") == grid(model, tmp_path / "whole")
+
+
+def test_more_chains_add_to_the_file_and_leave_the_first_ones_as_they_are(model, tmp_path, monkeypatch):
+    two = grid(model, tmp_path)
+    calls = count_jobs(monkeypatch)
+    four = grid(model, tmp_path, chains=4)
+    assert [r for r in four if r["chain"] < 2] == two and len(calls[0]) == 6
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"temperature": 0.5}, {"top_p": 0.5}, {"seed": 1}, {"max_new_tokens": 25}, {"stride": 4}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_changed_setting_goes_to_another_file(model, tmp_path, change):
+    grid(model, tmp_path)
+    grid(model, tmp_path, config=replace(CONFIG, **change))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_changed_task_prompts_model_or_gates_go_to_another_file_but_batch_and_page_do_not(model, tiny_model):
+    def key(task=TASK, config=CONFIG, used=model, prompts=None):
+        prompts = prompts or [task.prompt_ids(TOKENIZER, problem) for problem in task.problems]
+        return scaling.grid_key(used, task, prompts, DMS, config)
+
+    fewer, renamed, newer = (ProgramTraces(size=n, split="validation", variables=(1, 3)) for n in (2, 3, 3))
+    renamed.name, newer.version = "traces", 2
+    other = tiny_model(seed=1, vocabulary=len(TOKENIZER), window=2)
+    wider = tiny_model(vocabulary=len(TOKENIZER), window=3)
+    assert key() == key(config=replace(CONFIG, batch=1, page=2))
+    changed = [key(fewer), key(renamed), key(newer), key(prompts=[[2], [3], [4]]), key(used=other), key(used=wider)]
+    assert len({key(), *changed}) == 7
+
+
+def test_vanilla_is_the_model_with_gates_off(model, tmp_path):
+    records = grid(model, tmp_path, VANILLA)
+    assert all(r["live"][-1] == r["prompt_tokens"] + r["tokens"] - 1 for r in records)
+    assert [r["text"] for r in records] != [r["text"] for r in grid(model, tmp_path)]
+    assert model.dms.enabled
+
+
+def test_records_are_accepted_by_the_curves(model, tmp_path):
+    records = [*grid(model, tmp_path, VANILLA), *grid(model, tmp_path)]
+    for record, answer in zip(records, "0123456789012", strict=False):  # a random model rarely answers
+        record.update(answer=answer, correct=answer == record["gold"], finished_at=min(5, record["tokens"]))
+    summary = summarise(records, [8, 24], [1, 2], resamples=20)
+    assert len(summary["points"]) == 8
+    cheap = {(p["method"], p["L"], p["W"]): p["reads"] for p in summary["points"]}
+    assert all(cheap["dms", L, W] < cheap["vanilla", L, W] for L in (8, 24) for W in (1, 2))
+
+
+def made(text: str, finished: bool = True) -> dict:
+    tokens = TOKENIZER(text)["input_ids"]
+    chain = Chain(0, 0, tokens, finished, 9, [9.0, 12.0], [0.0, 99.0])
+    return make_record(chain, TASK, DMS, TOKENIZER, CONFIG)
+
+
+def test_a_record_says_when_the_answer_was_complete():
+    record = made(TRACE)
+    assert record["answer"] == record["gold"] == TASK.problems[0].gold and record["text"] == TRACE
+    assert record["finished_at"] == len(TRACE) and record["tokens"] == len(TRACE) + 1
+    assert record["correct"] is True and (record["task"], record["id"]) == ("programs", "validation/0/0")
+    record = made("a=1;#3garbage#4", finished=False)
+    assert (record["answer"], record["finished_at"], record["tokens"]) == ("3", 6, 15)
+    for text in ("a=1;", "a=1;" + ANSWER_MARK, "#x3"):
+        assert made(text)["answer"] is None and made(text)["finished_at"] is None
+
+
+def test_padding_written_by_the_model_does_not_shift_the_place_of_the_answer():
+    tokens = [TOKENIZER.pad_token_id] * 2 + TOKENIZER("a#3")["input_ids"]
+    record = make_record(Chain(0, 0, tokens, True, 9, [9.0], [0.0]), TASK, DMS, TOKENIZER, CONFIG)
+    assert record["finished_at"] == 5 and record["tokens"] == 6
+
+
+def test_fingerprint_sees_every_weight(tiny_model):
+    one = tiny_model()
+    before = model_fingerprint(one)
+    assert before == model_fingerprint(tiny_model())
+    with torch.no_grad():
+        one.dms.gate_parameters()[-1][0, 0] += 1e-3
+    assert model_fingerprint(one) != before
+    assert model_fingerprint(detach(one)) == model_fingerprint(tiny_model(gates=False))
+
+
+def test_number_of_chains_is_checked(model, tmp_path):
+    with pytest.raises(ValueError, match="chains 0: must be >= 1"):
+        grid(model, tmp_path, chains=0)

@@ -1,0 +1,164 @@
+import json
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from companion.tasks.reasoner import make_tokenizer
+from dms_core.checkpoint import load_model, read_settings
+from dms_core.config import DMSConfig
+from dms_core.train.retrofit import RetrofitConfig, checkpoint_dir, pad_collate, retrofit
+
+module = sys.modules["dms_core.train.retrofit"]  # the package exports the function of that name
+DMS = DMSConfig(window=2, scale=10.0)
+RECIPE = RetrofitConfig(
+    final_cr=3.0, steps_per_unit=3, rests=((2.0, 2),), batch=2, optimizer="muon", lr=1e-2, save_steps=3, warmup=1
+)
+OPTIONS = {"use_cpu": True}
+
+
+def documents(count: int = 5) -> list[dict]:
+    """Five documents: with two a step, batches of an epoch are not all equal and epochs end inside the run."""
+    g = torch.Generator().manual_seed(0)
+    ids = [torch.randint(1, 40, (int(n),), generator=g).tolist() for n in torch.randint(8, 16, (count,), generator=g)]
+    return [{"input_ids": x, "labels": [-100] * 3 + x[3:]} for x in ids]
+
+
+def run(tiny_model, out, recipe=RECIPE, dms=DMS, **options):
+    return retrofit(tiny_model(gates=False), make_tokenizer(), documents(), dms, recipe, out, **OPTIONS, **options)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def interrupt(monkeypatch, step: int):
+    class Interrupted(module.RetrofitTrainer):
+        def __init__(self, *args, callbacks, **kwargs) -> None:
+            super().__init__(*args, callbacks=[*callbacks, StopAt(step)], **kwargs)
+
+    monkeypatch.setattr(module, "RetrofitTrainer", Interrupted)
+
+
+@pytest.mark.parametrize("order", ["sequential", "random"])
+@pytest.mark.parametrize("train, gate", [("all", "adapter"), ("all", "neuron"), ("gates", "adapter")])
+def test_stop_and_resume_gives_the_same_weights_as_no_stop(tiny_model, tmp_path, monkeypatch, order, train, gate):
+    recipe = RetrofitConfig(**{**vars(RECIPE), "train": train})
+    dms = DMSConfig(**{**vars(DMS), "gate": gate})
+    options = {"train_sampling_strategy": order}
+    whole = run(tiny_model, tmp_path / "whole", recipe, dms, **options).state_dict()
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5)  # after the checkpoint of step 3, inside an epoch
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_model, tmp_path / "cut", recipe, dms, **options)
+    assert not (tmp_path / "cut" / "retrofit.json").exists()
+    resumed = run(tiny_model, tmp_path / "cut", recipe, dms, **options).state_dict()
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+    again = run(tiny_model, tmp_path / "cut", recipe, dms, **options).state_dict()  # nothing is left to do
+    assert all(torch.equal(weight, again[name]) for name, weight in whole.items())
+    fresh = tiny_model(gates=False).state_dict()
+    moved = [name for name, weight in fresh.items() if not torch.equal(weight, whole[name])]
+    assert bool(moved) == (train == "all")
+    if train == "gates":
+        assert all(whole[name].abs().sum() > 0 for name in whole if "dms_gate.proj" in name)
+
+
+def test_one_run_keeps_a_family_at_integer_ratios(tiny_model, tmp_path):
+    model = run(tiny_model, tmp_path)
+    assert sorted(d.name for d in tmp_path.glob("cr*")) == ["cr2", "cr3"]
+    assert [read_settings(checkpoint_dir(tmp_path, cr))["step"] for cr in (2, 3)] == [5, 8]
+    ids = torch.arange(1, 15)[None]
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "cr3")(ids).logits, model(ids).logits)
+        assert not torch.equal(load_model(tmp_path / "cr2")(ids).logits, model(ids).logits)
+    facts = json.loads((tmp_path / "retrofit.json").read_text())
+    assert facts["dms"] == DMS.to_dict() and facts["recipe"]["steps"] == 8
+
+
+def test_stopping_at_a_ratio_gives_that_member_of_the_longer_runs_family(tiny_model, tmp_path):
+    run(tiny_model, tmp_path / "long")
+    recipe = RetrofitConfig(**{**vars(RECIPE), "stop_cr": 2.0})
+    for _ in range(2):  # the second finds nothing left to do
+        model = run(tiny_model, tmp_path / "short", recipe)
+        member = load_model(tmp_path / "long" / "cr2").state_dict()
+        assert all(torch.equal(weight, member[name]) for name, weight in model.state_dict().items())
+
+
+def test_loss_parts_and_targets_are_logged(tiny_model, tmp_path):
+    run(tiny_model, tmp_path)
+    log = [entry for entry in json.loads((tmp_path / "retrofit.json").read_text())["log"] if "loss" in entry]
+    targets = [RECIPE.schedule.cr(entry["step"] - 1) for entry in log]
+    assert [entry["cr_target"] for entry in log] == pytest.approx(targets)
+    assert len(log) > 1
+    for entry in log:
+        assert {"kd", "aux", "evicted", "cr_measured"} <= set(entry)
+        assert entry["cr_measured"] == pytest.approx(1 / (1 - entry["evicted"]))
+
+
+def test_a_step_is_the_same_however_its_batch_is_cut(tiny_model, tmp_path):
+    """Noise, both losses and hence weights, with rows of different lengths: losses in one batch of four, or in four."""
+    logs, weights = [], []
+    for size in (4, 2, 1):
+        recipe = RetrofitConfig(final_cr=2.0, steps_per_unit=2, batch=4, device_batch=size, lr=1e-2, optimizer="adamw")
+        model = retrofit(
+            tiny_model(gates=False), make_tokenizer(), documents(8), DMS, recipe, tmp_path / str(size),
+            train_sampling_strategy="sequential", **OPTIONS,
+        )  # fmt: skip
+        entries = json.loads((tmp_path / str(size) / "retrofit.json").read_text())["log"]
+        logs.append([[e[k] for k in ("loss", "kd", "aux", "evicted")] for e in entries if "loss" in e])
+        weights.append(model.state_dict())
+    assert len(logs[0]) == 2 and logs[0][1][0] > 1e-3
+    for log, state in zip(logs[1:], weights[1:], strict=True):
+        assert log == [pytest.approx(step, rel=1e-4, abs=1e-6) for step in logs[0]]
+        for name, weight in weights[0].items():
+            torch.testing.assert_close(state[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_steps_end_with_the_checkpoint_of_stop_cr():
+    recipe = RetrofitConfig(final_cr=8.0, rests=((4.0, 20), (8.0, 50)))
+    assert recipe.steps == 770
+    assert RetrofitConfig(**{**asdict(recipe), "stop_cr": 4.0}).steps == 320
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"final_cr": 0.5}, "compression ratio 0.5: must be >= 1"),
+        ({"final_cr": 1.0}, "steps 0: must be >= 1"),
+        ({"train": "bias"}, "train 'bias': must be one of"),
+        ({"direction": "sideways"}, "direction 'sideways': must be one of"),
+        ({"steps_per_unit": 0}, "steps_per_unit 0: must be >= 1"),
+        ({"batch": 0}, "batch 0: must be >= 1"),
+        ({"chunk": 0}, "chunk 0: must be >= 1"),
+        ({"save_steps": 0}, "save_steps 0: must be >= 1"),
+        ({"lr": -1.0}, "lr -1.0: must be >= 0"),
+        ({"warmup": -1}, "warmup -1, rests"),
+        ({"optimizer": "sgd"}, "optimizer 'sgd': must be one of"),
+        ({"stop_cr": 2.5}, r"stop_cr 2.5: must be one of \[2.0, 3.0"),
+    ],
+)
+def test_bad_recipes_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        RetrofitConfig(**wrong)
+
+
+def test_gates_alone_need_gates_with_parameters(tiny_model, tmp_path):
+    model = tiny_model(gates=False)
+    recipe = RetrofitConfig(train="gates")
+    with pytest.raises(ValueError, match="gate 'neuron': that gate has no parameters"):
+        retrofit(model, make_tokenizer(), documents(), DMSConfig(gate="neuron"), recipe, tmp_path)
+    assert not hasattr(model, "dms")
+
+
+def test_collation_pads_on_the_right_and_masks_the_padding():
+    batch = pad_collate(7)([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 7, 7]]
+    assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
