@@ -1,5 +1,8 @@
-"""``dms reproduce``: the long stages, the notebooks in order with papermill, then the rendered book."""
+"""The book: the long stages, the notebooks in order with papermill, then Jupyter Book over the executed notebooks."""
 
+import shutil
+import subprocess
+import sysconfig
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,23 +11,22 @@ import nbformat
 import papermill
 from tqdm import tqdm
 
-from companion.bookbuild import build_book
-from companion.experiments.main import Pipeline
-from companion.experiments.profiles import get_profile
+from companion.experiments.main import Run, run_all
 from companion.paths import checkout
 
 
 def reproduce(profile: str, runs: Path, seed: int = 0, root: Path | None = None) -> dict:
-    """Run the whole main job; a repeated call reuses what ``runs``/<profile> holds.  Returns what --json prints."""
+    """Run the whole main job; a repeated call reuses what ``runs``/<profile> holds.
+
+    Returns {"seconds", "retrofit", "book"}.  Raises ValueError where there is no repository.
+    """
     began, root = time.time(), root or checkout("dms reproduce")
-    run_dir = (runs / profile).resolve()
-    pipeline = Pipeline(get_profile(profile), run_dir, seed=seed)
-    summary = pipeline.run()  # the long stages, with their progress on the terminal; the notebooks find them done
-    notebooks = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
+    run = Run.of(profile, Path(runs).resolve(), seed)
+    summary = run_all(run)  # the long stages, with their progress on the terminal; the notebooks find them done
     executed = root / "book" / "notebooks"
     executed.mkdir(exist_ok=True)
-    for notebook in tqdm(notebooks, desc="notebooks", unit="notebook"):
-        execute(notebook, executed / notebook.name, {"profile": profile, "seed": seed, "run_dir": str(run_dir)})
+    for notebook in tqdm(sorted((root / "notebooks").glob("[0-9]*.ipynb")), desc="notebooks", unit="notebook"):
+        execute(notebook, executed / notebook.name, {"profile": profile, "seed": seed, "run_dir": str(run.root)})
     page = build_book(root / "book")
     return {"seconds": round(time.time() - began, 1), "retrofit": summary["retrofit"], "book": str(page)}
 
@@ -47,3 +49,39 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
     content.cells = [cell for cell in content.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     nbformat.write(content, out)
     partial.unlink()
+
+
+def render_chapters(notebooks: Path, out: Path) -> Path:
+    """Render the book from a directory of executed notebooks, in ``out``, whose contents are replaced.
+
+    Returns its first page.  Raises ValueError without notebooks, and for a directory that is no copy of the book.
+    """
+    chapters = [path for path in sorted(notebooks.glob("[0-9]*.ipynb")) if not path.stem.endswith(".running")]
+    if not chapters:
+        raise ValueError(f"{notebooks}: holds no executed notebooks (NN_name.ipynb)")
+    held = {path.name for path in out.iterdir()} if out.exists() else set()
+    if held - {"_build"} and "_toc.yml" not in held:
+        raise ValueError(f"{out}: exists and is no copy of the book; name another directory")
+    shutil.rmtree(out, ignore_errors=True)
+    book = checkout("dms chapters") / "book"
+    shutil.copytree(book, out, ignore=shutil.ignore_patterns("_build", "notebooks", "__pycache__"))
+    (out / "notebooks").mkdir()
+    for path in chapters:
+        shutil.copy(path, out / "notebooks")
+    return build_book(out)
+
+
+def build_book(book_dir: Path) -> Path:
+    """Build the HTML book in ``book_dir``, warnings as errors and without network, and return its first page.
+
+    Expects executed copies of the notebooks in ``book_dir``/notebooks.  Every page is rebuilt, so that a warning hidden
+    in a cached page cannot pass.  Raises RuntimeError with the end of the log when Jupyter Book fails or warns.
+    """
+    tool = Path(sysconfig.get_path("scripts")) / "jupyter-book"
+    if not tool.exists():
+        raise RuntimeError(f"{tool} not found: install the `book` extra (pip install 'dms-companion[book]')")
+    command = [tool, "build", "--all", "-q", "-W", "-n", "--keep-going", book_dir]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode:
+        raise RuntimeError(f"jupyter-book exited with {done.returncode}:\n" + "\n".join(done.stdout.splitlines()[-60:]))
+    return book_dir / "_build" / "html" / "index.html"

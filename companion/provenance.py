@@ -19,9 +19,13 @@ def describe() -> dict:
             continue
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
-        "python": platform.python_version(), "packages": versions, "processor": _processor(),
-        "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(), "device": device,
-    }  # fmt: skip
+        "python": platform.python_version(),
+        "packages": versions,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "device": device,
+    }
 
 
 def _processor() -> str:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from dms_core.cache.base import RowCache
-from dms_core.gate import hard_decisions, keyed_noise, sample_noise, soft_decisions
+from dms_core.gate import hard_decisions, soft_decisions
+from dms_core.noise import keyed_noise, sample_noise
 from dms_core.visibility import align_decisions
 from dms_kernels import train_attention
 
@@ -45,14 +45,12 @@ def dms_attention(module, query, key, value, attention_mask, scaling=None, **kwa
     if z is not None and config.gate == "neuron":
         query = dms.silence_neuron(query, key.shape[1])
     if step.cache is not None:
-        evict = (
-            hard_decisions(z) if z is not None else torch.full_like(key[..., 0], sliding is not None, dtype=torch.bool)
-        )
+        evict = hard_decisions(z) if z is not None else key.new_full(key.shape[:3], bool(sliding), dtype=torch.bool)
         out = step.cache.layers[layer].attend(query, key, value, evict, step.valid, scale)
     else:
         if sliding is None:
             log_keep, window = _log_keep(dms, layer, z, key), config.window
-        else:  # a sliding window is one that everything leaves marked
+        else:  # a sliding window is one that every token leaves marked
             log_keep, window = torch.full_like(key[..., 0], float("-inf")), sliding - 1
         out = train_attention(query, key, value, log_keep, window, step.segment_ids, scale)
     return out.transpose(1, 2), None
@@ -74,9 +72,4 @@ def _log_keep(dms, layer: int, z: Tensor | None, key: Tensor) -> Tensor:
     return align_decisions(log_keep, config.lag, step.segment_ids, 0.0)
 
 
-def dms_mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs) -> None:
-    """No mask is built: padding and documents come with the step, visibility from the decisions."""
-
-
 AttentionInterface.register(NAME, dms_attention)
-AttentionMaskInterface.register(NAME, dms_mask)

@@ -5,17 +5,19 @@ A directory of ours holds ``dms.json`` (the settings and the shape of the model 
 Checkpoints of the authors' code load too: ``dms_core.interop`` knows their names.
 """
 
-import json
+import hashlib
+import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dms_core import interop
 from dms_core.config import DMSConfig
-from dms_core.hub_files import HUB_OPTIONS, local_directory, read_object, read_safetensors
+from dms_core.hub_files import local_directory, read_safetensors, resolve
 from dms_core.model import attach, detach
+from dms_core.storage import read_json, write_json
 
 SETTINGS, GATES = "dms.json", "dms_gates.safetensors"
 
@@ -32,21 +34,30 @@ def model_shape(model: PreTrainedModel) -> dict:
 
 
 def save_gates(model: PreTrainedModel, directory: Path | str, state: dict | None = None, **facts) -> None:
-    """Write the gates alone.  ``facts`` (such as cr, step) go into the JSON; ``state``: see save_model."""
+    """Write the gates alone.  ``facts`` (such as cr, step) go into the JSON; ``state``: see save_model.
+
+    >>> save_gates(attach(model, DMSConfig(window=16)), "gates", cr=8.0)
+    >>> sorted(file.name for file in Path("gates").iterdir())
+    ['dms.json', 'dms_gates.safetensors']
+    """
     state = model.state_dict() if state is None else state
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     gates = {name: p.detach().contiguous() for name, p in state.items() if ".dms_gate." in name}
     if gates:
         save_file(gates, directory / GATES)
-    settings = {"dms": model.dms.config.to_dict(), "model": model_shape(model), **facts}
-    (directory / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
+    write_json(directory / SETTINGS, {"dms": model.dms.config.to_dict(), "model": model_shape(model), **facts})
 
 
 def save_model(
     model: PreTrainedModel, directory: Path | str, tokenizer=None, state: dict | None = None, **facts
 ) -> None:
-    """Write weights, gates and settings.  ``state``: the state dict where the model holds only shards of it."""
+    """Write weights, gates and settings.  ``state``: the state dict where the model holds only shards of it.
+
+    >>> save_model(attach(model, DMSConfig(window=16)), "cr8", cr=8.0)
+    >>> load_model("cr8").dms.config.window
+    16
+    """
     state = model.state_dict() if state is None else state
     weights = {name: p for name, p in state.items() if ".dms_gate." not in name}
     model.save_pretrained(directory, state_dict=weights)
@@ -59,7 +70,7 @@ def read_settings(directory: Path | str) -> dict:
     """dms.json of a checkpoint.  Raises ValueError where there is none or it cannot be read."""
     file = Path(directory) / SETTINGS
     try:
-        settings = read_object(file)
+        settings = read_json(file)
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file; {directory} is not a DMS checkpoint") from None
     if not {"dms", "model"} <= set(settings):
@@ -76,6 +87,10 @@ def load_gates(model: PreTrainedModel, directory: Path | str) -> PreTrainedModel
     """Attach the gates saved in a directory or hub repository to ``model``.
 
     Raises ValueError if they belong to another model, or are damaged; ``model`` is then as it was.
+
+    >>> save_gates(attach(model, DMSConfig(window=16)), "gates")
+    >>> load_gates(detach(model), "gates").dms.config.window
+    16
     """
     directory = local_directory(directory)
     foreign = interop.is_foreign(directory)
@@ -120,32 +135,76 @@ def load_model(name: Path | str, **from_pretrained) -> PreTrainedModel:
     Ours, or one of the authors' (nvidia/Qwen3-8B-DMS-8x, Model-Optimizer's student models), told apart by the keys
     of config.json; of the latter no code is executed, whatever ``trust_remote_code`` says.  While their base loads,
     transformers reports the adapters' tensors as unexpected: they are read after it.
+    Raises ValueError for a name out of reach, and for missing or damaged files.
+
+    >>> save_model(attach(model, DMSConfig(window=16)), "cr8")
+    >>> load_model("cr8", dtype=torch.bfloat16).dms.layers
+    2
     """
-    hub = {key: from_pretrained.pop(key) for key in HUB_OPTIONS if key in from_pretrained}
-    directory = local_directory(name, **hub)
+    directory, options = resolve(name, from_pretrained)
     if interop.is_foreign(directory):
         interop.read_foreign_settings(directory)
         if not any(directory.glob("model*.safetensors")):
-            raise ValueError(f"{directory}: no model*.safetensors; if it holds adapters alone, use "
-                             "load_gates(load_base(NAME OF THE BASE MODEL), directory)")  # fmt: skip
-        model = load_base(directory, **{**from_pretrained, "trust_remote_code": False})
+            how = "load_gates(load_base(NAME OF THE BASE MODEL), directory)"
+            raise ValueError(f"{directory}: no model*.safetensors; if it holds adapters alone, use {how}")
+        model = load_base(directory, **{**options, "trust_remote_code": False})
         interop.forget_foreign_keys(model)
     else:
         read_settings(directory)
-        model = load_base(directory, **from_pretrained)
+        model = load_base(directory, **options)
     return load_gates(model, directory).eval()
 
 
 def load_base(name: Path | str, **from_pretrained) -> PreTrainedModel:
-    """A transformers model from a directory or the hub, safetensors only, no remote code unless asked for."""
-    for file in sorted(Path(name).glob("model*.safetensors")) if Path(name).is_dir() else []:
-        read_safetensors(file)
+    """A transformers model in eval mode from a directory or the hub.
+
+    Safetensors only, and no remote code unless asked for.  ``from_pretrained``: options of that method of transformers.
+    Raises ValueError for a name out of reach, and for missing or damaged files and weights.
+
+    >>> model.save_pretrained("base")
+    >>> attach(load_base("base"), DMSConfig(window=16)).dms.layers
+    2
+    """
+    directory, options = resolve(name, from_pretrained)
+    for file in sorted(directory.glob("model*.safetensors")):
+        read_safetensors(file, None)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            name, use_safetensors=True, output_loading_info=True, **from_pretrained
+            directory, use_safetensors=True, output_loading_info=True, **options
         )
     except OSError as error:  # a file, or one of its shards, is not there
         raise ValueError(f"{name}: {str(error).splitlines()[0]}") from None
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{name}: {len(missing)} weights are missing, such as {missing[:3]}; all must be there")
     return model.eval()
+
+
+def load_tokenizer(name: Path | str, **from_pretrained) -> PreTrainedTokenizerBase:
+    """A tokenizer from a directory or the hub, where it is looked for as ``load_base`` looks for a model."""
+    directory, options = resolve(name, from_pretrained)
+    try:
+        return AutoTokenizer.from_pretrained(directory, **options)
+    except OSError as error:
+        raise ValueError(f"{name}: {str(error).splitlines()[0]}") from None
+
+
+def fingerprint(directory: Path | str) -> str:
+    """A hash of a checkpoint's weights and settings, as 16 hexadecimal digits, from its files alone.
+
+    Raises ValueError if the directory holds no *.safetensors.
+    """
+    kinds, digest = ("*.safetensors", "config.json", SETTINGS), hashlib.sha256()
+    files = [file for kind in kinds for file in sorted(Path(directory).glob(kind))]
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise ValueError(f"{directory}: no *.safetensors; must hold a model")
+    digest.update("".join(f"{file.name} {_sha256(file)}\n" for file in files).encode())
+    return digest.hexdigest()[:16]
+
+
+def _sha256(file: Path) -> str:
+    """Of a file's bytes.  The hub's cache links to large files by this very name: those are not read."""
+    blob = file.resolve().name
+    if file.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob):
+        return blob
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -5,7 +5,13 @@ from dataclasses import asdict, dataclass, fields
 
 @dataclass(frozen=True)
 class DMSConfig:
-    """How a model decides what to evict, and when the eviction takes effect (paper sections 3.1-3.2, appendix C)."""
+    """How a model decides what to evict, and when the eviction takes effect (paper sections 3.1-3.2, appendix C).
+
+    Raises ValueError for a value that its field may not have.
+
+    >>> DMSConfig(window=16, eviction="immediate").lag
+    16
+    """
 
     gate: str = "adapter"  # "adapter": RMSNorm + linear on the residual stream; "neuron": one query neuron
     window: int = 256  # tokens for which a decision is delayed; the cache holds window + 1 recent tokens

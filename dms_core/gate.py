@@ -4,6 +4,8 @@ In training alpha is a Gumbel-sigmoid sample; the compression loss sees its hard
 gradient, attention sees beta = log(1 - alpha).  At inference a token is evicted iff z > 0.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,21 +14,36 @@ from dms_core.config import DMSConfig
 
 
 class AdapterGate(nn.Module):
-    """x = Linear(RMSNorm(residual stream)), one output a KV head; zero at the start (appendix C)."""
+    """x = Linear(RMSNorm(residual stream)), one output a KV head; zero at the start (appendix C).
+
+    Always fp32, in training under autocast as at inference, so that both decide alike: z = 100 x - 5 has no bits to
+    spare.  ``model.to(dtype)`` leaves the parameters in fp32.
+    """
 
     def __init__(self, width: int, heads: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps=eps)
-        self.proj = nn.Linear(width, heads, bias=False)
+        self.norm = nn.RMSNorm(width, eps=eps, dtype=torch.float32)
+        self.proj = nn.Linear(width, heads, bias=False, dtype=torch.float32)
         nn.init.zeros_(self.proj.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(B, T, d) to (B, H, T), in the gate's own precision."""
-        return self.proj(self.norm(hidden.to(self.proj.weight.dtype))).transpose(1, 2)
+        """(B, T, d) to (B, H, T) in fp32."""
+        with torch.autocast(hidden.device.type, enabled=False):  # .float(): sharded weights come in the model's dtype
+            normed = F.rms_norm(hidden.float(), hidden.shape[-1:], self.norm.weight.float(), self.norm.eps)
+            return F.linear(normed, self.proj.weight.float()).transpose(1, 2)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterGate":
+        """Move with the model, but keep the dtype."""
+
+        def move(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if moved.dtype == x.dtype else x.to(moved.device)
+
+        return super()._apply(move, recurse)
 
 
 def read_neuron(q: Tensor, heads: int, neuron: int, factor: float) -> tuple[Tensor, Tensor]:
-    """Take the gate's neuron out of each group's first query head.
+    """Take the gate's neuron out of each group's first query head (appendix C).
 
     q (B, T, Hq, D) before RoPE.  Returns x (B, H, T) and q with that neuron multiplied by ``factor``: 0 once
     the gate is in use, 1 - t / n_t during the warm-up that precedes the retrofit.
@@ -51,47 +68,6 @@ def gate_logits(x: Tensor, config: DMSConfig) -> Tensor:
     return z[:, :1].expand_as(z) if config.granularity == "layer" else z
 
 
-def sample_noise(z: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The difference of two Gumbel(0, 1) draws: logistic noise."""
-    return _logistic(torch.rand(z.shape, device=z.device, generator=generator))
-
-
-def keyed_noise(z: Tensor, keys: Tensor, layer: int) -> Tensor:
-    """``sample_noise`` as a pure function of row key, layer, token and head: z (B, H, T), keys (B,) integers.
-
-    A hash of the place instead of a generator: a row gets the same noise in whatever batch, padding, process or
-    device it is computed, and again when activations are computed twice.
-    """
-    rows = _mix(keys.to(z.device)[:, None, None] + layer)  # (B, 1, 1)
-    place = torch.arange(z.shape[2], device=z.device) * z.shape[1] + torch.arange(z.shape[1], device=z.device)[:, None]
-    bits = _mix(rows + place)  # (B, H, T)
-    return _logistic(((bits >> 40) & 0xFFFFFF).float() / 2**24)
-
-
-def row_keys(seed: int, step: int, first: int, count: int) -> Tensor:
-    """Keys (count,) for ``keyed_noise`` of the rows first, first + 1, ... of an optimiser step's global batch."""
-    rows = torch.arange(first, first + count)
-    return _mix(_mix(_mix(torch.tensor(seed)) + step) + rows)
-
-
-GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the increment and multipliers of SplitMix64 (Steele et al., 2014), as int64
-MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's output function on int64, whose products wrap; >> fills with the sign, which the mask removes."""
-    x = x + GOLDEN
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * MULTIPLIERS[0]
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * MULTIPLIERS[1]
-    return x ^ ((x >> 31) & (2**33 - 1))
-
-
-def _logistic(u: Tensor) -> Tensor:
-    """Logistic noise from uniform draws."""
-    u = u.clamp_(1e-6, 1 - 1e-6)
-    return torch.log(u) - torch.log1p(-u)
-
-
 def soft_decisions(z: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(log_keep, evicted): beta = log(1 - alpha) and the hard decision with straight-through gradient."""
     shifted = (z + noise) / temperature
@@ -101,7 +77,13 @@ def soft_decisions(z: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor
 
 
 def hard_decisions(z: Tensor) -> Tensor:
-    """Evict iff z > 0.  Raises ValueError if a logit is NaN."""
-    if z.device.type == "cpu" and torch.isnan(z).any():
-        raise ValueError("gate logits contain NaN: allowed are finite values; is the checkpoint damaged?")
+    """Evict iff z > 0.  Raises ValueError for NaN on a CPU; other devices do not wait (see DMS.check_logits)."""
+    if z.device.type == "cpu":
+        check_finite(z.isnan().any())
     return z > 0
+
+
+def check_finite(nan_seen: Tensor | bool) -> None:
+    """Raises ValueError if some logit was NaN; waits for the device."""
+    if nan_seen:
+        raise ValueError("gate logits contain NaN: must be finite; is the checkpoint damaged?")

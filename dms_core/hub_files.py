@@ -1,60 +1,53 @@
-"""Files of checkpoints: a directory or a hub id, JSON and safetensors; damage is a ValueError that names the file."""
+"""Files of checkpoints: a directory or a hub id, and safetensors; damage is a ValueError that names the file."""
 
-import json
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")  # those of from_pretrained
-PATTERNS = [
-    "*.json",
-    "*.safetensors",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-]  # weights, settings, tokenizer; no code
+PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # weights, settings, tokenizer; no code
+TIMEOUT = 10.0  # seconds for the hub's first answer
 
 
-def local_directory(name: Path | str, **hub) -> Path:
+def local_directory(name: Path | str, code: bool = False, **hub) -> Path:
     """``name`` if it is a directory, else the hub repository of that id, downloaded or found in the cache.
 
-    Raises ValueError if it is neither.
+    The hub is asked once, without the retries of huggingface_hub; out of reach, only the cache counts.  ``code``: with
+    Python files.  ``hub``: those of HUB_OPTIONS.  Raises ValueError that names ``name`` if it is neither.
     """
     if Path(name).is_dir():
         return Path(name)
+    failed = None
+    if not hub.get("local_files_only"):
+        try:
+            HfApi(token=hub.get("token")).model_info(str(name), revision=hub.get("revision"), timeout=TIMEOUT)
+        except Exception as error:  # bad ids, HTTP errors, and those of whichever HTTP client is installed
+            failed, hub = error, {**hub, "local_files_only": True}
     try:
-        return Path(snapshot_download(str(name), allow_patterns=PATTERNS, **hub))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{name}: not a DMS checkpoint: no such directory, and no repository on the hub ({reason})"
-        ) from None
+        return Path(snapshot_download(str(name), allow_patterns=PATTERNS + ["*.py"] * code, **hub))
+    except Exception as error:
+        reason = str(failed or error).splitlines()[0]
+        raise ValueError(f"model {str(name)!r}: neither a directory nor a hub id in reach ({reason})") from None
 
 
-def read_object(file: Path) -> dict:
-    """The object in a JSON file.  Raises ValueError if it cannot be read; a missing file is a FileNotFoundError."""
+def resolve(name: Path | str, options: dict) -> tuple[Path, dict]:
+    """``local_directory`` by those of from_pretrained's options that are about the hub, and the other options."""
+    rest = {key: value for key, value in options.items() if key not in HUB_OPTIONS}
+    hub = {key: options[key] for key in options.keys() - rest.keys()}
+    return local_directory(name, bool(options.get("trust_remote_code")), **hub), rest
+
+
+def read_safetensors(file: Path, part: str | None = "") -> dict[str, torch.Tensor]:
+    """The tensors of a file whose names hold ``part``; with None the file is checked and no tensor is read.
+
+    Raises ValueError for a missing, truncated or damaged file.
+    """
     try:
-        values = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise
-    except ValueError as error:  # JSON, or its encoding
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: must hold an object, holds a {type(values).__name__}")
-    return values
-
-
-def read_safetensors(file: Path, part: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a file whose names hold ``part``.  Raises ValueError for a missing, truncated or damaged one."""
-    try:
-        if not part:
-            return load_file(file)
         with safe_open(file, "pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys() if part in name}  # noqa: SIM118
+            names = [name for name in tensors.keys() if part is not None and part in name]  # noqa: SIM118
+            return {name: tensors.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
     except (SafetensorError, OSError) as error:

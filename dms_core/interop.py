@@ -25,12 +25,14 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from dms_core.config import DMSConfig
-from dms_core.hub_files import read_object, read_safetensors
+from dms_core.hub_files import read_safetensors
+from dms_core.storage import read_json, write_text
 
 CONFIG, ADAPTERS, MARK = "config.json", "dms_adapters.safetensors", "dms_proj_alpha"
 BLOCK = 256  # their default of dms_paged_attention_block_size; they require dms_window_size > it
 
 # key -> (field of DMSConfig, their default, what is allowed, in words and as a test)
+_OFF = "false; to run without eviction use model.dms.disabled()"
 _POSITIVE = ("a number > 0", lambda x: _is_number(x) and x > 0)
 _KEYS = {
     "dms_alpha_scale": ("scale", 100.0, *_POSITIVE),
@@ -39,18 +41,17 @@ _KEYS = {
     "dms_tau": ("temperature", 0.1, *_POSITIVE),
     "dms_alpha_per": ("granularity", "head", "'head' or 'layer'", lambda x: x in ("head", "layer")),
     "dms_separate_alpha": ("gate", False, "true (adapter) or false (neuron)", lambda x: type(x) is bool),
-    "dms_disable_eviction": (
-        None,
-        False,
-        "false; to run without eviction use model.dms.disabled()",
-        lambda x: x is False,
-    ),
+    "dms_disable_eviction": (None, False, _OFF, lambda x: x is False),
 }
 # Keys that say how their code runs, or what a checkpoint was trained for; none changes what is evicted.
 _WITHOUT_EFFECT = {
-    "dms_cr", "dms_paged_attention_block_size", "dms_compile_limit", "dms_manual_inference_mode",
-    "dms_chunked_prefill", "dms_preallocate_for_tokens",
-}  # fmt: skip
+    "dms_cr",
+    "dms_paged_attention_block_size",
+    "dms_compile_limit",
+    "dms_manual_inference_mode",
+    "dms_chunked_prefill",
+    "dms_preallocate_for_tokens",
+}
 
 
 def _is_number(value) -> bool:
@@ -65,7 +66,7 @@ def is_foreign(directory: Path | str) -> bool:
 
 def _read_config(directory: Path) -> dict:
     try:
-        return read_object(directory / CONFIG)
+        return read_json(directory / CONFIG)
     except FileNotFoundError:
         return {}
 
@@ -155,7 +156,7 @@ def export_model(model: PreTrainedModel, directory: Path | str, tokenizer=None, 
     model.save_pretrained(directory, state_dict={**weights, **_foreign_gates(model)})
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    _write_config(directory, read_object(directory / CONFIG), keys)
+    _write_config(directory, read_json(directory / CONFIG), keys)
 
 
 def _foreign_gates(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -171,12 +172,12 @@ def _foreign_keys(model: PreTrainedModel, cr: float | None) -> dict:
     if config.gate == "neuron" and config.neuron % model.dms.head_dim != model.dms.head_dim - 1:
         raise ValueError(f"neuron {config.neuron}: the authors' code reads the last one, -1")
     if config.window <= BLOCK:
-        warnings.warn(f"window {config.window}: the authors' code requires dms_window_size > "
-                      f"dms_paged_attention_block_size, {BLOCK} by default", stacklevel=3)  # fmt: skip
+        needs = f"dms_window_size > dms_paged_attention_block_size, {BLOCK} by default"
+        warnings.warn(f"window {config.window}: the authors' code requires {needs}", stacklevel=3)
     keys = {key: getattr(config, field) for key, (field, *_) in _KEYS.items() if field}
     keys |= {"dms_separate_alpha": config.gate == "adapter", "dms_disable_eviction": False}
     return keys if cr is None else {**keys, "dms_cr": cr}
 
 
 def _write_config(directory: Path, config: dict, keys: dict) -> None:
-    (directory / CONFIG).write_text(json.dumps({**config, **keys}, indent=2, sort_keys=True) + "\n")
+    write_text(directory / CONFIG, json.dumps({**config, **keys}, indent=2, sort_keys=True) + "\n")

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.masking_utils import AttentionMaskInterface
 
 from dms_core.attention import NAME, Step
 from dms_core.cache.base import RowCache
 from dms_core.cache.dms import DMSCache
 from dms_core.config import DMSConfig
-from dms_core.gate import AdapterGate, gate_logits, read_neuron
+from dms_core.gate import AdapterGate, check_finite, gate_logits, read_neuron
 
 NEVER = -1e9  # a gate's logit at which no noise evicts
+CHECK_EVERY = 16  # decode steps between two checks of the logits that wait for the device
 
 
 class DMS:
     """The gates of one model: configuration, hooks, and the state of the forward pass under way."""
-
-    cache_class = DMSCache
 
     def __init__(self, model: PreTrainedModel, config: DMSConfig) -> None:
         self.config = config
@@ -35,11 +35,14 @@ class DMS:
         self.enabled = True
         self.neuron_factor = 0.0  # 1 - t / n_t during the neuron gate's warm-up
         self.evicting = True  # False in that warm-up: the gates are silent, the neuron fades out
-        self.noise_keys: Tensor | None = None  # (B,) of gate.row_keys; None: noise from torch's global generator
+        self.noise_keys: Tensor | None = None  # (B,) of noise.row_keys; None: noise from torch's global generator
+        self.nan_seen: Tensor | bool = False  # NaN logits in the steps since the last check
+        self.unchecked = 0  # how many steps these are
         decoder = model.get_decoder()
+        self.parameters = tuple(inspect.signature(decoder.forward).parameters)
         self.attentions = [layer.self_attn for layer in decoder.layers]
         self.layers = len(self.attentions)
-        self.sliding = [_sliding_window(attention, model) for attention in self.attentions]  # tokens, None: full
+        self.sliding = [sliding_window(attention, model) for attention in self.attentions]  # tokens, None: full
         text = model.config.get_text_config()
         self.heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         self.head_dim = getattr(self.attentions[0], "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -49,7 +52,10 @@ class DMS:
             raise ValueError(f"neuron {config.neuron}: must lie in -{self.head_dim}..{self.head_dim - 1}")
         if config.gate == "neuron" and not all(hasattr(a, "q_proj") for a in self.attentions):
             raise ValueError(f"gate 'neuron' on {type(model).__name__}: needs a q_proj of its own; 'adapter' works")
-        self.hooks = [decoder.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        self.hooks = [
+            decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
+            decoder.register_forward_hook(self._end),
+        ]
         for index, layer in enumerate(decoder.layers):
             self._attach_layer(index, layer, text)
 
@@ -60,8 +66,7 @@ class DMS:
             return
         if self.config.gate == "adapter":
             gate = AdapterGate(text.hidden_size, self.heads, getattr(text, "rms_norm_eps", 1e-6))
-            # in fp32 whatever the model: it is small, and z = 100 x - 5 has no bits to spare
-            attention.dms_gate = gate.to(next(attention.parameters()).device, torch.float32)
+            attention.dms_gate = gate.to(next(attention.parameters()).device)
 
             def read_residual(module, args, kwargs):
                 hidden = args[0] if args else kwargs["hidden_states"]
@@ -91,37 +96,62 @@ class DMS:
 
     def _begin(self, module, args, kwargs):
         """Before the decoder runs: which cache, which tokens are valid, which documents."""
-        kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         inputs = kwargs.get("input_ids")
         inputs = kwargs["inputs_embeds"] if inputs is None else inputs
         batch, tokens = inputs.shape[:2]
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        padded = mask is not None
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             given = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
             raise ValueError(f"attention_mask of {given}: DMS needs the (batch, tokens) padding mask")
-        valid = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
-        if mask is not None:
-            valid = mask[:, -tokens:].bool()
+        if mask is None:
+            mask = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
+        valid = mask[:, -tokens:].bool()
         cache = self._cache(kwargs)
-        segments = None if cache is not None else _segments(valid, position_ids, mask is not None)
+        segments = None if cache is not None else _segments(valid, position_ids, padded)
         self.step = Step(cache, valid, segments, soft=module.training and self.enabled)
         return (), kwargs
 
     def _cache(self, kwargs: dict) -> RowCache | None:
+        """The call's cache: the one given, a new one where one is expected, or none."""
         past = kwargs.get("past_key_values")
-        if past is None:
-            if kwargs.get("use_cache"):  # asked for in so many words
-                kwargs["past_key_values"] = DMSCache.for_model(self.model)
-            else:
-                kwargs["use_cache"] = False
-            return kwargs.get("past_key_values")
         if isinstance(past, RowCache):
             past.check(self)
-            return past
-        if isinstance(past, Cache) and past.get_seq_length() == 0:  # what generate() makes by itself
-            kwargs["past_key_values"] = DMSCache.for_model(self.model)
-            return kwargs["past_key_values"]
-        raise ValueError(f"past_key_values of type {type(past).__name__}: must be a DMSCache, or an empty cache")
+        elif isinstance(past, Cache) and past.get_seq_length() == 0:  # what generate() makes by itself
+            past = self.new_cache()
+        elif past is not None:
+            raise ValueError(f"past_key_values of type {type(past).__name__}: must be a DMSCache, or an empty cache")
+        elif kwargs.get("use_cache"):  # not by default: a plain forward is for training and evaluation
+            past = self.new_cache()
+        else:
+            kwargs["use_cache"] = False
+        if past is not None:
+            kwargs["past_key_values"] = past
+        return past
+
+    def new_cache(self, page: int = 16) -> RowCache:
+        """An empty cache for this model, ``page`` tokens a page."""
+        return DMSCache(self.config, self.layers, page, self.sliding)
+
+    def _end(self, module, args, output) -> None:
+        """After the decoder ran: note NaN logits, and look at the notes where that delays nobody."""
+        step = self.step
+        if step.soft or not step.logits:
+            return
+        logits = torch.cat([z.flatten().to(step.valid.device) for z in step.logits.values()])
+        self.nan_seen = logits.isnan().any() | self.nan_seen
+        self.unchecked += 1
+        if step.cache is None or step.valid.shape[1] > 1 or self.unchecked >= CHECK_EVERY:
+            self.check_logits()
+
+    def check_logits(self) -> None:
+        """Raises ValueError for NaN logits in the steps since the last check; waits for the device.
+
+        Called by itself after each prefill, each full forward and every ``CHECK_EVERY``-th decode step.
+        """
+        seen, self.nan_seen, self.unchecked = self.nan_seen, False, 0
+        check_finite(seen)
 
     def silence_neuron(self, query: Tensor, heads: int) -> Tensor:
         """The gate's neuron again, after RoPE has mixed its partner into it: (B, Hq, T, D)."""
@@ -157,12 +187,23 @@ def _segments(valid: Tensor, position_ids: Tensor | None, padded: bool) -> Tenso
     return segments.masked_fill(~valid, -1)
 
 
+def no_mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs) -> None:
+    """transformers builds no mask: padding and documents come with the step, visibility from the decisions."""
+
+
+AttentionMaskInterface.register(NAME, no_mask)
+
+
 def attach(model: PreTrainedModel, config: DMSConfig) -> PreTrainedModel:
-    """Put gates on ``model`` in place and return it; ``model.dms`` is their handle.
+    """Put gates on ``model`` in place and return it; ``model.dms`` is their handle (paper sections 3.1-3.2).
 
     Layers with a sliding window keep it: gates go on the layers with full attention, and a warning names the others.
-
     Raises ValueError if the model already has gates, or its attention cannot be intercepted.
+
+    >>> attach(model, DMSConfig(window=16)).dms.layers
+    2
+    >>> with model.dms.disabled():  # the original model
+    ...     logits = model(torch.ones(1, 8, dtype=torch.long)).logits  # (B, T, V)
     """
     if getattr(model, "dms", None) is not None:
         raise ValueError("the model already has DMS gates: call dms_core.detach(model) first")
@@ -171,37 +212,46 @@ def attach(model: PreTrainedModel, config: DMSConfig) -> PreTrainedModel:
         raise ValueError(f"{type(model).__name__}: no decoder layers with self_attn: cannot intercept its attention")
     if not getattr(model, "_supports_attention_backend", False) or NAME not in AttentionInterface._global_mapping:
         raise ValueError(f"{type(model).__name__} does not use transformers' attention interface: cannot intercept it")
-    _check_attention(decoder, model)
-    before = model.config._attn_implementation
-    model.dms = DMS(model, config)
-    model.dms.attention_before = before
-    model.set_attn_implementation(NAME)
+    check_attention(decoder, model)
+    return install(model, DMS(model, config), NAME)
+
+
+def install(model: PreTrainedModel, handle: DMS, implementation: str) -> PreTrainedModel:
+    """Make ``handle`` the model's, and ``implementation`` its attention."""
+    handle.attention_before, model.dms = model.config._attn_implementation, handle
+    model.set_attn_implementation(implementation)
     return model
 
 
-def _check_attention(decoder: nn.Module, model: PreTrainedModel) -> None:
+def check_attention(decoder: nn.Module, model: PreTrainedModel) -> None:
     """Raises ValueError for what is not softmax attention over a cache of keys and values per head."""
     name, text = type(model).__name__, model.config.get_text_config()
     if getattr(text, "kv_lora_rank", None):
         raise ValueError(f"{name}: multi-head latent attention has no keys and values per head; not supported")
     if cap := getattr(text, "attn_logit_softcapping", None):
         raise ValueError(f"{name}: attn_logit_softcapping {cap}: must be None, scores are not capped here")
-    sliding = [_sliding_window(layer.self_attn, model) for layer in decoder.layers]
+    sliding = [sliding_window(layer.self_attn, model) for layer in decoder.layers]
     if None not in sliding:
-        raise ValueError(f"{name}: sliding-window attention of {sorted(set(sliding))} tokens in all layers: DMS needs "
-                         "layers with full attention (None)")  # fmt: skip
+        needs = "DMS needs layers with full attention (None)"
+        raise ValueError(f"{name}: sliding-window attention of {sorted(set(sliding))} tokens in all layers: {needs}")
     if slide := [index for index, size in enumerate(sliding) if size is not None]:
         warnings.warn(f"{name}: layers {slide} keep their sliding window; DMS is on the other layers", stacklevel=3)
 
 
-def _sliding_window(attention: nn.Module, model: PreTrainedModel) -> int | None:
+def sliding_window(attention: nn.Module, model: PreTrainedModel) -> int | None:
     """A layer's sliding window; models differ in whether the layer or only the configuration knows it."""
     of_config = getattr(model.config.get_text_config(), "sliding_window", None)
     return getattr(attention, "sliding_window", of_config) or None
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Take the gates off; the model is as it was before ``attach``, but for any training since."""
+    """Take the gates off; the model is as it was before ``attach``, but for any training since.
+
+    Raises ValueError if it has none.
+
+    >>> hasattr(detach(attach(model, DMSConfig())), "dms")
+    False
+    """
     dms = getattr(model, "dms", None)
     if dms is None:
         raise ValueError("the model has no DMS gates")

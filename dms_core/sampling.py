@@ -20,7 +20,11 @@ from dms_core.cache.dms import DMSCache
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How chains are drawn."""
+    """How chains are drawn.  Raises ValueError for a value that its field may not have.
+
+    >>> SamplingConfig(max_new_tokens=1024, temperature=0.0).top_p
+    0.95
+    """
 
     max_new_tokens: int  # L
     temperature: float = 0.6  # 0: greedy
@@ -89,6 +93,10 @@ def sample_chains(
     ``model`` has DMS gates (inside ``model.dms.disabled()`` it samples from the dense original).  ``make_cache``
     (model, max_new_tokens) makes other caches than DMS's, see ``dms_core.baselines``.  Raises ValueError for an empty
     prompt.
+
+    >>> chains = sample_chains(attach(model, DMSConfig()), tokenizer, [[5, 6, 7]], [(0, 0)], SamplingConfig(4))
+    >>> next(chains).prompt_tokens
+    3
     """
     for problem, _ in jobs:
         if not len(prompts[problem]):
@@ -136,11 +144,10 @@ class _Batch:
         at = rows.to(self.model.device)
         self.cache.put_rows(at, prefilled, source.to(self.model.device))
         self.cache.name_streams(at, torch.tensor([chain_stream(self.config.seed, *job) for job in jobs]))
-        for row, (problem, chain) in zip(rows.tolist(), jobs, strict=True):
-            self.jobs[row] = (problem, chain)
-            drawn = chain_uniforms(self.config.seed, problem, chain, self.config.max_new_tokens)
-            self.uniforms[row] = torch.from_numpy(drawn)
-            self.position[row] = len(self.prompts[problem])
+        for row, job in zip(rows.tolist(), jobs, strict=True):
+            self.jobs[row] = job
+            self.uniforms[row] = torch.from_numpy(chain_uniforms(self.config.seed, *job, self.config.max_new_tokens))
+            self.position[row] = len(self.prompts[job[0]])
         self.made[rows] = 0
         self.active[rows] = True
         self._log(rows)
@@ -163,12 +170,9 @@ class _Batch:
         return self._take(rows, logits[rows])
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: RowCache) -> Tensor:
-        device = self.model.device
-        out = self.model(
-            input_ids=ids.to(device), position_ids=positions.to(device), attention_mask=mask.to(device),
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        return out.logits[:, -1].cpu()
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+        inputs = {name: x.to(self.model.device) for name, x in inputs.items()}
+        return self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].cpu()
 
     def _take(self, rows: Tensor, logits: Tensor) -> Tensor:
         """Sample for ``rows``; returns the rows whose chain has ended."""
@@ -191,18 +195,16 @@ class _Batch:
     def _finish(self, rows: Tensor) -> Iterator[Chain]:
         if not len(rows):
             return
-        live, reads = self._budget(rows)
-        for i, row in enumerate(rows.tolist()):
+        self.model.dms.check_logits()
+        for row, *end in zip(rows.tolist(), *self._budget(rows), strict=True):
             made = int(self.made[row])
             tokens = self.tokens[row, :made].tolist()
             finished = tokens[-1] == self.eos
-            entries = made // self.config.stride + 1
             problem, chain = self.jobs[row]
-            yield Chain(
-                problem, chain, tokens[:-1] if finished else tokens, finished, len(self.prompts[problem]),
-                [*self.live[row, :entries].tolist(), float(live[i])],
-                [*self.reads[row, :entries].tolist(), float(reads[i])],
-            )  # fmt: skip
+            logs = (log[row, : made // self.config.stride + 1].tolist() for log in (self.live, self.reads))
+            live, reads = ([*log, float(last)] for log, last in zip(logs, end, strict=True))
+            tokens = tokens[:-1] if finished else tokens
+            yield Chain(problem, chain, tokens, finished, len(self.prompts[problem]), live, reads)
         self.active[rows] = False
         self.cache.reset_rows(rows.to(self.model.device))
 

@@ -1,4 +1,6 @@
 import os
+import re
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -20,7 +22,49 @@ settings.register_profile(
 )
 settings.load_profile("repeatable")
 
+# What the reason of a skipped test says, and how to have the test run.
+REMEDIES = {
+    "ordinary user": "a machine with /usr/bin/python3 that allows user namespaces",
+    "no sandbox here": "apt-get install bubblewrap",
+    "needs a CUDA device": "make gpu-check, on a machine with a GPU",
+    "is not installed|could not import": "make setup",
+}
 VOCABULARY = 40
+
+
+def pytest_addoption(parser):
+    parser.addoption("--require-sandbox", action="store_true", help="fail, not skip, the tests that bubblewrap is for")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("sandbox"):
+        _need_sandbox(item.config)
+
+
+def _need_sandbox(config, reason=None):
+    from companion.tasks.sandbox import sandbox
+
+    if reason := reason or sandbox.why_not():
+        (pytest.fail if config.getoption("require_sandbox") else pytest.skip)(f"no sandbox here: {reason}")
+
+
+@pytest.fixture
+def need_sandbox(request):
+    """A function that skips (--require-sandbox: fails) the test where bubblewrap cannot run, or for a given reason."""
+    return partial(_need_sandbox, request.config)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter):
+    """At the very end a line for each kind of skipped tests: how many, why, and how to have them run."""
+    yield
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = [str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped]
+    for kind, remedy in REMEDIES.items():
+        if found := [reason for reason in reasons if re.search(kind, reason)]:
+            reasons = [reason for reason in reasons if reason not in found]
+            line = f"NOT RUN: {len(found)} tests ({'; '.join(sorted(set(found)))}). To run them: {remedy}"
+            terminalreporter.write_line(line, red=True, bold=True)
 
 
 def _tiny_config(kind: str, vocabulary: int):
@@ -29,10 +73,21 @@ def _tiny_config(kind: str, vocabulary: int):
     cls = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind]
     extra = {} if kind == "qwen2" else {"head_dim": 8}
     return cls(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.25, tie_word_embeddings=kind != "qwen3",
-        pad_token_id=0, bos_token_id=None, eos_token_id=None, attn_implementation="sdpa", **extra,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.25,
+        tie_word_embeddings=kind != "qwen3",
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="sdpa",
+        **extra,
+    )
 
 
 def _tiny_model(kind: str = "llama", seed: int = 0, gates: bool = True, vocabulary: int = VOCABULARY, **settings):

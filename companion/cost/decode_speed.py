@@ -15,16 +15,15 @@ def decode_speed(model, prompts: Sequence[Sequence[int]], pad: int, tokens: int 
     The rate is that of the median step, of all rows together.
     """
     cache, width = DynamicCache(), max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)  # (B, T)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     seconds = []
     for _ in range(tokens + 1):
         began = time.perf_counter()
-        out = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        if ids.device.type != "cpu":
+            torch.accelerator.synchronize(ids.device)
         seconds.append(time.perf_counter() - began)
         ids = out.logits[:, -1].argmax(-1, keepdim=True)
         mask = torch.cat([mask, torch.ones_like(ids)], 1)

@@ -21,12 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from companion.experiments.ablations import interval
 from companion.paths import REASONER
 from companion.provenance import describe
 from companion.tasks.programs import DIGITS, Problem, make_problem
 from companion.tasks.reasoner import load_tokenizer
+from dms_core.budgets import bootstrap
 from dms_core.checkpoint import load_base, load_model
 
 KINDS = ("definition", "result")
@@ -89,35 +90,27 @@ def find_cases(tokenizer, documents: int, distance: int, seed: int = 0) -> list[
 
 def tokens_of(case: Case, condition: str, window: int) -> range:
     """The positions that a condition patches.  Raises ValueError for an unknown condition."""
-    j, q = case.source, case.query
-    spans = {
-        "none": range(0), "source": range(j, j + 1), "window": range(j + 1, j + 1 + window),
-        "control": range(j + 1 + window, j + 1 + 2 * window), "source and window": range(j, j + 1 + window),
-        "after source": range(j + 1, q), "all": range(q + 1),
-    }  # fmt: skip
-    if condition not in spans:
-        raise ValueError(f"condition {condition!r}: must be one of {', '.join(spans)}")
-    return spans[condition]
+    if condition not in CONDITIONS:
+        raise ValueError(f"condition {condition!r}: must be one of {', '.join(CONDITIONS)}")
+    j, q, after = case.source, case.query, case.source + 1 + window
+    spans = (0, 0), (j, j + 1), (j + 1, after), (after, after + window), (j, after), (j + 1, q), (0, q + 1)
+    return range(*spans[CONDITIONS.index(condition)])
 
 
 @contextlib.contextmanager
 def _writing(model, act) -> Iterator[None]:
     """Inside, ``act(place, output)`` may replace what tokens write: keys, values (B, T, H D), gate logits (B, H, T)."""
-    hooks = []
-    for layer, block in enumerate(model.get_decoder().layers):
-        for name in ("k_proj", "v_proj", "dms_gate"):
-            if hasattr(block.self_attn, name):
-                module, place = getattr(block.self_attn, name), (layer, name)
-                hooks.append(module.register_forward_hook(lambda m, i, output, place=place: act(place, output)))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer, block in enumerate(model.get_decoder().layers):
+            for name in ("k_proj", "v_proj", "dms_gate"):
+                if (module := getattr(block.self_attn, name, None)) is not None:
+                    hook = module.register_forward_hook(lambda m, i, x, place=(layer, name): act(place, x))
+                    hooks.enter_context(hook)  # leaving it removes the hook
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.inference_mode()
-def record(model, ids: Tensor) -> tuple[Tensor, dict]:
+def recorded(model, ids: Tensor) -> tuple[Tensor, dict]:
     """Logits (B, T, V) of ids (B, T), and what every token wrote, by (layer, module)."""
     written = {}
     with _writing(model, lambda place, output: written.update({place: output.clone()})):
@@ -138,8 +131,7 @@ def patched(model, ids: Tensor, tokens: Tensor, written: dict) -> Tensor:
 
 def make_batch(cases: Sequence[Case]) -> tuple[Tensor, Tensor]:
     """Clean and corrupted token ids (B, T); padding is on the right, where no query sees it."""
-    width = max(len(case.ids) for case in cases)
-    clean = torch.tensor([[*case.ids, *[0] * (width - len(case.ids))] for case in cases])
+    clean = pad_sequence([torch.tensor(case.ids) for case in cases], batch_first=True)
     corrupted = clean.clone()
     corrupted[range(len(cases)), [case.source for case in cases]] = torch.tensor([case.wrong for case in cases])
     return clean, corrupted
@@ -151,10 +143,9 @@ def interchange(model, cases: Sequence[Case], window: int) -> list[dict]:
     Also "clean" and "corrupted", the runs without patches, and with gates "kept" (layers, KV heads): whether the clean
     run keeps the source by its decisions.
     """
-    clean, corrupted = make_batch(cases)
-    rows, queries = torch.arange(len(cases)), torch.tensor([case.query for case in cases])
-    right, wrong = (torch.tensor([getattr(case, name) for case in cases]) for name in ("right", "wrong"))
-    results = [{} for _ in cases]
+    clean, corrupted = (ids.to(model.device) for ids in make_batch(cases))
+    rows, queries, results = range(len(cases)), [case.query for case in cases], [{} for _ in cases]
+    right, wrong = ([getattr(case, name) for case in cases] for name in ("right", "wrong"))
 
     def note(name: str, logits: Tensor) -> None:
         at = logits[rows, queries]
@@ -162,12 +153,12 @@ def interchange(model, cases: Sequence[Case], window: int) -> list[dict]:
         for result, token, value in zip(results, at.argmax(-1).tolist(), odds.tolist(), strict=True):
             result[name] = (token, value)
 
-    note("clean", record(model, clean)[0])
+    note("clean", recorded(model, clean)[0])
     if hasattr(model, "dms"):
         stays = ~torch.stack([e.bool() for e in model.dms.step.evicted.values()])  # (L, B, H, T)
         for row, (result, case) in enumerate(zip(results, cases, strict=True)):
             result["kept"] = stays[:, row, :, case.source].tolist()
-    logits, written = record(model, corrupted)
+    logits, written = recorded(model, corrupted)
     note("corrupted", logits)
     for condition in CONDITIONS:
         tokens = torch.zeros_like(clean, dtype=torch.bool)
@@ -178,9 +169,8 @@ def interchange(model, cases: Sequence[Case], window: int) -> list[dict]:
 
 
 def delay(
-    checkpoint: Path | str = REASONER / "dms-cr4", base: Path | str = REASONER, documents: int = 200,
-    seed: int = 0, batch: int = 32,
-) -> dict:  # fmt: skip
+    checkpoint: Path | str = REASONER / "dms-cr4", base: Path | str = REASONER, documents=200, seed=0, batch=32
+) -> dict:
     """The experiment on a retrofitted model and the dense one, over the look-ups that both solve in both runs.
 
     Rates and effects are percentages with 95 % bootstrap intervals over look-ups.
@@ -189,28 +179,22 @@ def delay(
     window = models["dms"].dms.config.window
     cases = find_cases(load_tokenizer(base), documents, 2 * window + 1, seed)
     order = sorted(range(len(cases)), key=lambda i: len(cases[i].ids))
-    found = {}
+    found = {name: {} for name in models}
     for name, model in models.items():
-        found[name] = [{}] * len(cases)
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            for i, result in zip(chosen, interchange(model, [cases[i] for i in chosen], window), strict=True):
-                found[name][i] = result
-    solved = [i for i, case in enumerate(cases) if all(_solved(found[name][i], case) for name in models)]
+            found[name] |= zip(chosen, interchange(model, [cases[i] for i in chosen], window), strict=True)
+
+    def solved_by(results: dict, i: int) -> bool:
+        return (results[i]["clean"][0], results[i]["corrupted"][0]) == (cases[i].right, cases[i].wrong)
+
+    solved = [i for i in range(len(cases)) if all(solved_by(results, i) for results in found.values())]
     cases = [cases[i] for i in solved]
     found = {name: [results[i] for i in solved] for name, results in found.items()}
-    return summary(cases, found) | {
-        "settings": {
-            "checkpoint": Path(checkpoint).name, "window": window, "documents": documents, "lookups": len(order),
-            "used": len(cases), "least_distance": 2 * window + 1, "seed": seed,
-            "median_distance": float(np.median([case.query - case.source for case in cases])),
-        },
-        "environment": describe(),
-    }  # fmt: skip
-
-
-def _solved(result: dict, case: Case) -> bool:
-    return result["clean"][0] == case.right and result["corrupted"][0] == case.wrong
+    settings = {"checkpoint": Path(checkpoint).name, "window": window, "documents": documents, "seed": seed}
+    settings |= {"lookups": len(order), "used": len(cases), "least_distance": 2 * window + 1}
+    settings["median_distance"] = float(np.median([case.query - case.source for case in cases]))
+    return findings(cases, found) | {"settings": settings, "environment": describe()}
 
 
 def _effects(results: list[dict], condition: str) -> np.ndarray:
@@ -218,8 +202,8 @@ def _effects(results: list[dict], condition: str) -> np.ndarray:
     return (odds[:, 0] - odds[:, 1]) / (odds[:, 2] - odds[:, 1])
 
 
-def summary(cases: Sequence[Case], found: dict[str, list[dict]]) -> dict:
-    """Tables of rates and effects by model, condition and kind, differences between the models, and the verdict."""
+def findings(cases: Sequence[Case], found: dict[str, list[dict]]) -> dict:
+    """Tables of rates and effects by model, condition and kind, differences between the models, and the conclusion."""
     rows, differences = [], []
     for kind in ("all", *KINDS):
         places = [i for i, case in enumerate(cases) if kind in ("all", case.kind)]
@@ -243,21 +227,19 @@ def summary(cases: Sequence[Case], found: dict[str, list[dict]]) -> dict:
         "window_minus_control": specific,
         "source_kept": kept.mean(0).tolist(),
         "kept_somewhere": float(100 * kept.any((1, 2)).mean()),
-        "verdict": verdict(specific, next(d for d in differences if d["patched"] == "window")),
+        "verdict": conclusion(specific, next(d for d in differences if d["patched"] == "window")),
     }
 
 
 def _named(name: str, values) -> dict:
-    return dict(zip((name, f"{name}_low", f"{name}_high"), interval(values), strict=True))
+    return dict(zip((name, f"{name}_low", f"{name}_high"), bootstrap.mean(values), strict=True))
 
 
-def verdict(specific: dict, against_dense: dict) -> str:
+def conclusion(specific: dict, against_dense: dict) -> str:
     """Content moved if the window carries more than the control span, and more than in the dense model."""
     more = [d["difference_low"] > 0 for d in (specific, against_dense)]
-    numbers = (
-        "effect of the window {difference:+.2f} % of the log-odds [{difference_low:+.2f}, {difference_high:+.2f}] "
-    )
-    listed = f"{numbers.format(**specific)}beyond the control span, {numbers.format(**against_dense)}beyond dense"
+    numbers = "effect of the window {difference:+.2f} % of the log-odds [{difference_low:+.2f}, {difference_high:+.2f}]"
+    listed = f"{numbers.format(**specific)} beyond the control span, {numbers.format(**against_dense)} beyond dense"
     if all(more):
         return f"content moves into the window's tokens: {listed}"
     if more[0]:

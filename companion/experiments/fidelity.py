@@ -1,4 +1,4 @@
-"""How closely a compressed cache follows the dense model on real text.
+"""How closely a compressed cache follows the dense model on real text (``dms fidelity``).
 
 A prompt is a long conversation and, in two branches of the same cache, its next question and a needle: a question
 after a code that was told near the beginning.  The dense model answers the first greedily.  The same tokens are then
@@ -6,6 +6,7 @@ fed, one by one, to a model that decodes with another cache: at every token, is 
 agreement), and how far is its distribution (KL, nats)?  Tokens after the end of the dense model's answer do not count.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,21 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from companion.cost.decode_speed import decode_speed
+from dms_core.baselines import get_baseline
+from dms_core.budgets import bootstrap
 from dms_core.cache.base import RowCache
 from dms_core.cache.dms import DMSCache
+from dms_core.checkpoint import load_gates, read_settings
+from dms_core.config import DMSConfig
+from dms_core.model import attach, detach
 from dms_core.train.losses import token_divergence
 
 MakeCache = Callable[[object], RowCache]
+BASELINES = ("tova", "streaming-llm")
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class Prompt:
 
 @dataclass
 class Answers:
-    """What a model with some cache says to N prompts, n tokens each."""
+    """What a model with some cache says to N prompts, n tokens each; tensors on the CPU."""
 
     tokens: Tensor  # (N, n) fed
     logits: Tensor  # (N, n, V) before each
@@ -42,8 +51,7 @@ class Answers:
     seen: Tensor  # (N,) tokens of context, question and answer
     live: Tensor  # (N,) items held of them, mean over layers and heads
     cells: int  # recent tokens that are held in any case
-    step_seconds: list[float]  # of every decode step of a batch of ``rows``
-    rows: int  # decoded together, both branches
+    tokens_per_s: float  # of the median decode step of a full batch, both branches
     kv_bytes: int  # of the first batch's cache at the end
 
 
@@ -75,77 +83,65 @@ def make_prompts(tokenizer, conversations: Sequence[Sequence[dict]], longest: in
 
 
 class Decoder:
-    """Rows of one cache that are fed tokens: many a row at first, then one a row."""
+    """Rows of one cache that are fed tokens: many a row at first, then one a row; ``logits`` (B, V) after the last."""
 
     def __init__(self, model, cache: RowCache, rows: Sequence[Sequence[int]], pad: int) -> None:
         self.model, self.cache, self.pad = model, cache, pad
-        self.position = torch.zeros(len(rows), dtype=torch.long)
-        self.logits = self.prefill(rows)
+        self.position = torch.zeros(len(rows), dtype=torch.long, device=model.device)
+        self.prefill(rows)
 
-    def prefill(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Token ids a row, padded on the left; returns the logits after the last, (B, V)."""
-        width = max(map(len, rows))
-        ids = torch.tensor([[self.pad] * (width - len(row)) + list(row) for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        positions = self.position[:, None] + (mask.cumsum(1) - 1).clamp_min(0)
-        self.position = self.position + torch.tensor([len(row) for row in rows])
-        return self._forward(ids, positions, mask)
+    def prefill(self, rows: Sequence[Sequence[int]]) -> None:
+        """Token ids a row, padded on the left."""
+        rows = [torch.tensor(row, device=self.model.device) for row in rows]
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
+        self.feed(pad_sequence(rows, True, self.pad, "left"), mask)
 
     def branch(self, *questions: Sequence[Sequence[int]]) -> None:
         """Every row becomes as many as there are questions to it, neighbours together, and takes in its own."""
         self.cache.fork(len(questions))
         self.position = self.position.repeat_interleave(len(questions))
-        self.logits = self.prefill([question for row in zip(*questions, strict=True) for question in row])
+        self.prefill([question for row in zip(*questions, strict=True) for question in row])
 
-    def feed(self, token: Tensor) -> None:
-        """token (B,): one a row."""
-        self.logits = self._forward(token[:, None], self.position[:, None], torch.ones_like(token)[:, None])
-        self.position = self.position + 1
-
-    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        out = self.model(
-            input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-        return out.logits[:, -1]
+    def feed(self, ids: Tensor, mask: Tensor) -> None:
+        """ids (B, T), and mask (B, T): 0 for padding."""
+        positions = self.position[:, None] + (mask.cumsum(1) - 1).clamp_min(0)
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "past_key_values": self.cache}
+        self.logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+        self.position = self.position + mask.sum(1)
 
 
 @torch.inference_mode()
 def answer(
-    model, tokenizer, prompts: Sequence[Prompt], make_cache: MakeCache, tokens: int, said: Tensor | None = None,
-    batch: int = 4, label: str = "",
-) -> Answers:  # fmt: skip
-    """Answers of ``tokens`` tokens: greedy, or ``said`` (N, tokens) word by word.  Needles are answered greedily."""
-    fed, logits, recalled, seen, live, seconds, held = [], [], [], [], [], [], 0
+    model, tokenizer, prompts: Sequence[Prompt], make_cache: MakeCache, tokens: int, said=None, batch=4, label=""
+) -> Answers:
+    """Answers of ``tokens`` tokens: greedy, or the tokens ``said`` (N, tokens).  Needles are answered greedily."""
+    parts, recalled, seconds, held = [], [], [], 0
     for start in tqdm(range(0, len(prompts), batch), desc=label, unit="batch"):
         part = prompts[start : start + batch]
         decoder = Decoder(model, make_cache(model), [p.context for p in part], tokenizer.pad_token_id)
         decoder.branch([p.question for p in part], [p.needle for p in part])
-        steps, words = [], []
+        cache, steps, words = decoder.cache, [], []
         for i in range(tokens):
             steps.append(decoder.logits[::2])
             words.append(decoder.logits.argmax(-1))
             if said is not None:
                 words[-1][::2] = said[start : start + batch, i]
             began = time.perf_counter()
-            decoder.feed(words[-1])
+            decoder.feed(words[-1][:, None], torch.ones_like(words[-1])[:, None])
             if len(part) == min(batch, len(prompts)):
                 seconds.append(time.perf_counter() - began)
-        words = torch.stack(words, 1)
+        words = torch.stack(words, 1)  # (2 B, n)
         texts = tokenizer.batch_decode(words[1::2])
         recalled += [p.code in text for p, text in zip(part, texts, strict=True)]
-        fed.append(words[::2])
-        logits.append(torch.stack(steps, 1))
-        seen.append(decoder.cache.tokens_seen()[::2])
-        live.append(decoder.cache.live_tokens().float().mean((0, 2))[::2])
+        live = cache.live_tokens().float().mean((0, 2))[::2]
+        parts.append([x.cpu() for x in (words[::2], torch.stack(steps, 1), cache.tokens_seen()[::2], live)])
         if not held:
-            decoder.cache.trim()
-            held = decoder.cache.bytes_held()
+            cache.trim()
+            held = cache.bytes_held()
+    fed, logits, seen, live = map(torch.cat, zip(*parts, strict=True))
     cells = model.dms.config.window + 1 if model.dms.enabled else 0
-    rows = 2 * min(batch, len(prompts))
-    return Answers(
-        torch.cat(fed), torch.cat(logits), recalled, torch.cat(seen), torch.cat(live), cells, seconds, rows, held
-    )
+    rate = 2 * min(batch, len(prompts)) / statistics.median(seconds)
+    return Answers(fed, logits, recalled, seen, live, cells, rate, held)
 
 
 def compare(answers: Answers, dense: Answers, eos: int, resamples: int = 1000) -> dict:
@@ -160,17 +156,47 @@ def compare(answers: Answers, dense: Answers, eos: int, resamples: int = 1000) -
     same = (answers.logits.argmax(-1) == dense.logits.argmax(-1)) & counted
     kl = token_divergence(answers.logits[counted], dense.logits[counted], "forward")
     hits, total = same.sum(1).numpy(), counted.sum(1).numpy()
-    draws = np.random.default_rng(0).integers(len(hits), size=(resamples, len(hits)))
-    low, high = np.quantile(hits[draws].sum(1) / total[draws].sum(1), (0.025, 0.975))
+    draws = bootstrap.indices(len(hits), resamples)
+    low, high = bootstrap.interval(hits[draws].sum(1) / total[draws].sum(1))
     outside = [(x - answers.cells).clamp_min(1).sum() for x in (answers.seen, answers.live)]
-    return {
-        "agreement": float(hits.sum() / total.sum()), "agreement_low": float(low), "agreement_high": float(high),
-        "kl": float(kl.mean()), "cr_live": float(answers.seen.sum() / answers.live.sum()),
-        "cr_decisions": float(outside[0] / outside[1]), "needles": sum(answers.recalled) / len(hits),
-        "tokens": int(total.sum()), "prompts": len(hits), "kv_bytes": answers.kv_bytes,
-        "tokens_per_s": answers.rows / float(np.median(answers.step_seconds)),
-    }  # fmt: skip
+    row = {"agreement": float(hits.sum() / total.sum()), "agreement_low": low, "agreement_high": high}
+    row |= {"kl": float(kl.mean()), "cr_live": float(answers.seen.sum() / answers.live.sum())}
+    row |= {"cr_decisions": float(outside[0] / outside[1]), "needles": sum(answers.recalled) / len(hits)}
+    row |= {"tokens": int(total.sum()), "prompts": len(hits), "kv_bytes": answers.kv_bytes}
+    return row | {"tokens_per_s": answers.tokens_per_s}
 
 
-def own_cache(model) -> DMSCache:
-    return DMSCache.for_model(model)
+def report(
+    model, tokenizer, checkpoints: Sequence, conversations: Sequence, tokens: int, longest: int, batch: int = 4
+) -> dict:
+    """Rows of ``compare`` for the gates in ``checkpoints``, and at the last one's ratio for ``BASELINES``.
+
+    Their budget of items a KV head is (context + tokens) / CR.
+    """
+    prompts = make_prompts(tokenizer, conversations, longest)
+    whole = sorted([[*p.context, *p.question] for p in prompts], key=len)
+    plain = decode_speed(model, whole[-2 * batch :], tokenizer.pad_token_id)
+
+    def measure(method: str, cr: float, make_cache: MakeCache, dense: Answers | None = None) -> Answers:
+        said = dense and dense.tokens
+        found = answer(model, tokenizer, prompts, make_cache, tokens, said, batch, f"{method} CR {cr:g}")
+        rows.append({"method": method, "cr": cr} | compare(found, dense or found, tokenizer.eos_token_id))
+        return found
+
+    rows, ratios = [], [float(read_settings(directory)["cr"]) for directory in checkpoints]
+    attach(model, DMSConfig())
+    with model.dms.disabled():
+        dense = measure("vanilla", 1.0, DMSCache.for_model)
+    detach(model)
+    for cr, directory in zip(ratios, checkpoints, strict=True):
+        load_gates(model, directory)
+        measure("dms", cr, DMSCache.for_model, dense)
+        detach(model)
+    attach(model, DMSConfig())
+    with model.dms.disabled():
+        for name in BASELINES:
+            method = get_baseline(name)(ratios[-1])
+            measure(name, ratios[-1], lambda model, method=method: method(model, tokens), dense)
+    detach(model)
+    facts = {"prompts": len(prompts), "prompt_tokens": [len(whole[0]), len(whole[-1])], "continuation": tokens}
+    return facts | {"rows": rows, "plain": {"rows": len(whole[-2 * batch :]), **plain}}

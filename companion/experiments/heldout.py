@@ -26,13 +26,13 @@ def held_out(model, teacher, documents: Sequence[dict], pad: int, batch: int = 3
     kept, live, tokens, labelled, kl, same = 0.0, 0.0, 0, 0, 0.0, 0
     ordered = sorted(documents, key=lambda document: len(document["input_ids"]))
     for start in tqdm(range(0, len(ordered), batch), desc="held-out", mininterval=2):
-        inputs = collate(ordered[start : start + batch])
+        inputs = {name: x.to(model.device) for name, x in collate(ordered[start : start + batch]).items()}
         labels, mask = inputs.pop("labels"), inputs["attention_mask"].bool()
         logits = model(**inputs, use_cache=False).logits
         stays = ~torch.stack([e.bool() for e in model.dms.step.evicted.values()]) & mask[:, None]  # (L, B, H, T)
         kept = kept + stays.sum((1, 3)).float()
         length = mask.sum(1, keepdim=True)
-        recent = mask & (torch.arange(mask.shape[1]) >= length - 1 - window)
+        recent = mask & (torch.arange(mask.shape[1], device=mask.device) >= length - 1 - window)
         live += (stays | recent[:, None]).sum().item() / stays.shape[0] / stays.shape[2]
         tokens += int(mask.sum())
         wanted = labels[:, 1:] != -100
@@ -41,16 +41,15 @@ def held_out(model, teacher, documents: Sequence[dict], pad: int, batch: int = 3
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         labelled += len(ours)
     retention = kept / tokens
-    return {
-        "documents": len(ordered), "tokens": tokens, "cr_decisions": 1 / retention.mean().item(),
-        "cr_live": tokens / live, "retention": retention.tolist(), "kl": kl / labelled, "agreement": same / labelled,
-    }  # fmt: skip
+    compression = {"cr_decisions": 1 / retention.mean().item(), "cr_live": tokens / live}
+    distance = {"kl": kl / labelled, "agreement": same / labelled}
+    return {"documents": len(ordered), "tokens": tokens, **compression, "retention": retention.tolist(), **distance}
 
 
 @torch.inference_mode()
 def kept_tokens(model, ids: Sequence[int]) -> Tensor:
     """Which tokens of one document each head keeps by its decisions, window aside: boolean (layers, KV heads, T)."""
-    model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+    model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
     return ~torch.cat([e.bool() for e in model.dms.step.evicted.values()])
 
 
@@ -96,7 +95,8 @@ def random_eviction(model, cr: float, seed: int = 0):
     generator, share = torch.Generator().manual_seed(seed), target_fraction(cr)
 
     def put(index: int, gate) -> None:
-        model.dms.step.logits[index] = share - torch.rand(gate().shape, generator=generator)
+        z = gate()
+        model.dms.step.logits[index] = share - torch.rand(z.shape, generator=generator).to(z.device)
 
     model.dms._put = put
     try:
@@ -113,19 +113,17 @@ def cache_report(model, tokenizer, prompt: str, cr: float, page: int = 4, max_ne
     held for them (whole pages, so a row's last page counts in full).
     """
     cache = DMSCache.for_model(model, page)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
     cache.trim()
-    window = min(model.dms.config.window + 1, int(cache.tokens_seen()[0]))
     tokens = int(cache.tokens_seen()[0])
+    window = min(model.dms.config.window + 1, tokens)
     live = cache.live_tokens()[:, 0]  # (layers, heads)
     keys = cache.layers[0].rows.keys
     token_bytes = 2 * keys.shape[-1] * keys.element_size() * live.numel()  # one token, all layers and heads
-    held, in_window = cache.bytes_held(), window * token_bytes
-    return {
-        "cr": cr, "tokens": tokens, "generated": ids.shape[1] - inputs["input_ids"].shape[1], "window": window - 1,
-        "bytes_dense": tokens * token_bytes, "bytes_held": held, "bytes_window": in_window,
-        "ratio": tokens * token_bytes / held,
-        "ratio_excluding_window": (tokens - window) * token_bytes / max(held - in_window, 1),
-        "live_per_layer_head": live.tolist(), "text": tokenizer.decode(ids[0]),
-    }  # fmt: skip
+    dense, held, in_window = tokens * token_bytes, cache.bytes_held(), window * token_bytes
+    generated = ids.shape[1] - inputs["input_ids"].shape[1]
+    report = {"cr": cr, "tokens": tokens, "generated": generated, "window": window - 1}
+    report |= {"bytes_dense": dense, "bytes_held": held, "bytes_window": in_window, "ratio": dense / held}
+    report["ratio_excluding_window"] = (dense - in_window) / max(held - in_window, 1)
+    return report | {"live_per_layer_head": live.tolist(), "text": tokenizer.decode(ids[0])}

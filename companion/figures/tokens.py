@@ -15,51 +15,45 @@ from dms_core.train.data import encode_conversation
 
 KINDS = ("template", "newline", "digit", "word", "punctuation", "space")
 ROLES = ("system", "user", "assistant")
-_LOW, _HIGH = (0xEC, 0xEC, 0xEC), (0x01, 0x73, 0xB2)  # evicted, kept: those of report.plot_kept
+_LOW, _HIGH = (0xEC, 0xEC, 0xEC), (0x01, 0x73, 0xB2)  # evicted, kept: those of plot_kept
 
 
 def example(model, tokenizer, messages: Sequence[dict], limit: int = 400) -> dict:
     """The first ``limit`` tokens of a conversation and which rows keep them.  ``model`` has DMS gates.
 
     "tokens": their text; "special": a bit each; "kept": a bit string a row, heads of layer 0 first.
-    ValueError if ``limit`` < 1 or the conversation has no answer in it.
+    Raises ValueError if ``limit`` < 1 or the conversation has no answer in it.
     """
     if limit < 1:
-        raise ValueError(f"limit is {limit}; allowed: >= 1")
+        raise ValueError(f"limit {limit}: must be >= 1")
     ids = encode_conversation(tokenizer, list(messages))[0][:limit]
     if not ids:
-        raise ValueError(f"a conversation of {len(messages)} messages without an answer; allowed: at least one")
-    kept = kept_tokens(model, ids).numpy()
+        raise ValueError(f"{len(messages)} messages without an answer: must be at least one with an answer")
+    kept = kept_tokens(model, ids).numpy()  # (layers, KV heads, tokens)
+    layers, heads, _ = kept.shape
     special = set(tokenizer.all_special_ids)
-    return {
-        "tokens": [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids],
-        "special": "".join("01"[i in special] for i in ids),
-        "layers": kept.shape[0], "heads": kept.shape[1], "window": model.dms.config.window,
-        "cr_decisions": kept.size / max(int(kept.sum()), 1),
-        "kept": ["".join(map(str, row)) for row in kept.reshape(-1, len(ids)).astype(int)],
-    }  # fmt: skip
+    texts = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
+    shown = {"tokens": texts, "special": "".join("01"[i in special] for i in ids), "layers": layers, "heads": heads}
+    shown |= {"window": model.dms.config.window, "cr_decisions": kept.size / max(int(kept.sum()), 1)}
+    return shown | {"kept": ["".join(map(str, row)) for row in kept.reshape(-1, len(ids)).astype(int)]}
 
 
 def kept_rows(shown: dict) -> np.ndarray:
     """Boolean (layers, KV heads, tokens) of an ``example``."""
-    rows = np.array([[bit == "1" for bit in row] for row in shown["kept"]])
-    return rows.reshape(shown["layers"], shown["heads"], -1)
+    return np.array([list(row) for row in shown["kept"]]).reshape(shown["layers"], shown["heads"], -1) == "1"
 
 
 def kinds(shown: dict) -> list[str]:
     """One of KINDS for each token: what belongs to the chat template, else what its text holds first in their order."""
-    found: list[str] = []
     patterns = {"newline": r"\n", "digit": r"\d", "word": r"[^\W\d_]", "punctuation": r"\S"}
-    for at, text in enumerate(shown["tokens"]):
-        after_special = at > 0 and shown["special"][at - 1] == "1"
-        after_role = at > 0 and found[-1] == "template" and shown["tokens"][at - 1] in ROLES
-        template = (
-            shown["special"][at] == "1"
-            or (after_special and text in (*ROLES, "\n"))
-            or (after_role and text == "\n")  # the rest of the line that names the speaker
-        )
+    found: list[str] = []
+    after_special = after_role = False
+    for text, bit in zip(shown["tokens"], shown["special"], strict=True):
+        named = after_special and text in (*ROLES, "\n")
+        template = bit == "1" or named or (after_role and text == "\n")  # the rest of the line that names the speaker
         matching = (kind for kind, pattern in patterns.items() if re.search(pattern, text))
         found.append("template" if template else next(matching, "space"))
+        after_special, after_role = bit == "1", template and text in ROLES
     return found
 
 
@@ -67,13 +61,10 @@ def summary(shown: Sequence[dict]) -> dict:
     """Of several ``example``s: "tokens", "retention" (layers, KV heads) and of each kind {"tokens", "retention"}."""
     kept = np.concatenate([kept_rows(one) for one in shown], axis=2)
     of = np.array([kind for one in shown for kind in kinds(one)])
-    return {
-        "documents": len(shown), "tokens": len(of), "retention": kept.mean(2).round(5).tolist(),
-        "kinds": {
-            kind: {"tokens": int((of == kind).sum()), "retention": float(kept[..., of == kind].mean())}
-            for kind in KINDS if (of == kind).any()
-        },
-    }  # fmt: skip
+    places = {kind: of == kind for kind in KINDS if kind in of}
+    by = {kind: {"tokens": int(at.sum()), "retention": float(kept[..., at].mean())} for kind, at in places.items()}
+    retention = kept.mean(2).round(5).tolist()
+    return {"documents": len(shown), "tokens": len(of), "retention": retention, "kinds": by}
 
 
 def tokens_html(shown: dict, layer: int | None = None, head: int | None = None) -> str:
@@ -84,18 +75,16 @@ def tokens_html(shown: dict, layer: int | None = None, head: int | None = None) 
     """
     kept = kept_rows(shown)
     if (layer is None) != (head is None):
-        raise ValueError(f"layer is {layer} and head {head}; allowed: both, or neither")
+        raise ValueError(f"layer {layer}, head {head}: must be both given, or neither")
     if layer is not None and not (0 <= layer < kept.shape[0] and 0 <= head < kept.shape[1]):
-        raise ValueError(f"layer {layer}, head {head}; allowed: below {kept.shape[0]} and {kept.shape[1]}")
+        raise ValueError(f"layer {layer}, head {head}: must be below {kept.shape[0]} and {kept.shape[1]}")
     rows = kept.reshape(-1, kept.shape[2]) if layer is None else kept[layer, head][None]
-    body = [
-        _token(text, int(count), len(rows), special == "1")
-        for text, special, count in zip(shown["tokens"], shown["special"], rows.sum(0), strict=True)
-    ]
+    facts = zip(shown["tokens"], rows.sum(0).tolist(), shown["special"], strict=True)
+    body = "".join(_token(text, count, len(rows), bit == "1") for text, count, bit in facts)
     return (
         '<div style="background:#ffffff;color:#222222;border:1px solid #bbbbbb;border-radius:4px;padding:0.6em">'
         f'{_legend(len(rows))}<div style="font-family:monospace;font-size:0.85em;line-height:1.7;'
-        f'white-space:pre-wrap;overflow-wrap:anywhere">{"".join(body)}</div></div>'
+        f'white-space:pre-wrap;overflow-wrap:anywhere">{body}</div></div>'
     )
 
 
@@ -121,13 +110,11 @@ def _token(text: str, count: int, rows: int, special: bool) -> str:
 
 
 def _legend(rows: int) -> str:
-    names = (
-        {0.0: "0 %", 0.25: "25 %", 0.5: "50 %", 0.75: "75 %", 1.0: "100 %"} if rows > 1 else {0: "evicted", 1: "kept"}
-    )
-    cells = []
-    for share, name in names.items():
-        background, ink = colours(share)
-        cells.append(f'<span style="background:{background};color:{ink};padding:0 0.6em">{name}</span>')
-    what = f" of {rows} rows (layer, KV head) keep the token" if rows > 1 else " by this head"
+    names = {share: f"{share:.0%}".replace("%", " %") for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    what = f" of {rows} rows (layer, KV head) keep the token"
+    if rows == 1:
+        names, what = {0: "evicted", 1: "kept"}, " by this head"
+    form = '<span style="background:{};color:{};padding:0 0.6em">{}</span>'
+    cells = "".join(form.format(*colours(share), name) for share, name in names.items())
     marks = '<span style="border:1px dashed #222222;padding:0 0.3em">special token</span> ↵ newline'
-    return f'<div style="font-size:0.8em;margin-bottom:0.5em">{"".join(cells)}{what} &nbsp; {marks}</div>'
+    return f'<div style="font-size:0.8em;margin-bottom:0.5em">{cells}{what} &nbsp; {marks}</div>'

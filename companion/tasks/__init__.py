@@ -3,15 +3,15 @@
 import inspect
 from collections import Counter
 from importlib import import_module
-from pathlib import Path
 
 from companion.tasks.base import Task, TaskProblem
+from companion.tasks.source import Source
 
 TASKS = {  # name: module and class, imported when asked for
     "programs": ("program_traces", "ProgramTraces"),
-    "aime24": ("aime", "AIME24"),
-    "aime25": ("aime", "AIME25"),
-    "math500": ("math500", "MATH500"),
+    "aime24": ("math", "AIME24"),
+    "aime25": ("math", "AIME25"),
+    "math500": ("math", "MATH500"),
     "gpqa_diamond": ("gpqa", "GPQADiamond"),
     "livecodebench": ("livecodebench", "LiveCodeBench"),
     "reasoning_gym": ("gym", "ReasoningGym"),
@@ -28,7 +28,7 @@ def task_class(name: str) -> type[Task]:
     return getattr(import_module(f"companion.tasks.{module}"), cls)
 
 
-def get_task(name: str, source: Path | str | None = None, limit: int | None = None, **options) -> Task:
+def get_task(name: str, source: Source = None, limit: int | None = None, **options) -> Task:
     """Load a task.
 
     source: a local JSONL file in place of the hub.  limit: the first so many problems only.  options: the task's own,
@@ -39,14 +39,12 @@ def get_task(name: str, source: Path | str | None = None, limit: int | None = No
     if ":" in name:
         options = {"dataset": name.partition(":")[2], **options}
     allowed = [key for key in inspect.signature(cls).parameters if key != "source"]
-    unknown = [key for key in options if key not in allowed]
-    if unknown:
+    if unknown := [key for key in options if key not in allowed]:
         raise ValueError(f"task {name!r} has no option {unknown}; allowed: {allowed}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit}: must be >= 1")
     task = cls(source, **options)
-    twice = [key for key, count in Counter(problem.id for problem in task.problems).items() if count > 1]
-    if twice:
+    if twice := [key for key, count in Counter(problem.id for problem in task.problems).items() if count > 1]:
         raise ValueError(f"task {name!r}: problems {twice[:3]} occur more than once; identifiers must differ")
     task.problems = task.problems[:limit]
     return task

@@ -1,4 +1,4 @@
-"""What the grid knows of a task: problems, prompts, how an answer is read, when it was complete, and who grades it.
+"""A benchmark: its problems and prompts, how an answer is read, when it was complete, and what grades it.
 
 A chain's text holds *candidates*: closed answers, each with the place where it ends (the brace that closes
 ``\\boxed{``, the fence that closes a program).  The last one is the answer.  A chain cut at L tokens (paper section
@@ -6,6 +6,7 @@ A chain's text holds *candidates*: closed answers, each with the place where it 
 A chain that changes its mind and comes back is so counted from the first time; in between it had another answer.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -25,7 +26,7 @@ class Task:
     """A benchmark: subclasses set the class attributes, ``problems``, ``messages``, ``candidates`` and ``correct``."""
 
     name = ""
-    version = 1  # of templates and extraction; part of the grid's key
+    version = 1  # of templates and extraction; part of the name of a file of records
     aggregate = "vote"  # W chains vote; "any": one correct chain is enough (pass@all)
     keeps_text = True  # records hold what chains wrote
     grades_later = False  # grading takes long: `correct` stays None until `grading.grade`
@@ -61,26 +62,20 @@ class Task:
 
     def extract(self, text: str) -> str | None:
         """The answer that ``text`` gives, or None."""
-        answer = None
-        for _, answer in self.candidates(text):  # noqa: B007
-            pass
-        return answer
+        answers = [answer for _, answer in self.candidates(text)]
+        return answers[-1] if answers else None
 
     def complete_at(self, tokens: Sequence[int], tokenizer) -> int | None:
         """How many tokens the shortest prefix with the final answer has; None without an answer."""
         text = decode(tokenizer, tokens)
-        answer = self.extract(text)
-        if answer is None:
+        if (answer := self.extract(text)) is None:
             return None
         start = text[: next(end for end, candidate in self.candidates(text) if candidate == answer)]
-        low, high = 1, len(tokens)
-        while low < high:  # a longer prefix decodes to a longer text
-            middle = (low + high) // 2
-            if decode(tokenizer, tokens[:middle]).startswith(start):
-                high = middle
-            else:
-                low = middle + 1
-        return low
+
+        def complete(length: int) -> bool:  # a longer prefix decodes to a longer text
+            return decode(tokenizer, tokens[:length]).startswith(start)
+
+        return 1 + bisect_left(range(1, len(tokens)), True, key=complete)
 
     def grade(self, answer: str | None, problem: TaskProblem) -> bool:
         """``correct``, and False without an answer."""
@@ -88,5 +83,5 @@ class Task:
 
 
 def decode(tokenizer, tokens: Sequence[int]) -> str:
-    """The text of generated tokens, special ones included, nothing tidied up."""
+    """The text of generated tokens, special ones included, spaces unchanged."""
     return tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)

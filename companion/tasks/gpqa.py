@@ -6,19 +6,13 @@ So nothing of it is bundled and records hold letters only: what a chain wrote ma
 import random
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from companion.tasks.base import Task, TaskProblem
-from companion.tasks.source import HubData, read_rows
-from companion.tasks.templates import MULTIPLE_CHOICE, fill
+from companion.tasks.source import HubData, Source, read_rows
+from companion.tasks.templates import fill
 
 CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-DATA = HubData(
-    "Idavidrein/gpqa",
-    {"Record ID": str, "Question": str, **dict.fromkeys(CHOICES, str)},
-    config="gpqa_diamond",
-    gated=True,
-)
+FIELDS = dict.fromkeys(("Record ID", "Question", *CHOICES), str)
 LETTERS = "ABCD"
 OPENING = r"(?:\*\*|\$|\\boxed\{|\\text\{|\\mathrm\{|\(|\s)*"
 ANSWER = re.compile(rf"(?:\b(?i:answer)\**\s*(?::|(?i:is)\b\s*:?){OPENING}|\\boxed\{{{OPENING})([A-D])(?![A-Za-z0-9])")
@@ -29,15 +23,16 @@ class GPQADiamond(Task):
 
     name = "gpqa_diamond"
     keeps_text = False
+    data = HubData("Idavidrein/gpqa", FIELDS, config="gpqa_diamond", gated=True)
 
-    def __init__(self, source: Path | str | None = None, seed: int = 0) -> None:
+    def __init__(self, source: Source = None, seed: int = 0) -> None:
         self.seed = seed
-        self.problems = [self._problem(row) for row in read_rows(DATA, source)]
+        self.problems = [self._problem(row) for row in read_rows(self.data, source)]
 
     def _problem(self, row: dict) -> TaskProblem:
         order = random.Random(f"gpqa/{self.seed}/{row['Record ID']}").sample(range(4), 4)
         options = {letter: row[CHOICES[i]].strip() for letter, i in zip(LETTERS, order, strict=True)}
-        question = fill(MULTIPLE_CHOICE, QUESTION=row["Question"].strip(), **options)
+        question = fill("MULTIPLE_CHOICE", QUESTION=row["Question"].strip(), **options)
         return TaskProblem(row["Record ID"], question, LETTERS[order.index(0)], {"order": order, "shuffle": self.seed})
 
     def candidates(self, text: str) -> Iterator[tuple[int, str]]:

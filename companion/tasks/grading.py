@@ -1,13 +1,11 @@
 """Grade records, again or for the first time, and spell equal answers alike before they vote."""
 
-import json
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from companion.records import read_records
 from companion.tasks import Task, task_class
+from dms_core.storage import read_jsonl, write_jsonl
 
 
 def grade(records: Iterable[dict], task: Task, workers: int = 1, missing: bool = False) -> list[dict]:
@@ -20,8 +18,8 @@ def grade(records: Iterable[dict], task: Task, workers: int = 1, missing: bool =
     problems = {problem.id: problem for problem in task.problems}
     chosen = [r for r in records if not (missing and r.get("correct") is not None)]
     for record in chosen:
-        if record.get("task", task.name) != task.name:
-            raise ValueError(f"a record of task {record['task']!r}; allowed: {task.name!r}")
+        if (name := record.get("task", task.name)) != task.name:
+            raise ValueError(f"a record of task {name!r}; allowed: {task.name!r}")
         if _id(record, task) not in problems:
             raise ValueError(f"a record of problem {record.get('id', record['problem'])!r}, which {task.name} lacks")
     jobs = dict.fromkeys((_id(r, task), r["answer"]) for r in chosen)
@@ -33,10 +31,8 @@ def grade(records: Iterable[dict], task: Task, workers: int = 1, missing: bool =
 
 def grade_file(file: Path, task: Task, workers: int = 1, missing: bool = False) -> list[dict]:
     """``grade`` the records of a file in place; it is replaced as a whole."""
-    records = grade(read_records(file), task, workers, missing)
-    fresh = file.with_suffix(".part")
-    fresh.write_text("".join(json.dumps(record) + "\n" for record in records))
-    os.replace(fresh, file)
+    records = grade(read_jsonl(file), task, workers, missing)
+    write_jsonl(file, records)
     return records
 
 
@@ -47,22 +43,20 @@ def canonical(records: Iterable[dict]) -> list[dict]:
     they stand.
     """
     records = sorted(records, key=lambda r: (str(r["problem"]), r["method"], r["cr"], r["chain"]))
-    spellings: dict[tuple, list[str]] = {}
-    result = []
-    for record in records:
+    spellings: dict[tuple, dict[str, None]] = {}  # of each problem, in the order found
+
+    def spelled(record: dict) -> str | None:
         answer = record["answer"]
-        if answer is not None and "task" in record:
-            same = task_class(record["task"]).same
-            if record.get("correct") and record["gold"] is not None:
-                answer = record["gold"]
-            else:
-                known = spellings.setdefault((record["task"], record["problem"]), [])
-                match = next((one for one in known if same(one, answer)), None)
-                if match is None:
-                    known.append(answer)
-                answer = answer if match is None else match
-        result.append({**record, "answer": answer})
-    return result
+        if answer is None or "task" not in record:
+            return answer
+        if record.get("correct") and record["gold"] is not None:
+            return record["gold"]
+        same, known = task_class(record["task"]).same, spellings.setdefault((record["task"], record["problem"]), {})
+        answer = next((one for one in known if same(one, answer)), answer)
+        known[answer] = None
+        return answer
+
+    return [{**record, "answer": spelled(record)} for record in records]
 
 
 def _id(record: dict, task: Task) -> str | None:

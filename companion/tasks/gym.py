@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from companion.tasks.base import Task, TaskProblem
 from companion.tasks.sandbox import sandbox
 from companion.tasks.sandbox.worker import gym_worker
-from companion.tasks.templates import TAGGED_SYSTEM
+from companion.tasks.templates import fill
 
 ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
@@ -19,9 +19,8 @@ class ReasoningGym(Task):
     """
 
     def __init__(
-        self, source: None = None, dataset: str = "chain_sum", size: int = 100, seed: int = 0,
-        config: dict | None = None, unsafe: bool = False,
-    ) -> None:  # fmt: skip
+        self, source=None, dataset="chain_sum", size: int = 100, seed: int = 0, config: dict | None = None, unsafe=False
+    ) -> None:
         try:
             import reasoning_gym
         except ImportError:
@@ -38,16 +37,14 @@ class ReasoningGym(Task):
             data = reasoning_gym.create_dataset(dataset, **options)
         except (TypeError, AssertionError) as error:
             raise ValueError(f"dataset {dataset!r} refuses {options}: {error}") from error
-        self.problems = [
-            TaskProblem(
-                f"{dataset}/{seed}/{i}", entry["question"], str(entry["answer"]),
-                secret={"dataset": dataset, "options": options, "index": i},
-            )
-            for i, entry in enumerate(data[i] for i in range(size))
-        ]  # fmt: skip
+        self.problems = []
+        for i in range(size):
+            entry, secret = data[i], {"dataset": dataset, "options": options, "index": i}
+            problem = TaskProblem(f"{dataset}/{seed}/{i}", entry["question"], str(entry["answer"]), secret=secret)
+            self.problems.append(problem)
 
     def messages(self, problem: TaskProblem) -> list[dict]:
-        return [{"role": "system", "content": TAGGED_SYSTEM}, {"role": "user", "content": problem.question}]
+        return [{"role": "system", "content": fill("TAGGED_SYSTEM")}, {"role": "user", "content": problem.question}]
 
     def candidates(self, text: str) -> Iterator[tuple[int, str]]:
         return ((match.end(), match[1].strip()) for match in ANSWER.finditer(text) if match[1].strip())

@@ -13,23 +13,16 @@ import zlib
 from collections.abc import Iterator
 from datetime import date, datetime
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 
 from companion.tasks.base import Task, TaskProblem
 from companion.tasks.sandbox import sandbox
-from companion.tasks.source import HubData, read_rows
-from companion.tasks.templates import CODE, CODE_FUNCTION, CODE_STDIN, CODE_SYSTEM, fill
+from companion.tasks.source import HubData, Source, read_rows
+from companion.tasks.templates import fill
 
-DATA = HubData(
-    "livecodebench/code_generation_lite",
-    {
-        **dict.fromkeys(("question_id", "question_content", "platform", "difficulty", "starter_code"), str),
-        **dict.fromkeys(("public_test_cases", "private_test_cases", "metadata"), str),
-        "contest_date": (str, datetime),
-    },
-    split="test",
-    files=("test.jsonl", *(f"test{i}.jsonl" for i in range(2, 7))),  # its loading script, `datasets` runs no longer
-)
+TESTS = ("public_test_cases", "private_test_cases")
+TEXTS = ("question_id", "question_content", "platform", "difficulty", "starter_code", *TESTS, "metadata")
+FIELDS = dict.fromkeys(TEXTS, str) | {"contest_date": (str, datetime)}
+FILES = ("test.jsonl", *(f"test{i}.jsonl" for i in range(2, 7)))  # its loading script, `datasets` runs no longer
 WINDOW = ("2024-08-01", "2025-01-31")  # the paper's; both days belong to it
 FENCE = re.compile(r"^.*```.*$", re.MULTILINE)
 LARGEST = 1 << 30  # bytes of one problem's unpacked tests
@@ -38,27 +31,27 @@ LARGEST = 1 << 30  # bytes of one problem's unpacked tests
 class LiveCodeBench(Task):
     """Problems whose contest lies between the days ``start`` and ``end``.
 
-    unsafe: grade without a sandbox where there is none (see tasks.sandbox).
+    unsafe: grade without a sandbox where there is none; limits: those of each test (see tasks.sandbox).
     """
 
     name = "livecodebench"
     aggregate = "any"
     grades_later = True
+    data = HubData("livecodebench/code_generation_lite", FIELDS, split="test", files=FILES)
 
     def __init__(
-        self, source: Path | str | None = None, start: str = WINDOW[0], end: str = WINDOW[1], unsafe: bool = False,
-        limits: sandbox.Limits | None = None,
-    ) -> None:  # fmt: skip
+        self, source: Source = None, start=WINDOW[0], end=WINDOW[1], unsafe=False, limits: sandbox.Limits | None = None
+    ) -> None:
         self.unsafe, self.limits = unsafe, limits or sandbox.Limits()
         first, last = _day("start", start), _day("end", end)
-        rows = [(str(row["contest_date"])[:10], row) for row in read_rows(DATA, source)]
+        rows = [(str(row["contest_date"])[:10], row) for row in read_rows(self.data, source)]
         self.problems = [_problem(row, day) for day, row in rows if first <= day <= last]
         if not self.problems:
             days = sorted(day for day, _ in rows)
             raise ValueError(f"no problem from {start} to {end}; those given are from {days[0]} to {days[-1]}")
 
     def messages(self, problem: TaskProblem) -> list[dict]:
-        return [{"role": "system", "content": CODE_SYSTEM}, {"role": "user", "content": problem.question}]
+        return [{"role": "system", "content": fill("CODE_SYSTEM")}, {"role": "user", "content": problem.question}]
 
     def candidates(self, text: str) -> Iterator[tuple[int, str]]:
         """Programs between two lines with a fence, each from an opening one to the next."""
@@ -70,7 +63,6 @@ class LiveCodeBench(Task):
 
     def correct(self, answer: str, problem: TaskProblem) -> bool:
         """Whether the program passes every test; the first failure decides.  SandboxError where it may not run."""
-        sandbox.require(self.unsafe)
         function = problem.secret["function"]
         for test in load_tests(problem):
             ran = sandbox.run(answer, test["input"], function, self.limits, self.unsafe)
@@ -82,10 +74,9 @@ class LiveCodeBench(Task):
 def load_tests(problem: TaskProblem) -> list[dict]:
     """Public and private tests: [{"input", "output", ...}, ...].  ValueError where they cannot be read."""
     tests = []
-    for name in ("public_test_cases", "private_test_cases"):
+    for name in TESTS:
         try:
-            cases = unpack(problem.secret[name])
-            tests += [{"input": case["input"], "output": case["output"]} for case in cases]
+            tests += [{"input": case["input"], "output": case["output"]} for case in unpack(problem.secret[name])]
         except (ValueError, KeyError, TypeError, zlib.error, pickle.UnpicklingError, EOFError) as error:
             raise ValueError(f"problem {problem.id}: {name} cannot be read ({error})") from error
     if not tests:
@@ -115,9 +106,8 @@ class _Plain(pickle.Unpickler):
 def same_output(printed: str, expected: str) -> bool:
     """Equal line by line, stripped; lines of numbers by value."""
     ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (printed, expected))
-    return len(ours) == len(theirs) and all(
-        a == b or (_numbers(a) is not None and _numbers(a) == _numbers(b)) for a, b in zip(ours, theirs, strict=True)
-    )
+    same = (a == b or _value(a) == _value(b) for a, b in zip(ours, theirs, strict=False))
+    return len(ours) == len(theirs) and all(same)
 
 
 def same_value(returned: str, expected: str) -> bool:
@@ -128,19 +118,18 @@ def same_value(returned: str, expected: str) -> bool:
         return False
 
 
-def _numbers(line: str) -> list[Decimal] | None:
+def _value(line: str) -> list[Decimal] | str:
     try:
         return [Decimal(word) for word in line.split()]
     except InvalidOperation:
-        return None
+        return line
 
 
 def _problem(row: dict, day: str) -> TaskProblem:
     starter = row["starter_code"]
-    layout = fill(CODE_FUNCTION, STARTER=starter) if starter else CODE_STDIN
-    question = fill(CODE, QUESTION=row["question_content"], FORMAT=layout)
-    secret = {name: row[name] for name in ("public_test_cases", "private_test_cases")}
-    secret["function"] = json.loads(row["metadata"] or "{}").get("func_name")
+    layout = fill("CODE_FUNCTION", STARTER=starter) if starter else fill("CODE_STDIN")
+    question = fill("CODE", QUESTION=row["question_content"], FORMAT=layout)
+    secret = {name: row[name] for name in TESTS} | {"function": json.loads(row["metadata"] or "{}").get("func_name")}
     metadata = {"platform": row["platform"], "difficulty": row["difficulty"], "date": day}
     return TaskProblem(row["question_id"], question, None, metadata, secret)
 

@@ -24,6 +24,8 @@ try:
 except ImportError as error:
     raise ImportError(f"lm-evaluation-harness is needed: pip install 'dms-companion[eval]' ({error})") from error
 
+BUDGET = ("kv_reads", "dense_kv_reads", "peak_tokens", "dense_peak_tokens")
+
 
 @register_model("dms")
 class DMSLM(HFLM):
@@ -38,14 +40,13 @@ class DMSLM(HFLM):
         if isinstance(pretrained, (str, Path)):
             directory = local_directory(pretrained)
             tokenizer = str(directory) if tokenizer is None else tokenizer
-            gates = gates and is_checkpoint(directory)
-            pretrained = (
-                load_model(directory) if is_checkpoint(directory) else attach(load_base(directory), DMSConfig())
-            )
+            gated = is_checkpoint(directory)
+            gates = gates and gated
+            pretrained = load_model(directory) if gated else attach(load_base(directory), DMSConfig())
         elif getattr(pretrained, "dms", None) is None:
             raise ValueError(f"{type(pretrained).__name__} has no DMS gates: call dms_core.attach(model, config) first")
         self.gates, self.page = gates, page
-        self.budgets: list[dict[str, Tensor]] = []  # one entry a batch, values (rows,)
+        self.budgets: list[Tensor] = []  # one entry a batch: (len(BUDGET), rows)
         super().__init__(pretrained if device is None else pretrained.to(device), tokenizer=tokenizer, **options)
 
     def _mode(self):
@@ -63,11 +64,9 @@ class DMSLM(HFLM):
         prompt = generation["attention_mask"].sum(1).repeat_interleave(cache.batch_size // len(context))
         tokens = cache.tokens_seen()
         steps = tokens - prompt
-        dense_reads = steps * prompt + steps * (steps + 1) // 2
-        self.budgets.append({
-            "kv_reads": cache.kv_reads().double().mean((0, 2)), "dense_kv_reads": dense_reads,
-            "peak_tokens": cache.peak_tokens().double().mean((0, 2)), "dense_peak_tokens": tokens,
-        })  # fmt: skip
+        dense_reads = steps * prompt + steps * (steps + 1) // 2  # sum over steps of the tokens seen
+        reads, peak = (counts.double().mean((0, 2)) for counts in (cache.kv_reads(), cache.peak_tokens()))
+        self.budgets.append(torch.stack([reads, dense_reads, peak, tokens]).double().cpu())
         return out
 
     def budget(self) -> dict | None:
@@ -78,13 +77,10 @@ class DMSLM(HFLM):
         """
         if not self.budgets:
             return None
-        rows = {name: torch.cat([batch[name].double().cpu() for batch in self.budgets]) for name in self.budgets[0]}
-        means = {name: values.mean().item() for name, values in rows.items()}
-        return {
-            "generations": len(rows["kv_reads"]), **means,
-            "cr_reads": means["dense_kv_reads"] / means["kv_reads"] if means["kv_reads"] else None,
-            "cr_peak": means["dense_peak_tokens"] / means["peak_tokens"],
-        }  # fmt: skip
+        rows = torch.cat(self.budgets, 1)
+        reads, dense_reads, peak, dense_peak = means = [row.mean().item() for row in rows]
+        ratios = {"cr_reads": dense_reads / reads if reads else None, "cr_peak": dense_peak / peak}
+        return {"generations": rows.shape[1], **dict(zip(BUDGET, means, strict=True)), **ratios}
 
 
 def find_tasks(tasks: list[str], include: Path | None = None, defaults: bool = True) -> TaskManager:
@@ -94,9 +90,8 @@ def find_tasks(tasks: list[str], include: Path | None = None, defaults: bool = T
     """
     manager = TaskManager(include_path=None if include is None else str(include), include_defaults=defaults)
     if unknown := [name for name in tasks if not manager.match_tasks([name]) and not Path(name).is_file()]:
-        raise ValueError(
-            f"tasks {unknown}: not among the {len(manager.all_tasks)} known; `lm-eval ls tasks` lists them"
-        )
+        known = len(manager.all_tasks)
+        raise ValueError(f"tasks {unknown}: not among the {known} known; `lm-eval ls tasks` lists them")
     return manager
 
 

@@ -6,7 +6,7 @@ lines.  The model writes a depth-first evaluation trace, then the answer::
     ?j;T=4-I;e=I+8;I=3;q=j+2;j=T+e;!                                           prompt
     j=T+e>T;T=4-I>I;I=3<T;T=4-3=1<j;j=1+e>e;e=I+8>I;I=3<e;e=3+8=1<j;j=1+1=2<?;#2     trace
 
-Every line says where it is and what is known there.  A first visit to ``X`` repeats its definition from the prompt;
+Every line names a variable and states what is known.  A first visit to ``X`` repeats its definition from the prompt;
 a return repeats X's last line with the value just found in place of its name.  The line then goes down to an operand
 that is still a name, ``X=1+b>b;``, or closes, ``X=1+3=4<P;``, and goes back to the line that asked for it (``?`` for
 the goal).  Which operand comes first is drawn at random, so that the chains of one problem take different paths and
@@ -51,18 +51,16 @@ def make_problem(split: str, seed: int, index: int, variables: tuple[int, int] =
     if not 1 <= low <= high <= 40:
         raise ValueError(f"variables {variables}: must satisfy 1 <= low <= high <= 40")
     rng = random.Random(f"{split}/{seed}/{index}")
-    needed = rng.randint(low, high)
-    extra = rng.randint(*DISTRACTORS)
+    needed, extra = rng.randint(low, high), rng.randint(*DISTRACTORS)
     names = rng.sample(LETTERS, needed + extra)
     lines = _needed_lines(rng, names[:needed])
     for i in range(needed, needed + extra):
         lines[names[i]] = _line(rng, rng.sample(names[:i], min(i, rng.choice((0, 1, 1, 2, 2)))))
-    goal = names[0]
     order = list(lines)
     rng.shuffle(order)
     program = "".join(f"{name}={''.join(lines[name])};" for name in order)
-    trace, answer = _trace(goal, lines, rng)
-    return Problem(f"?{goal};{program}{PROMPT_END}", trace, answer, needed)
+    trace, answer = _trace(names[0], lines, rng)
+    return Problem(f"?{names[0]};{program}{PROMPT_END}", trace, answer, needed)
 
 
 def grade(problem: Problem, completion: str) -> bool:

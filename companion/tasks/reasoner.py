@@ -29,12 +29,10 @@ def load_tokenizer(directory: Path | str = REASONER) -> PreTrainedTokenizerFast:
 def make_model(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
     """A fresh reasoner: 4 layers of width 128, 4 query heads over 2 KV heads of 32, tied embeddings."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024,
-        tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=1, initializer_range=0.04,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    shape = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    sizes = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 384, "max_position_embeddings": 1024}
+    tokens = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    return LlamaForCausalLM(LlamaConfig(**shape, **sizes, **tokens, initializer_range=0.04))
 
 
 def encode_problem(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> tuple[list[int], int]:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+Source = Path | str | None  # a JSONL file; None: the hub
+
 
 @dataclass(frozen=True)
 class HubData:
@@ -17,46 +19,34 @@ class HubData:
     files: tuple[str, ...] = ()  # JSONL files of the repository, for one that `datasets` cannot load by its name
     gated: bool = False
 
-    def what(self) -> str:
-        parts = [f"dataset {self.repo}", *([f"config {self.config}"] if self.config else []), f"split {self.split}"]
-        return ", ".join([*parts, *self.files])
 
-
-def read_rows(data: HubData, source: Path | str | None = None) -> Iterator[dict]:
-    """The rows of ``source``, a JSONL file, or of the hub where it is None.
+def read_rows(data: HubData, source: Source = None) -> list[dict]:
+    """The rows of ``source``, a UTF-8 JSONL file with or without a byte-order mark, or of the hub where it is None.
 
     Raises ValueError that names file, line and field for a bad row, and one that says what would have been fetched and
     how to give a file where the hub cannot be reached.
     """
-    if source is not None:
-        return _local_rows(data, Path(source))
-    return _hub_rows(data)
+    found = _hub_rows(data) if source is None else _local_rows(data, Path(source))
+    return [_checked(row, data, where) for where, row in found]
 
 
-def _local_rows(data: HubData, file: Path) -> Iterator[dict]:
+def _local_rows(data: HubData, file: Path) -> Iterator[tuple[str, dict]]:
+    wanted, where = f"expected JSONL with the fields {sorted(data.fields)} of {data.repo}", None
     if not file.is_file():
-        raise ValueError(f"{file}: no such file; expected JSONL with the fields {sorted(data.fields)} of {data.repo}")
-    empty = True
-    with file.open(encoding="utf-8") as lines:
+        raise ValueError(f"{file}: no such file; {wanted}")
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                empty = False
-                yield _checked(_parsed(line, file, number), data, f"{file}, line {number}")
-    if empty:
-        raise ValueError(f"{file}: no rows; expected JSONL with the fields {sorted(data.fields)} of {data.repo}")
+                where = f"{file}, line {number}"
+                try:
+                    yield where, json.loads(line)  # of bytes: it skips a byte-order mark
+                except ValueError as error:  # JSON, or its encoding
+                    raise ValueError(f"{where}: not valid JSON ({error})") from None
+    if where is None:
+        raise ValueError(f"{file}: no rows; {wanted}")
 
 
-def _parsed(line: str, file: Path, number: int) -> dict:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{file}, line {number}: not valid JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{file}, line {number}: a {type(row).__name__}; expected an object")
-    return row
-
-
-def _hub_rows(data: HubData) -> Iterator[dict]:
+def _hub_rows(data: HubData) -> Iterator[tuple[str, dict]]:
     try:
         from datasets import load_dataset
 
@@ -66,22 +56,23 @@ def _hub_rows(data: HubData) -> Iterator[dict]:
         else:
             rows = load_dataset(data.repo, data.config, split=data.split)
     except Exception as error:  # datasets and hub raise many kinds: offline, no access, unknown repository
-        page = f"https://huggingface.co/datasets/{data.repo}"
+        page, config = f"https://huggingface.co/datasets/{data.repo}", data.config and f"config {data.config}"
+        what = ", ".join(filter(None, [f"dataset {data.repo}", config, f"split {data.split}", *data.files]))
         terms = f" It is gated: accept its terms at {page}, then `hf auth login`." if data.gated else ""
         raise ValueError(
-            f"cannot fetch {data.what()} from the Hugging Face hub ({type(error).__name__}: {error}).{terms} Without "
+            f"cannot fetch {what} from the Hugging Face hub ({type(error).__name__}: {error}).{terms} Without "
             f"it give a local JSONL file (source=, --source) with the fields {sorted(data.fields)}"
         ) from error
-    for number, row in enumerate(rows):
-        yield _checked(row, data, f"{data.repo}, row {number}")
+    return ((f"{data.repo}, row {number}", row) for number, row in enumerate(rows))
 
 
 def _checked(row: dict, data: HubData, where: str) -> dict:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a {type(row).__name__}; expected an object")
     for name, kinds in data.fields.items():
         if name not in row:
             raise ValueError(f"{where}: field {name!r} is missing; required: {sorted(data.fields)}")
         if not isinstance(row[name], kinds) or isinstance(row[name], bool):
-            kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-            allowed = " or ".join(kind.__name__ for kind in kinds)
+            allowed = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
             raise ValueError(f"{where}: field {name!r} is {row[name]!r:.60}; allowed: {allowed}")
     return row

@@ -4,7 +4,7 @@
 ``sample_chains(model, ..., make_cache=get_baseline("tova")(cr=4))`` inside ``model.dms.disabled()``.
 """
 
-from dms_core.baselines.base import Baseline, BaselineCache
+from dms_core.baselines.base import Baseline
 from dms_core.baselines.h2o import H2O
 from dms_core.baselines.quest import Quest
 from dms_core.baselines.random_eviction import RandomEviction
@@ -13,9 +13,6 @@ from dms_core.baselines.streaming_llm import StreamingLLM
 from dms_core.baselines.tova import TOVA
 
 BASELINES: dict[str, type[Baseline]] = {x.name: x for x in (H2O, TOVA, Quest, StreamingLLM, SnapKV, RandomEviction)}
-
-__all__ = ["BASELINES", "H2O", "TOVA", "Baseline", "BaselineCache", "Quest", "RandomEviction", "SnapKV",
-           "StreamingLLM", "get_baseline"]  # fmt: skip
 
 
 def get_baseline(name: str) -> type[Baseline]:

@@ -7,7 +7,7 @@ A row's slots depend on its own tokens alone, so what is evicted does not depend
 """
 
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ ROUND = 1e-6  # tokens: a quotient this close below a whole number counts as tha
 
 @dataclass(frozen=True)
 class Baseline:
-    """One method's settings.  An instance is what ``sample_chains`` and ``run_grid`` take as ``make_cache``."""
+    """One method's settings.  An instance is what ``sample_chains`` takes as ``make_cache``."""
 
     cr: float  # target compression ratio
 
@@ -45,26 +45,16 @@ class Baseline:
         return ((prompt + max_new_tokens) / self.cr + ROUND).long().clamp_min(1)
 
 
-class BaselineLayer(RowLayer):
-    """One layer that evicts down to a budget.  Live tokens fill the slots from the first on; the last is a bin.
+class DenseLayer(RowLayer):
+    """Rows of slots (B, H, S, D), the live ones first.  ``per_slot`` and ``per_row`` name all that belongs to a row."""
 
-    A method says where the next token goes (_place) and learns what was attended to (_observe, _after_dense).
-    """
-
-    keeps_all: ClassVar[bool] = False  # nothing is evicted in a step
-    evicts_first: ClassVar[bool] = False  # a full row makes room before it attends, not after
-    scored: ClassVar[bool] = False  # _after_dense wants the attention that each token received
-
-    def __init__(self, method: Baseline, max_new_tokens: int, index: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.method, self.max_new_tokens, self.index = method, max_new_tokens, index
-        self.per_slot, self.per_row = ["keys", "values"], ["budget", "held", "seen"]
+        self.per_slot, self.per_row = ["keys", "values"], ["seen"]
 
     def _allocate(self) -> None:
         self.keys, self.values = (self.like.new_zeros(self.batch, self.heads, 0, self.like.shape[-1]) for _ in "kv")
-        self.budget, self.held, self.seen = (self._counter(self.batch) for _ in range(3))
-        self.one = self.method.budget(self._counter(1) + 1, self.max_new_tokens)  # of a row without a prompt
-        self.width = 0  # slots that some row uses
+        self.seen = self._counter(self.batch)
 
     def _counter(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.long, device=self.like.device)
@@ -79,13 +69,67 @@ class BaselineLayer(RowLayer):
         return self.seen
 
     @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def _reserve(self, slots: int) -> None:
+        """Room for ``slots`` slots."""
+        if (more := slots - self.capacity) > 0:
+            for name in self.per_slot:
+                x = getattr(self, name)
+                setattr(self, name, torch.cat([x, x.new_zeros(*x.shape[:2], more, *x.shape[3:])], 2))
+
+    def _measure(self) -> None:
+        """Called after rows have come or gone."""
+
+    def _select(self, indices: Tensor) -> None:
+        for name in (*self.per_slot, *self.per_row):
+            setattr(self, name, getattr(self, name)[indices])
+        self.batch = len(indices)
+        self._measure()
+
+    def _copy(self, indices: Tensor, other: Self, source: Tensor) -> None:
+        self._reserve(other.capacity)
+        for name in self.per_slot:
+            getattr(self, name)[indices, :, : other.capacity] = getattr(other, name)[source]
+        for name in self.per_row:
+            getattr(self, name)[indices] = getattr(other, name)[source]
+        self._measure()
+
+    def _empty(self, indices: Tensor) -> None:
+        for name in self.per_row:
+            getattr(self, name)[indices] = 0
+        self._measure()
+
+
+class BaselineLayer(DenseLayer):
+    """One layer that evicts down to a budget.  Live tokens fill the slots from the first on; the last is a bin.
+
+    A method says where the next token goes (_place) and learns what was attended to (_observe, _after_dense).
+    """
+
+    keeps_all: ClassVar[bool] = False  # nothing is evicted in a step
+    evicts_first: ClassVar[bool] = False  # a full row makes room before it attends, not after
+    scored: ClassVar[bool] = False  # _after_dense wants the attention that each token received
+
+    def __init__(self, method: Baseline, max_new_tokens: int, index: int) -> None:
+        super().__init__()
+        self.method, self.max_new_tokens, self.index = method, max_new_tokens, index
+        self.per_row += ["budget", "held"]
+
+    def _allocate(self) -> None:
+        super()._allocate()
+        self.budget, self.held = self._counter(self.batch), self._counter(self.batch)
+        self.one = self.method.budget(self._counter(1) + 1, self.max_new_tokens)  # of a row without a prompt
+        self.width = 0  # slots that some row uses
+
+    @property
     def live(self) -> Tensor:
         """Live tokens, (B, H)."""
         return self.held[:, None].expand(-1, self.heads)
 
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+    def _measure(self) -> None:
+        self.width = int(self.held.max()) if self.batch else 0
 
     # Storing and attending.
 
@@ -112,11 +156,11 @@ class BaselineLayer(RowLayer):
         out, weights = attention(
             grouped, self.keys[:, :, : self.width], self.values[:, :, : self.width], visible, scale
         )
-        if counts:
-            self.reads += reads * active[:, None]
         self._observe(weights.squeeze(3), count, active)
         self.held = count if self.keeps_all else torch.minimum(count, self.budget)
         self.seen = self.seen + active
+        if counts:
+            self._count_reads(reads, active)
         return out.flatten(1, 2)
 
     def _place(self) -> Tensor:
@@ -190,38 +234,6 @@ class BaselineLayer(RowLayer):
         """``received`` (B, H, width + new): the attention summed over queries and the group; updates ``held``."""
         self.held = self.held + dense
 
-    # Rows one by one.
-
-    def _reserve(self, slots: int) -> None:
-        """Room for ``slots`` slots, the bin among them."""
-        if (more := slots - self.capacity) > 0:
-            for name in self.per_slot:
-                x = getattr(self, name)
-                setattr(self, name, torch.cat([x, x.new_zeros(*x.shape[:2], more, *x.shape[3:])], 2))
-
-    def _measure(self) -> None:
-        self.width = int(self.held.max()) if self.batch else 0
-
-    def _select(self, indices: Tensor) -> None:
-        for name in (*self.per_slot, *self.per_row):
-            setattr(self, name, getattr(self, name)[indices])
-        self.batch = len(indices)
-        self._measure()
-
-    def _copy(self, indices: Tensor, other: "BaselineLayer", source: Tensor) -> None:
-        self._reserve(other.capacity)
-        used = min(other.width + 1, other.capacity)  # a slot that is free may lie among those in use
-        for name in self.per_slot:
-            getattr(self, name)[indices, :, :used] = getattr(other, name)[source, :, :used]
-        for name in self.per_row:
-            getattr(self, name)[indices] = getattr(other, name)[source]
-        self._measure()
-
-    def _empty(self, indices: Tensor) -> None:
-        for counter in (self.held, self.seen):
-            counter[indices] = 0
-        self._measure()
-
 
 class BaselineCache(RowCache):
     """The cache of one baseline; layers with a sliding window keep it."""
@@ -232,14 +244,14 @@ class BaselineCache(RowCache):
             raise ValueError(f"max_new_tokens {max_new_tokens}: must be >= 0")
         self.model, self.config = model, (method, max_new_tokens)
         dms = prepared(model)
-        super().__init__([
-            method.layer(method, max_new_tokens, i) if n is None else sliding_layer(dms.config, n, page=16)
-            for i, n in enumerate(dms.sliding)
-        ])  # fmt: skip
+        layers = [method.layer(method, max_new_tokens, index) for index in range(dms.layers)]
+        for index, window in enumerate(dms.sliding):
+            if window is not None:
+                layers[index] = sliding_layer(dms.config, window, page=16)
+        super().__init__(layers)
 
     def _new(self) -> "BaselineCache":
-        method, max_new_tokens = self.config
-        return BaselineCache(method, self.model, max_new_tokens)
+        return BaselineCache(self.config[0], self.model, self.config[1])
 
     def check(self, dms) -> None:
         """Raises ValueError if the model's gates are on: a baseline is the original model with another cache."""

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from dms_core.attention import dms_mask
 from dms_core.baselines.dmc_cache import DMCCache, running_average
 from dms_core.checkpoint import load_base, model_shape, read_settings
-from dms_core.gate import gate_logits, hard_decisions, sample_noise, soft_decisions
-from dms_core.model import DMS, _check_attention, _sliding_window
+from dms_core.gate import gate_logits, hard_decisions, soft_decisions
+from dms_core.model import DMS, check_attention, install, no_mask, sliding_window
+from dms_core.noise import sample_noise
 from dms_core.visibility import align_decisions
 from dms_kernels import train_attention
 
@@ -77,12 +77,14 @@ class Plan:
 class DMC(DMS):
     """The merging of one model, with the interface of the DMS handle (``model.dms``)."""
 
-    cache_class = DMCCache
-
     def __init__(self, model: PreTrainedModel, config: DMCConfig) -> None:
         self.plans: dict[int, Plan] = {}
         self.weights: dict[int, Tensor] = {}  # layer -> omega (B, H, T) of the pass under way
         super().__init__(model, config)
+
+    def new_cache(self, page: int = 0) -> DMCCache:
+        """An empty cache for this model; it has no pages."""
+        return DMCCache(self.config, self.layers)
 
     def _begin(self, module, args, kwargs):
         self.plans, self.weights = {}, {}
@@ -115,10 +117,10 @@ class DMC(DMS):
         if self.step.cache is not None:
             self.step.cache.layers[index].ensure(k.transpose(1, 2))
         self.plans[index] = self._plan(index, z, self.weights[index])
-        return self._merge(index, "k", self.silence(k))
+        return self._merge(index, 0, self.silence(k))
 
     def _take_value(self, index: int, v: Tensor) -> Tensor:
-        return self._merge(index, "v", v)
+        return self._merge(index, 1, v)
 
     def _plan(self, index: int, z: Tensor, weight: Tensor) -> Plan:
         step = self.step
@@ -140,13 +142,13 @@ class DMC(DMS):
         alpha = alpha.masked_fill(_starts(step.valid, step.segment_ids)[:, None], 0.0).masked_fill(padding, 1.0)
         return Plan(alpha, weight, log_keep)
 
-    def _merge(self, index: int, kind: str, x: Tensor) -> Tensor:
-        """Every token's entry as it stands after that token: (B, T, H, D) to the same."""
-        plan, x = self.plans[index], x.transpose(1, 2)
-        layer = None if self.step.cache is None else self.step.cache.layers[index]
-        average, last = running_average(x, plan.alpha, plan.weight, None if layer is None else layer.open[kind])
-        if layer is not None:
-            layer.open[kind] = last
+    def _merge(self, index: int, kind: int, x: Tensor) -> Tensor:
+        """Every token's entry as it stands after that token: (B, T, H, D) to the same; kind 0: keys, 1: values."""
+        plan, cache = self.plans[index], self.step.cache
+        carry = None if cache is None else cache.layers[index].open[:, :, kind]
+        average, last = running_average(x.transpose(1, 2), plan.alpha, plan.weight, carry)
+        if carry is not None:
+            carry.copy_(last)
         return average.transpose(1, 2)
 
     def silence(self, x: Tensor) -> Tensor:
@@ -207,16 +209,13 @@ def attach_dmc(model: PreTrainedModel, config: DMCConfig, reset: bool = False) -
         raise ValueError(f"{name}: DMC needs attention layers with q_proj, k_proj and v_proj")
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(f"{name} does not use transformers' attention interface: cannot intercept it")
-    if slide := [index for index, a in enumerate(attentions) if _sliding_window(a, model) is not None]:
+    if slide := [index for index, a in enumerate(attentions) if sliding_window(a, model) is not None]:
         raise ValueError(f"{name}: layers {slide} have a sliding window: DMC needs full attention in all layers")
-    _check_attention(decoder, model)
-    before = model.config._attn_implementation
+    check_attention(decoder, model)
     handle = DMC(model, config)
-    handle.attention_before, model.dms = before, handle
     if reset:
         zero_neurons(model, config.neuron)
-    model.set_attn_implementation(NAME)
-    return model
+    return install(model, handle, NAME)
 
 
 def load_dmc(directory: Path | str, **from_pretrained) -> PreTrainedModel:
@@ -230,4 +229,4 @@ def load_dmc(directory: Path | str, **from_pretrained) -> PreTrainedModel:
 
 
 AttentionInterface.register(NAME, dmc_attention)
-AttentionMaskInterface.register(NAME, dms_mask)
+AttentionMaskInterface.register(NAME, no_mask)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dms_core.cache.base import RowCache, RowLayer, take
+from dms_core.baselines.base import DenseLayer
+from dms_core.cache.base import RowCache, take
 
 GROW = 64  # entries by which storage grows
 
@@ -33,17 +34,18 @@ def running_average(x: Tensor, alpha: Tensor, weight: Tensor, carry: Tensor | No
     return average.to(x.dtype), sums[:, :, -1]
 
 
-class DMCLayer(RowLayer):
+class DMCLayer(DenseLayer):
     """One layer's rows.  ``open`` is for the hooks that merge; ``attend`` stores the entries and answers queries."""
 
-    per_row = ("keys", "values", "length", "seen")
+    def __init__(self) -> None:
+        super().__init__()
+        self.per_row += ["length", "open"]
 
     def _allocate(self) -> None:
-        self.keys, self.values = (self.like.new_zeros(self.batch, self.heads, 0, self.like.shape[-1]) for _ in "kv")
-        self.length, self.seen = torch.zeros_like(self.reads), torch.zeros_like(self.reads[:, 0])
-        self.open = {
-            kind: self.keys.new_zeros(self.batch, self.heads, self.like.shape[-1] + 1).float() for kind in "kv"
-        }
+        super()._allocate()
+        self.length = torch.zeros_like(self.reads)
+        size = (self.batch, self.heads, 2, self.like.shape[-1] + 1)
+        self.open = self.keys.new_zeros(size, dtype=torch.float)  # sums of the open entry: of keys, of values
         self.bound = 0  # no row has more entries; known without asking the device
 
     def ensure(self, keys: Tensor) -> None:
@@ -52,18 +54,13 @@ class DMCLayer(RowLayer):
             self.lazy_initialization(keys)
 
     @property
-    def count(self) -> Tensor:
-        """Tokens that each batch row has taken in, padding excluded: (B,)."""
-        return self.seen
-
-    @property
     def live(self) -> Tensor:
         """Entries, (B, H)."""
         return self.length
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.keys, self.values, *self.open.values()))
+        return super().nbytes + self.open.nbytes
 
     def trim(self) -> None:
         self.bound = int(self.length.max())
@@ -88,7 +85,7 @@ class DMCLayer(RowLayer):
 
     def _append(self, k: Tensor, v: Tensor, merged: Tensor, active: Tensor) -> None:
         """One token a row: k, v (B, H, 1, D), merged (B, H), active (B, 1)."""
-        if self.bound == self.keys.shape[2]:  # the one wait for the device, at most each GROW / 2 steps
+        if self.bound == self.capacity:  # the one wait for the device, at most each GROW / 2 steps
             self.bound = int(self.length.max()) if self.bound else 0
             self._reserve(self.bound + GROW // 2)
         self.bound += 1
@@ -96,8 +93,8 @@ class DMCLayer(RowLayer):
         slot = (self.length - 1).clamp_min(0)[..., None, None].expand_as(k)
         for held, new in ((self.keys, k), (self.values, v)):
             held.scatter_(2, slot, torch.where(active[..., None, None], new, held.gather(2, slot)))
-        self.reads += self.length * active
         self.seen += active[:, 0]
+        self._count_reads(self.length, active[:, 0])
 
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, merged: Tensor, valid: Tensor, scale: float) -> Tensor:
         tokens, held = q.shape[2], int(self.length.max())
@@ -119,38 +116,19 @@ class DMCLayer(RowLayer):
         self.seen = self.seen + valid.sum(1)
         return out
 
-    def _reserve(self, entries: int) -> None:
-        if entries > self.keys.shape[2]:
-            more = -(-entries // GROW) * GROW - self.keys.shape[2]
-            self.keys, self.values = F.pad(self.keys, (0, 0, 0, more)), F.pad(self.values, (0, 0, 0, more))
-
-    # Rows one by one.
-
-    def _select(self, indices: Tensor) -> None:
-        for name in self.per_row:
-            setattr(self, name, getattr(self, name)[indices])
-        self.open = {kind: sums[indices] for kind, sums in self.open.items()}
+    def _reserve(self, slots: int) -> None:
+        if slots > self.capacity:
+            super()._reserve(-(-slots // GROW) * GROW)
 
     def _copy(self, indices: Tensor, other: "DMCLayer", source: Tensor) -> None:
-        self.bound, used = max(self.bound, other.bound), other.keys.shape[2]
-        self._reserve(used)
-        for name in ("keys", "values"):
-            getattr(self, name)[indices, :, :used] = getattr(other, name)[source]
-        for name in ("length", "seen"):
-            getattr(self, name)[indices] = getattr(other, name)[source]
-        for kind, sums in self.open.items():
-            sums[indices] = other.open[kind][source]
-
-    def _empty(self, indices: Tensor) -> None:
-        for rows in (self.length, self.seen, *self.open.values()):
-            rows[indices] = 0
+        super()._copy(indices, other, source)
+        self.bound = max(self.bound, other.bound)
 
 
 class DMCCache(RowCache):
     """A cache for a model prepared by ``attach_dmc``, with DMSCache's counters and row operations."""
 
-    def __init__(self, config, layers: int, page: int = GROW, sliding=()) -> None:
-        """``page`` and ``sliding`` are DMSCache's; storage here is dense, and DMC has no sliding layers."""
+    def __init__(self, config, layers: int) -> None:
         super().__init__([DMCLayer() for _ in range(layers)])
         self.config = config
 

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from dms_core.baselines.base import Baseline, BaselineLayer
-
-STEP = 0x9E3779B97F4A7C15 - (1 << 64)  # splitmix64 (Steele et al. 2014), in two's complement
-MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)), (31, 1))
+from dms_core.noise import GOLDEN, splitmix64
 
 
 class RandomEvictionLayer(BaselineLayer):
@@ -26,15 +24,9 @@ class RandomEvictionLayer(BaselineLayer):
 
     def _place(self) -> Tensor:
         counter = (self.seen[:, None] << 24) + self.head
-        drawn = scramble(self.stream[:, None] + self.method.seed + counter * STEP) % self.budget[:, None]
+        drawn = splitmix64(self.stream[:, None] + self.method.seed + counter * GOLDEN) & (2**63 - 1)
+        drawn %= self.budget[:, None]
         return torch.where((self.seen < self.budget)[:, None], self.seen[:, None], drawn)
-
-
-def scramble(x: Tensor) -> Tensor:
-    """A hash of int64 numbers, 0 .. 2^63 - 1."""
-    for shift, factor in MIX:
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return x & ((1 << 63) - 1)
 
 
 @dataclass(frozen=True)

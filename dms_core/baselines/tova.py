@@ -31,10 +31,6 @@ class EvictLater(BaselineLayer):
         super()._after_dense(q, received, dense, fresh, scale)
         self.free = torch.where((dense > 0)[:, None], self.held[:, None], self.free)
 
-    def _empty(self, indices: Tensor) -> None:
-        super()._empty(indices)
-        self.free[indices] = 0
-
 
 class TOVALayer(EvictLater):
     def _observe(self, weights: Tensor, count: Tensor, active: Tensor) -> None:

@@ -12,187 +12,170 @@ choices of W among the available chains (exactly, since they are linear in the c
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
+from dms_core.budgets import bootstrap
 from dms_core.budgets.pareto import SCALES, margins_of_frontiers, padded_frontiers
-from dms_core.budgets.voting import AGGREGATES, Grid, make_grids
+from dms_core.budgets.voting import AGGREGATES, Scores, make_scores
 
 AXES = ("reads", "peak")
+FIRST = ("vanilla", "dms")  # in this order at the head of every list; the others follow by name
+
+
+class Pairs(NamedTuple):
+    """Which methods a summary compares: pairs (a, b), a minus b."""
+
+    margins: list[tuple[str, str]]  # frontiers over all CRs of both
+    margins_per_cr: list[tuple[str, str]]  # one CR of a, all CRs of b
+    paired: list[tuple[str, str]]  # at each CR of a; b at the same CR, or any where margins_per_cr has the pair
+
+
+def default_pairs(methods: Iterable[str]) -> Pairs:
+    """Every method against vanilla, and dms against every other."""
+    others = [m for m in methods if m not in FIRST]
+    dms = [("dms", m) for m in others]
+    first = ("dms", "vanilla")
+    return Pairs([first, *((m, "vanilla") for m in others), *dms], [first], [first, *dms])
 
 
 def summarise(
-    records: Iterable[dict], lengths: Sequence[int], widths: Sequence[int], resamples: int = 1000, seed: int = 0,
-    aggregate: str = "vote",
-) -> dict:  # fmt: skip
+    records: Iterable[dict], lengths: Sequence, widths: Sequence, resamples=1000, seed=0, aggregate="vote", pairs=None
+) -> dict:
     """Points, Pareto margins and paired differences, ready for `json.dumps`: what `dms curves --json` prints.
 
     records: one dict a chain with RECORD_KEYS; `live` and `reads` hold the live items and the cumulative KV reads after
     0, stride, 2·stride, … generated tokens and at the end. lengths: budgets L in generated tokens, at most the limit of
-    the run; records with "budget_length" count at that L alone (see `credit`). widths: numbers W of voting chains; a
+    the run; records with "budget_length" count at that L alone (see `voting`). widths: numbers W of voting chains; a
     (method, CR) has no point at a W that one of its problems lacks chains for. Intervals are 95 % percentile bootstraps
     over problems; whatever compares two methods uses the problems that both have, and the same resamples of them.
-    aggregate: how W chains count, "vote" or "any" (see `credit`).
+    aggregate: how W chains count, "vote" or "any" (see `voting`). pairs: a `Pairs` of what is compared, by default
+    `default_pairs`.
 
     Returns {"points", "pass_at_1", "margins", "margins_per_cr", "paired"}. Accuracies, margins and differences are in
-    points (0–100). "margins" compare frontiers over all CRs of a method, "margins_per_cr" one CR of `dms` with vanilla;
-    a value is None (NA) where the budgets do not meet, and `na_share` is the share of resamples in which they do not
-    (left out of the interval). Record order does not matter. ValueError names the offending value.
+    points (0–100). A margin is None (NA) where the budgets do not meet, and `na_share` is the share of resamples in
+    which they do not (left out of the interval). "paired" has differences of one-chain accuracy at the largest L.
+    Record order does not matter. ValueError names the offending value.
+
+    >>> chain = dict(method="dms", cr=8.0, problem=0, chain=0, tokens=2, stride=16, prompt_tokens=3, prompt_live=3.0)
+    >>> chain |= dict(live=[3.0, 4.0], reads=[0.0, 4.0], answer="7", gold="7", finished_at=2)
+    >>> summarise([chain], lengths=[2], widths=[1])["points"][0]["accuracy"]
+    100.0
     """
     lengths, widths = _checked("lengths", lengths), _checked("widths", widths)
     if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; allowed: >= 1")
+        raise ValueError(f"resamples {resamples}: must be >= 1")
     if aggregate not in AGGREGATES:
-        raise ValueError(f"aggregate is {aggregate!r}; allowed: one of {AGGREGATES}")
-    grids = make_grids(records, lengths, widths, aggregate, seed)
+        raise ValueError(f"aggregate {aggregate!r}: must be one of {AGGREGATES}")
+    scores = make_scores(records, lengths, widths, aggregate, seed)
+    scores.sort(key=lambda one: FIRST.index(one.method) if one.method in FIRST else len(FIRST))
+    by_method: dict[str, list[Scores]] = defaultdict(list)
+    for one in scores:
+        by_method[one.method].append(one)
+    pairs = default_pairs(by_method) if pairs is None else pairs
+    draws = (resamples, seed)
     return {
-        "points": [p for grid in grids for p in _points(grid, resamples, seed)],
-        "pass_at_1": [row for grid in grids for row in _pass_at_1(grid)],
-        "margins": _margins(grids, resamples, seed),
-        "margins_per_cr": _margins_per_cr(grids, resamples, seed),
-        "paired": _paired(grids, lengths[-1], resamples, seed),
+        "points": [row for one in scores if one.widths for row in _points(one, draws)],
+        "pass_at_1": [row for one in scores for row in _pass_at_1(one)],
+        "margins": [row for a, b in pairs.margins for row in _margins(by_method[a], by_method[b], draws)],
+        "margins_per_cr": [
+            row | {"cr": one.cr}
+            for a, b in pairs.margins_per_cr
+            for one in by_method[a]
+            for row in _margins([one], by_method[b], draws)
+        ],
+        "paired": [
+            _difference(one, other, lengths[-1], draws)
+            for one, other in product([one for one in scores if lengths[-1] in one.lengths], repeat=2)
+            if (pair := (one.method, other.method)) in pairs.paired
+            and (one.cr == other.cr or pair in pairs.margins_per_cr)
+            and set(one.problems) & set(other.problems)
+        ],
     }
 
 
 def _checked(name: str, values: Sequence[int]) -> tuple[int, ...]:
     wrong = [v for v in values if v != int(v) or v < 1]
     if wrong or not len(values):
-        raise ValueError(f"{name} is {list(values)}; allowed: one or more integers >= 1")
+        raise ValueError(f"{name} {list(values)}: must be one or more integers >= 1")
     return tuple(sorted({int(v) for v in values}))
 
 
-def _resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Means over problems of values (P, K): row 0 as measured, then `resamples` rows with the problems drawn again.
-
-    The draws depend on P and the seed only, so methods measured on the same problems share them: paired comparisons.
-    """
-    return _draws(len(values), resamples, seed) @ values
-
-
-def _accuracies(credit: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+def _accuracies(credit: np.ndarray, draws: tuple[int, int]) -> np.ndarray:
     """Resampled means in points. Rounded, since equal accuracies must stay equal: a frontier drops the costlier one."""
-    return np.round(100 * _resampled_means(credit, resamples, seed), 9)
+    return np.round(100 * _resampled_means(credit, draws), 9)
 
 
-@lru_cache(maxsize=8)
-def _draws(n: int, resamples: int, seed: int) -> np.ndarray:
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    return np.concatenate([np.ones((1, n)), draws]) / n  # (1 + resamples, n)
+def _resampled_means(values: np.ndarray, draws: tuple[int, int]) -> np.ndarray:
+    """Means over problems of values (P, K), (1 + resamples, K): row 0 as measured."""
+    return bootstrap.weights(len(values), *draws) @ values
 
 
-def _interval(samples: np.ndarray) -> tuple[float | None, float | None]:
-    defined = samples[~np.isnan(samples)]
-    if not defined.size:
-        return None, None
-    low, high = np.percentile(defined, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _plain(cr: float) -> float | int:
-    return int(cr) if cr == int(cr) else cr
-
-
-def _points(grid: Grid, resamples: int, seed: int) -> list[dict]:
-    if not grid.widths:
-        return []
-    accuracy = _accuracies(grid.rows("credit", grid.problems), resamples, seed)
-    low, high = np.percentile(accuracy[1:], [2.5, 97.5], axis=0)
-    reads, peak = grid.reads.mean(0).ravel(), grid.peak.mean(0).ravel()
+def _points(scores: Scores, draws: tuple[int, int]) -> list[dict]:
+    accuracy = _accuracies(scores.rows("credit", scores.problems), draws)
+    low, high = np.percentile(accuracy[1:], bootstrap.LEVELS, axis=0)
+    columns = {"accuracy": accuracy[0], "low": low, "high": high}
+    columns |= {"reads": scores.reads.mean(0).ravel(), "peak": scores.peak.mean(0).ravel()}
     rows = []
-    for i, (length, width) in enumerate(product(grid.lengths, grid.widths)):
-        row = {"method": grid.method, "cr": _plain(grid.cr), "L": length, "W": width, "problems": len(grid.problems)}
-        row |= {"accuracy": float(accuracy[0, i]), "low": float(low[i]), "high": float(high[i])}
-        rows.append(row | {"reads": float(reads[i]), "peak": float(peak[i])})
+    for i, (length, width) in enumerate(product(scores.lengths, scores.widths)):
+        row = {"method": scores.method, "cr": scores.cr, "L": length, "W": width}
+        row["problems"] = len(scores.problems)
+        rows.append(row | {name: float(values[i]) for name, values in columns.items()})
     return rows
 
 
-def _pass_at_1(grid: Grid) -> list[dict]:
+def _pass_at_1(scores: Scores) -> list[dict]:
     """Accuracy of one chain (avg@n) at each L with two standard errors, all in points.
 
     se_questions: of the mean over questions, these drawn from many; None for one question.  se_samples: what other
     chains on these same questions would change, √(Σ p(1 − p)/(n − 1))/P; None where a question has one chain.
     """
-    questions = len(grid.problems)
+    questions = len(scores.problems)
     rows = []
-    for length, p in zip(grid.lengths, grid.alone.T, strict=True):  # p (P,)
-        row = {"method": grid.method, "cr": _plain(grid.cr), "L": length, "problems": questions}
-        row |= {"chains": float(grid.chains.mean()), "accuracy": float(100 * p.mean())}
+    for length, p in zip(scores.lengths, scores.alone.T, strict=True):  # p (P,)
+        row = {"method": scores.method, "cr": scores.cr, "L": length, "problems": questions}
+        row |= {"chains": float(scores.chains.mean()), "accuracy": float(100 * p.mean())}
         row["se_questions"] = float(100 * p.std(ddof=1) / np.sqrt(questions)) if questions > 1 else None
-        repeated = (grid.chains > 1).all()
-        variance = p * (1 - p) / (grid.chains - 1) if repeated else p
+        repeated = (scores.chains > 1).all()
+        variance = p * (1 - p) / (scores.chains - 1) if repeated else p
         row["se_samples"] = float(100 * np.sqrt(variance.sum()) / questions) if repeated else None
         rows.append(row)
     return rows
 
 
-def _common(grids: Sequence[Grid]) -> list:
-    return sorted(set.intersection(*(set(grid.problems) for grid in grids)))
-
-
-def _compare(a: str, b: str, curves: tuple[list[Grid], list[Grid]], resamples: int, seed: int) -> list[dict]:
-    """Margins of curve a over curve b, both axes and scales; a curve is the frontier over all points of its grids."""
-    problems = _common([*curves[0], *curves[1]])
-    if not problems or not all(any(grid.widths for grid in curve) for curve in curves):
+def _margins(a: list[Scores], b: list[Scores], draws: tuple[int, int]) -> list[dict]:
+    """Margins of a over b, both axes and scales; a curve is the frontier over all points of its scores."""
+    if not all(any(one.widths for one in curve) for curve in (a, b)):
+        return []
+    problems = sorted(set.intersection(*(set(one.problems) for one in [*a, *b])))
+    if not problems:
         return []
 
-    def columns(curve: list[Grid], name: str) -> np.ndarray:
-        return np.concatenate([grid.rows(name, problems) for grid in curve], axis=1)
+    def columns(curve: list[Scores], name: str) -> np.ndarray:
+        return np.concatenate([one.rows(name, problems) for one in curve], axis=1)
 
-    accuracy = [_accuracies(columns(curve, "credit"), resamples, seed) for curve in curves]
+    accuracy = [_accuracies(columns(curve, "credit"), draws) for curve in (a, b)]
     rows = []
     for axis in AXES:
-        budgets = [_resampled_means(columns(curve, axis), resamples, seed) for curve in curves]
+        budgets = [_resampled_means(columns(curve, axis), draws) for curve in (a, b)]
         frontiers = [padded_frontiers(x, y) for x, y in zip(budgets, accuracy, strict=True)]
         for scale in SCALES:
             values = margins_of_frontiers(*frontiers, scale)
-            row = {"a": a, "b": b, "axis": axis, "scale": scale, "value": None, "low": None, "high": None}
-            if not np.isnan(values[0]):
-                low, high = _interval(values[1:])
-                row |= {"value": float(values[0]), "low": low, "high": high}
+            known = not np.isnan(values[0])
+            low, high = bootstrap.interval(values[1:]) if known else (None, None)
+            row = {"a": a[0].method, "b": b[0].method, "axis": axis, "scale": scale}
+            row |= {"value": float(values[0]) if known else None, "low": low, "high": high}
             rows.append(row | {"na_share": float(np.isnan(values[1:]).mean()), "problems": len(problems)})
     return rows
 
 
-def _margins(grids: list[Grid], resamples: int, seed: int) -> list[dict]:
-    """dms and every other method against vanilla, and dms against every other method, each over all its CRs."""
-    by_method: dict[str, list[Grid]] = defaultdict(list)
-    for grid in grids:
-        by_method[grid.method].append(grid)
-    others = [m for m in by_method if m not in ("vanilla", "dms")]
-    pairs = [("dms", "vanilla"), *((m, "vanilla") for m in others), *(("dms", m) for m in others)]
-    return [
-        row
-        for a, b in pairs
-        if a in by_method and b in by_method
-        for row in _compare(a, b, (by_method[a], by_method[b]), resamples, seed)
-    ]
-
-
-def _margins_per_cr(grids: list[Grid], resamples: int, seed: int) -> list[dict]:
-    vanilla = [grid for grid in grids if grid.method == "vanilla"]
-    return [
-        row | {"cr": _plain(grid.cr)}
-        for grid in grids
-        if grid.method == "dms" and vanilla
-        for row in _compare("dms", "vanilla", ([grid], vanilla), resamples, seed)
-    ]
-
-
-def _paired(grids: list[Grid], length: int, resamples: int, seed: int) -> list[dict]:
-    """Differences of one-chain accuracy at the largest L: dms at each CR against vanilla and all methods at that CR."""
-    rows, grids = [], [grid for grid in grids if length in grid.lengths]
-    for dms in (grid for grid in grids if grid.method == "dms"):
-        for other in grids:
-            if other.method == "dms" or (other.method != "vanilla" and other.cr != dms.cr):
-                continue
-            problems = _common([dms, other])
-            if not problems:
-                continue
-            difference = (dms.rows("alone", problems) - other.rows("alone", problems))[:, -1:]  # (P, 1)
-            means = 100 * _resampled_means(difference, resamples, seed)[:, 0]
-            low, high = _interval(means[1:])
-            row = {"a": "dms", "b": other.method, "difference": float(means[0]), "low": low, "high": high}
-            rows.append(row | {"cr": _plain(dms.cr), "L": length, "W": 1, "problems": len(problems)})
-    return rows
+def _difference(a: Scores, b: Scores, length: int, draws: tuple[int, int]) -> dict:
+    """a minus b in one-chain accuracy at the largest L, over the problems that both have."""
+    problems = sorted(set(a.problems) & set(b.problems))
+    difference = (a.rows("alone", problems) - b.rows("alone", problems))[:, -1:]  # (P, 1)
+    means = 100 * _resampled_means(difference, draws)[:, 0]
+    low, high = bootstrap.interval(means[1:])
+    row = {"a": a.method, "b": b.method, "difference": float(means[0]), "low": low, "high": high}
+    return row | {"cr": a.cr, "L": length, "W": 1, "problems": len(problems)}

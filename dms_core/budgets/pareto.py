@@ -35,7 +35,7 @@ def margin(a: ArrayLike, b: ArrayLike, scale: str = "log2") -> float | None:
     meet; if they share a single budget, the difference there. ValueError as for `frontier`, or for another scale.
     """
     if scale not in SCALES:
-        raise ValueError(f"scale is {scale!r}; allowed: {', '.join(map(repr, SCALES))}")
+        raise ValueError(f"scale {scale!r}: must be one of {SCALES}")
     curves = [padded_frontiers(*_validated(points).T[:, None]) for points in (a, b)]
     value = margins_of_frontiers(*curves, scale)[0]
     return None if np.isnan(value) else float(value)
@@ -44,14 +44,14 @@ def margin(a: ArrayLike, b: ArrayLike, scale: str = "log2") -> float | None:
 def _validated(points: ArrayLike) -> np.ndarray:
     array = np.asarray(points, dtype=float)
     if array.ndim != 2 or array.shape[1] != 2 or not len(array):
-        raise ValueError(f"points have shape {array.shape}; allowed: (n, 2) pairs (budget, accuracy) with n >= 1")
+        raise ValueError(f"points of shape {array.shape}: must be (n, 2) pairs (budget, accuracy) with n >= 1")
     budgets, accuracies = array.T
     wrong = budgets[~(np.isfinite(budgets) & (budgets > 0))]
     if wrong.size:
-        raise ValueError(f"budget is {wrong[0]}; allowed: finite and > 0")
+        raise ValueError(f"budget {wrong[0]}: must be finite and > 0")
     wrong = accuracies[~np.isfinite(accuracies)]
     if wrong.size:
-        raise ValueError(f"accuracy is {wrong[0]}; allowed: finite")
+        raise ValueError(f"accuracy {wrong[0]}: must be finite")
     return array
 
 

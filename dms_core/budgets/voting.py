@@ -20,18 +20,17 @@ import numpy as np
 AGGREGATES = ("vote", "any")
 GOLD = 0  # the code of every correct answer
 MAX_SUBSETS = 32  # choices of W chains averaged per problem; all of them where there are no more than this
-RECORD_KEYS = (
-    "method", "cr", "problem", "chain", "answer", "gold", "finished_at", "tokens",
-    "stride", "live", "reads", "prompt_tokens", "prompt_live",
-)  # fmt: skip
+CHAIN = ("method", "cr", "problem", "chain")  # what tells a record from the others
+COSTS = ("tokens", "stride", "live", "reads", "prompt_tokens", "prompt_live")
+RECORD_KEYS = (*CHAIN, "answer", "gold", "finished_at", *COSTS)
 
 
 @dataclass(frozen=True)
-class Grid:
+class Scores:
     """What one (method, CR) scores and costs, problem by problem; with a budget for one L, at that L."""
 
     method: str
-    cr: float
+    cr: float  # an int where it is whole
     problems: tuple  # sorted identifiers
     lengths: tuple[int, ...]  # those of the requested lengths that the chains stand for, ascending, at least one
     widths: tuple[int, ...]  # the requested widths that every problem has chains for
@@ -61,29 +60,25 @@ def vote(answers: np.ndarray, gold: int) -> np.ndarray:
 def _check_record(record: dict) -> None:
     missing = [key for key in RECORD_KEYS if key not in record]
     if missing:
-        raise ValueError(f"a chain record lacks {missing}; required: {list(RECORD_KEYS)}")
+        raise ValueError(f"a chain record without {missing}: must have {list(RECORD_KEYS)}")
     tokens, stride, samples = record["tokens"], record["stride"], len(record["live"])
     where = f"method {record['method']}, problem {record['problem']}, chain {record['chain']}"
     if tokens < 1 or stride < 1 or record["cr"] < 1:
-        raise ValueError(f"tokens, stride, cr are {tokens}, {stride}, {record['cr']} ({where}); allowed: >= 1 each")
-    fewest = (
-        -(-tokens // stride) + 1
-    )  # 0, stride, … and the end; one more if the end is also a multiple and was stored twice
+        raise ValueError(f"tokens, stride, cr {tokens}, {stride}, {record['cr']} ({where}): must be >= 1 each")
+    fewest = -(-tokens // stride) + 1  # 0, stride, … and the end; one more if a multiple at the end is stored twice
     if not fewest <= samples <= fewest + 1 or len(record["reads"]) != samples:
-        raise ValueError(
-            f"live and reads hold {samples} and {len(record['reads'])} samples ({where}); allowed: {fewest} each "
-            f"for {tokens} tokens at stride {stride}"
-        )
+        given = f"live, reads of {samples}, {len(record['reads'])} samples ({where})"
+        raise ValueError(f"{given}: must be {fewest} each for {tokens} tokens at stride {stride}")
     if record.get("correct", False) is None:
-        raise ValueError(f"correct is None ({where}); grade the records first: dms grade")
+        raise ValueError(f"correct None ({where}): must be true or false; grade the records first: dms grade")
     if not np.isfinite([*record["live"], *record["reads"], record["prompt_live"]]).all():
-        raise ValueError(f"live, reads or prompt_live hold a value that is not finite ({where}); allowed: finite")
+        raise ValueError(f"live, reads or prompt_live ({where}): must be finite")
 
 
-def make_grids(records: Iterable[dict], lengths: tuple, widths: tuple, aggregate: str, seed: int) -> list[Grid]:
-    """One Grid a (method, CR), or one a "budget_length" where records have it, if it is among ``lengths``.
+def make_scores(records: Iterable[dict], lengths: tuple, widths: tuple, aggregate: str, seed: int) -> list[Scores]:
+    """One Scores a (method, CR), or one a "budget_length" where records have it, if it is among ``lengths``.
 
-    Vanilla comes first, then dms, then the others.  ValueError names the offending record.
+    Sorted by these.  ValueError names the offending record.
     """
     chains: dict = defaultdict(lambda: defaultdict(dict))  # (method, cr, budget length or 0) → problem → chain → record
     gold: dict = {}
@@ -93,28 +88,26 @@ def make_grids(records: Iterable[dict], lengths: tuple, widths: tuple, aggregate
         of_length = chains[record["method"], float(record["cr"]), record.get("budget_length", 0)]
         of_problem = of_length[record["problem"]]
         if record["chain"] in of_problem:
-            key = [record[k] for k in ("method", "cr", "problem", "chain")]
-            raise ValueError(f"(method, cr, problem, chain) {key} occurs twice; allowed: once")
+            key = [record[k] for k in CHAIN]
+            raise ValueError(f"(method, cr, problem, chain) {key}: must occur once")
         tasks.add(record.get("task"))
         if gold.setdefault(record["problem"], record["gold"]) != record["gold"]:
             both = f"{gold[record['problem']]!r} and {record['gold']!r}"
-            raise ValueError(f"problem {record['problem']} has gold answers {both}; allowed: one")
+            raise ValueError(f"problem {record['problem']} with gold answers {both}: must have one")
         of_problem[record["chain"]] = record
     if not chains:
-        raise ValueError("there are no chain records; allowed: at least one")
+        raise ValueError("no chain records: must be at least one")
     if len(tasks) > 1:
-        raise ValueError(f"the records are of the tasks {sorted(map(str, tasks))}; allowed: one task")
-    order = sorted(chains, key=lambda key: (key[0] != "vanilla", key[0] != "dms", *key))
-    served = [(key, tuple(n for n in lengths if key[2] in (0, n))) for key in order]
-    grids = [_grid(*key[:2], chains[key], own, widths, aggregate, seed) for key, own in served if own]
-    if not grids:
-        raise ValueError(
-            f"lengths is {list(lengths)}; allowed: those of the KV budgets, {sorted({k[2] for k in order})}"
-        )
-    return grids
+        raise ValueError(f"records of the tasks {sorted(map(str, tasks))}: must be of one task")
+    served = [(key, tuple(n for n in lengths if key[2] in (0, n))) for key in sorted(chains)]
+    scores = [_score(key, chains[key], own, widths, aggregate, seed) for key, own in served if own]
+    if not scores:
+        budgets = sorted({length for *_, length in chains})
+        raise ValueError(f"lengths {list(lengths)}: must be among those of the KV budgets, {budgets}")
+    return scores
 
 
-def _grid(method: str, cr: float, by_problem: dict, lengths: tuple, widths: tuple, aggregate: str, seed: int) -> Grid:
+def _score(key: tuple, by_problem: dict, lengths: tuple, widths: tuple, aggregate: str, seed: int) -> Scores:
     problems = tuple(sorted(by_problem))
     fewest = min(len(chains) for chains in by_problem.values())
     widths = tuple(w for w in widths if w <= fewest)
@@ -130,7 +123,8 @@ def _grid(method: str, cr: float, by_problem: dict, lengths: tuple, widths: tupl
         read, own = np.mean([_costs(r, lengths) for r in records], axis=0)  # (L,) each, mean over chains
         reads[row] = np.outer(read, widths)
         peak[row] = np.outer(own, widths) + prompt
-    return Grid(method, cr, problems, lengths, widths, credit, reads, peak, alone, chains)
+    cr = int(key[1]) if key[1].is_integer() else key[1]
+    return Scores(key[0], cr, problems, lengths, widths, credit, reads, peak, alone, chains)
 
 
 def _credit(answers: np.ndarray, width: int, aggregate: str, seed: int) -> np.ndarray:
@@ -142,9 +136,8 @@ def _credit(answers: np.ndarray, width: int, aggregate: str, seed: int) -> np.nd
 
 def any_correct(correct: np.ndarray, chains: int, width: int) -> np.ndarray:
     """Share of the choices of ``width`` of ``chains`` chains that hold one of the ``correct``; shape of ``correct``."""
-    return np.array([1 - comb(chains - int(c), width) / comb(chains, width) for c in correct.ravel()]).reshape(
-        correct.shape
-    )
+    shares = [1 - comb(chains - int(c), width) / comb(chains, width) for c in correct.flat]
+    return np.array(shares).reshape(correct.shape)
 
 
 def _answers(records: list[dict], lengths: tuple) -> np.ndarray:

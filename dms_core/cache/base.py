@@ -72,6 +72,13 @@ class RowLayer(CacheLayerMixin):
         self.reads, self.peak = self.reads[indices], self.peak[indices]
         self.batch = len(indices)
 
+    def _count_reads(self, items: Tensor, active: Tensor) -> None:
+        """After a token a row was stored: ``items`` (B, H) were attended to in the rows ``active`` (B,).
+
+        A row's first token is its prompt, and prefill does not count.
+        """
+        self.reads += items * (active & (self.count > 1))[:, None]
+
     # Rows one by one.
 
     def put(self, indices: Tensor, other: Self, source: Tensor) -> None:

@@ -70,7 +70,7 @@ class DMSLayer(RowLayer):
         self.rows.make_room()
         new = [x.flatten(0, 1) for x in (k, v, evict, active)]
         cache_append(self.rows, *new, self.config.lag)
-        self.reads += self.rows.length.view_as(self.reads) * active
+        self._count_reads(self.live, valid)
 
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor, scale: float) -> Tensor:
         """Many tokens a row, after any past: attend, then hold what stays."""
@@ -150,9 +150,15 @@ def sliding_layer(config: DMSConfig, tokens: int, page: int) -> DMSLayer:
 
 
 class DMSCache(RowCache):
-    """A cache for a model prepared by ``dms_core.attach``.  Works with ``model.generate`` and by hand.
+    """A cache for a model with gates, which frees what they evict (paper section 3.2); for ``generate`` and by hand.
 
-    Gates off (``dms.disabled()``), it is a dense cache with the same counters.
+    Gates off (``model.dms.disabled()``), it is a dense cache with the same counters, all in tokens a KV head.
+    Raises ValueError for settings out of range and for a model without gates.
+
+    >>> cache = DMSCache.for_model(attach(model, DMSConfig(window=16)))
+    >>> said = model.generate(torch.ones(1, 8, dtype=torch.long), past_key_values=cache, max_new_tokens=4)
+    >>> cache.live_tokens()[:, 0].tolist(), cache.kv_reads()[:, 0].tolist()  # (layers, B, H)
+    ([[11, 11], [11, 11]], [[30, 30], [30, 30]])
     """
 
     def __init__(self, config: DMSConfig, layers: int, page: int = 16, sliding: Sequence[int | None] = ()) -> None:
@@ -166,10 +172,9 @@ class DMSCache(RowCache):
         self.config, self.sliding, self.page = config, sliding, page
 
     @classmethod
-    def for_model(cls, model, page: int = 16) -> "DMSCache":
-        """An empty cache for a model that ``attach`` has prepared."""
-        dms = prepared(model)
-        return dms.cache_class(dms.config, dms.layers, page, dms.sliding)
+    def for_model(cls, model, page: int = 16) -> RowCache:
+        """An empty cache for a model with gates, of the class that its method needs."""
+        return prepared(model).new_cache(page)
 
     def _new(self) -> "DMSCache":
         return type(self)(self.config, len(self.layers), self.page, self.sliding)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dms_kernels import cache_release
 from dms_kernels.rows import Rows
 
-AHEAD = 16  # decode steps for which room is made at once on a device that one does not like to wait for
+AHEAD = 16  # decode steps for which room is made at once where looking at sizes waits for the device
 
 
 class PagedRows(Rows):
@@ -42,9 +42,18 @@ class PagedRows(Rows):
             self.credit -= 1
             return
         steps = AHEAD if self.keys.is_cuda else 1
-        missing = (self._pages(self.length + steps) - self.owned).clamp_min(0)
-        self._grow(int(missing.sum()) - int(self.free_count), int(self._pages(self.length.max() + steps)))
+        pages = self._pages(self.length + steps)
+        missing = (pages - self.owned).clamp_min(0).sum()
+        facts = torch.stack([missing, pages.max(), self.free_count[0], self.overflow[0]])  # one wait for the device
+        missing, columns, free, overflow = facts.tolist()
+        self._check(overflow)
+        self._grow(missing - free, columns, free)
         self.credit = steps - 1
+
+    def _check(self, overflow: bool) -> None:
+        """Raises RuntimeError if a token was lost since the last look."""
+        if overflow:
+            raise RuntimeError("a cache row found no free page and lost a token: make_room() must precede each append")
 
     def release(self, rows: Tensor) -> None:
         """Return all pages of ``rows`` (N,) to the pool and empty them."""
@@ -59,8 +68,7 @@ class PagedRows(Rows):
         pages = self._pages(length)
         total = int(pages.sum())
         free = int(self.free_count)
-        self._grow(total - free, int(pages.max()) if len(pages) else 0)
-        free = max(free, total)
+        free += self._grow(total - free, int(pages.max()) if len(pages) else 0, free)
         column = torch.arange(self.table.shape[1], device=rows.device)
         row, column = (column < pages[:, None]).nonzero(as_tuple=True)
         self.table[rows[row], column] = self.free[free - total : free].flip(0)
@@ -73,6 +81,7 @@ class PagedRows(Rows):
 
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of ``rows`` (N,), padded with garbage to whole pages of the longest: (N, S, D)."""
+        self._check(bool(self.overflow))
         pages = self.table[rows, : int(self.owned[rows].max())] if len(rows) else self.table[rows, :0]
         return self.keys[pages].flatten(1, 2), self.values[pages].flatten(1, 2)
 
@@ -91,6 +100,7 @@ class PagedRows(Rows):
 
     def trim(self) -> None:
         """Give free pages back to the allocator."""
+        self._check(bool(self.overflow))
         used = torch.ones(len(self.keys), dtype=torch.bool, device=self.free.device)
         used[self.free[: int(self.free_count)]] = False
         renumber = used.cumsum(0, dtype=torch.int32) - 1
@@ -100,19 +110,24 @@ class PagedRows(Rows):
         self.free_count.zero_()
 
     def _pages(self, length: Tensor) -> Tensor:
-        return (length + self.page - 1) // self.page
+        """Pages that ``length`` tokens fill."""
+        page = self.keys.shape[1]
+        return (length + page - 1) // page
 
-    def _grow(self, pages: int, columns: int) -> None:
-        """Add at least ``pages`` free pages, and columns to the table up to ``columns``."""
+    def _grow(self, pages: int, columns: int, free: int) -> int:
+        """Add at least ``pages`` pages to the ``free`` ones, and columns to the table up to ``columns``.
+
+        Returns how many pages were added.
+        """
         if (more := columns - self.table.shape[1]) > 0:
             self.table = torch.cat([self.table, self.table.new_zeros(self.count, max(more, 4))], 1)
         if pages <= 0:
-            return
+            return 0
         start, pages = len(self.keys), max(pages, len(self.keys) // 16)
         self.keys, self.values = (
             torch.cat([pool, pool.new_zeros(pages, *pool.shape[1:])]) for pool in (self.keys, self.values)
         )
-        free = int(self.free_count)
         added = torch.arange(start + pages - 1, start - 1, -1, dtype=torch.int32, device=self.free.device)
         self.free = torch.cat([self.free[:free], added, self.free.new_zeros(start - free)])
         self.free_count.fill_(free + pages)
+        return pages

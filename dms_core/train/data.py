@@ -1,10 +1,15 @@
-"""Training documents for real models: rows of a data set, chat template, token ids, all in one file on disk.
+"""Training documents for real models: rows of a data set, chat template, token ids, packed rows.
 
 A row is one of OpenR1-Math-220k (``problem``, ``generations`` and, aligned with them, ``correctness_math_verify`` and
 ``is_reasoning_complete``; every generation that Math-Verify accepts and that is complete becomes a document), a
 conversation (``messages``, of which the last one is learnt, or with ``"learn": "all"`` whatever the assistant says), or
 plain ``text``.  Labels cover completions only.  A document longer than the context is cut to it: a distillation target
 needs no ending.  Cuts are counted.
+
+Documents are packed into rows of at most ``context`` tokens; positions start over with every document, and attention,
+eviction and losses keep such documents apart (``model._segments``).  An epoch is a seeded permutation of the documents,
+each put into the fullest of a few open rows that has room for it.  Row i of a run is a function of (store, context,
+seed, i): a resumed run needs no state.
 """
 
 import hashlib
@@ -14,13 +19,19 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from torch.utils.data import Dataset
 from tqdm import tqdm
+
+from dms_core.storage import claim, read_json, write_json
 
 THINK = "<think>"
 SHUFFLE_BUFFER = 10_000  # rows of a hub data set that are shuffled among each other while they stream
+OPEN = 32  # rows that are open at once: 97 % full for lengths spread evenly up to the context
+CLAIM = "documents.json"  # what a directory of documents was made from
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,7 @@ def encode_conversation(tokenizer, messages: list[dict]) -> tuple[list[int], lis
     return ids, learnt
 
 
-def documents(tokenizer, row: dict) -> Iterator[tuple[list[int], np.ndarray]]:
+def documents(tokenizer, row: dict) -> list[tuple[list[int], np.ndarray]]:
     """(token ids, which are learnt) of each document of a row; a document's first token never is."""
     found = completions(row)
     if row.get("learn") == "all" and "messages" in row:
@@ -136,10 +147,7 @@ def documents(tokenizer, row: dict) -> Iterator[tuple[list[int], np.ndarray]]:
     else:
         encoded = [encode(tokenizer, prompt, completion) for prompt, completion in found]
         pairs = [(ids, np.arange(len(ids)) >= head) for ids, head in encoded]
-    for ids, learnt in pairs:
-        learnt = np.asarray(learnt, bool)
-        learnt[:1] = False
-        yield ids, learnt
+    return [(ids, np.asarray(learnt, bool) & (np.arange(len(ids)) > 0)) for ids, learnt in pairs]
 
 
 def read_rows(data: str, seed: int) -> Iterator[tuple[str, dict]]:
@@ -174,34 +182,36 @@ def prepare(data: str, tokenizer, context: int, tokens: int, directory: Path | s
     directory = Path(directory)
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token")
-    key = {"data": _identity(data), "tokenizer": _fingerprint(tokenizer), "context": context, "tokens": tokens,
-           "seed": seed}  # fmt: skip
+    key = {"tokenizer": _fingerprint(tokenizer), "context": context, "tokens": tokens, "seed": seed}
+    if Path(data).is_file():  # known by its contents, a hub data set by its name
+        with open(data, "rb") as file:
+            key["data"] = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    else:
+        key["data"] = data
     if int(os.environ.get("RANK", 0)):
-        while not (directory / "facts.json").exists():
+        while not (directory / CLAIM).exists():
             time.sleep(0.2)
-    elif not (directory / "facts.json").exists():
-        _write(data, tokenizer, context, tokens, directory, seed, key)
-    facts = json.loads((directory / "facts.json").read_text())
-    if facts["key"] != key:
-        changed = sorted(name for name in key if facts["key"].get(name) != key[name])
-        raise ValueError(f"{directory} holds documents of other {', '.join(changed)}: give the run another directory")
+    elif not (directory / CLAIM).exists():
+        part = directory.with_name(directory.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        claim(part, key, CLAIM)
+        _write(data, tokenizer, context, tokens, part, seed)
+        part.rename(directory)
+    claim(directory, key, CLAIM)
+    facts = read_json(directory / "facts.json")
     table = np.load(directory / "table.npy")
     tokens_file, learnt_file = directory / "tokens.bin", directory / "learnt.bin"
     return Store(np.memmap(tokens_file, np.uint32, "r"), np.memmap(learnt_file, bool, "r"), table, facts)
 
 
-def _write(data: str, tokenizer, context: int, tokens: int, directory: Path, seed: int, key: dict) -> None:
-    part = directory.with_name(directory.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    facts = dict.fromkeys(
-        ("rows", "rejected_rows", "documents", "cut", "tokens_cut", "dropped", "tokens", "labelled"), 0
-    )
+def _write(data: str, tokenizer, context: int, tokens: int, part: Path, seed: int) -> None:
+    counted = ("rows", "rejected_rows", "documents", "cut", "tokens_cut", "dropped", "tokens", "labelled")
+    facts = dict.fromkeys(counted, 0)
     table, bar = [], tqdm(total=tokens, desc="documents", unit="tok", unit_scale=True, mininterval=2)
     with (part / "tokens.bin").open("wb") as file, (part / "learnt.bin").open("wb") as marks:
         for place, row in read_rows(data, seed):
             try:
-                found = list(documents(tokenizer, row))
+                found = documents(tokenizer, row)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
             facts["rows"] += 1
@@ -226,16 +236,7 @@ def _write(data: str, tokenizer, context: int, tokens: int, directory: Path, see
     if not table:
         raise ValueError(f"data {data!r}: no document of {facts['rows']} rows is left ({json.dumps(facts)})")
     np.save(part / "table.npy", np.array(table, np.int64))
-    (part / "facts.json").write_text(json.dumps({**facts, "key": key}, indent=1) + "\n")
-    part.rename(directory)
-
-
-def _identity(data: str) -> str:
-    """A file by its contents, a hub data set by its name."""
-    if not Path(data).is_file():
-        return data
-    with open(data, "rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    write_json(part / "facts.json", facts)
 
 
 def _fingerprint(tokenizer) -> str:
@@ -243,3 +244,47 @@ def _fingerprint(tokenizer) -> str:
     text = tokenizer.name_or_path if backend is None else backend.to_str()
     text = json.dumps([text, tokenizer.chat_template, tokenizer.eos_token_id])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def pack(lengths: np.ndarray, context: int) -> list[list[int]]:
+    """Indices of the documents of each row, for documents in this order; none may be longer than ``context``."""
+    rows, places = [], []  # finished rows; [room, row] of the open ones
+    for index, length in enumerate(lengths.tolist()):
+        if fits := [place for place in places if place[0] >= length]:
+            place = min(fits)
+        else:
+            if len(places) == OPEN:
+                places.remove(fullest := min(places))
+                rows.append(fullest[1])
+            places.append(place := [context, []])
+        place[0] -= length
+        place[1].append(index)
+    return rows + [row for _, row in places]
+
+
+class PackedRows(Dataset):
+    """``size`` rows of as many epochs as that takes: input_ids, labels (-100: not predicted) and position_ids."""
+
+    def __init__(self, store: Store, context: int, size: int, seed: int = 0) -> None:
+        if size < 1:
+            raise ValueError(f"size {size}: must be >= 1")
+        self.store, self.context, self.size, self.seed = store, context, size, seed
+        self.starts = [0]  # first row of each epoch that has been packed, and of the next
+        self._epoch = lru_cache(maxsize=2)(self._pack_epoch)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        while self.starts[-1] <= index:
+            self.starts.append(self.starts[-1] + len(self._epoch(len(self.starts) - 1)))
+        epoch = int(np.searchsorted(self.starts, index, side="right")) - 1
+        ids, labels = zip(*map(self.store.document, self._epoch(epoch)[index - self.starts[epoch]]), strict=True)
+        places = np.concatenate([np.arange(len(document)) for document in ids])
+        return {"input_ids": np.concatenate(ids), "labels": np.concatenate(labels), "position_ids": places}
+
+    def _pack_epoch(self, epoch: int) -> list[np.ndarray]:
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.store))
+        return [order[row] for row in pack(self.store.table[order, 1], self.context)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-DIRECTIONS = ("forward", "reverse", "lm")
+from dms_core.train.recipe import DIRECTIONS
 
 
 class Totals(NamedTuple):
@@ -73,9 +73,8 @@ class Distiller(nn.Module):
     """
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel | None, direction: str = "forward", chunk: int = 4096,
-        aux_weight: float = 1.0,
-    ) -> None:  # fmt: skip
+        self, student: PreTrainedModel, teacher: PreTrainedModel | None, direction="forward", chunk=4096, aux_weight=1.0
+    ) -> None:
         super().__init__()
         if direction not in DIRECTIONS:
             raise ValueError(f"direction {direction!r}: must be one of {DIRECTIONS}")
@@ -116,9 +115,7 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def _teacher_hidden(self, inputs: dict) -> Tensor:
         if self.teacher is not None:
-            if (
-                "position_ids" in inputs
-            ):  # without a mask, transformers keeps packed documents apart by their positions;
+            if "position_ids" in inputs:  # packed: without a mask, transformers keeps documents apart by positions
                 inputs = {name: x for name, x in inputs.items() if name != "attention_mask"}  # padding is behind them
             if self.teacher.device != inputs["input_ids"].device:  # the Trainer moves only the student
                 self.teacher.to(inputs["input_ids"].device)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-KINDS = ("adamw", "muon")
+from dms_core.train.recipe import OPTIMIZERS
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -16,13 +16,9 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "muon": False})
         plain = [group for group in self.param_groups if not group["muon"]]
         matrices = [group for group in self.param_groups if group["muon"]]
-        self.parts: list[torch.optim.Optimizer] = []
-        if plain:
-            self.parts.append(torch.optim.AdamW(plain, lr=lr, betas=betas, weight_decay=weight_decay))
-        if matrices:
-            self.parts.append(
-                torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        adamw = [torch.optim.AdamW(plain, lr=lr, betas=betas, weight_decay=weight_decay)] if plain else []
+        self.parts: list[torch.optim.Optimizer] = [*adamw, muon]
         self._share_groups()
 
     def _share_groups(self) -> None:
@@ -44,15 +40,15 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(
-    named: list[tuple[str, nn.Parameter]], kind: str, lr: float, weight_decay: float, gate_lr: float | None = None,
-    betas: tuple[float, float] = (0.9, 0.95),
-) -> torch.optim.Optimizer:  # fmt: skip
-    """An optimiser for the parameters that train.  Gates (``.dms_gate.``) get AdamW, ``gate_lr`` and no decay.
+    named: list[tuple[str, nn.Parameter]], kind: str, lr: float, weight_decay: float, gate_lr=None, betas=(0.9, 0.95)
+) -> torch.optim.Optimizer:
+    """An optimiser for the parameters that train.  Gates (``.dms_gate.``) get AdamW, no decay and ``gate_lr``, or
+    ``lr`` if that is None.
 
     Without a matrix for Muon it is torch's own AdamW, which FSDP can shard and save.
     """
-    if kind not in KINDS:
-        raise ValueError(f"optimizer {kind!r}: must be one of {KINDS}")
+    if kind not in OPTIMIZERS:
+        raise ValueError(f"optimizer {kind!r}: must be one of {OPTIMIZERS}")
     gates, matrices, rest = [], [], []
     for name, p in named:
         if ".dms_gate." in name:
@@ -63,7 +59,7 @@ def make_optimizer(
             rest.append(p)
     groups = [
         {"params": rest},
-        {"params": gates, "lr": gate_lr or lr, "weight_decay": 0.0},
+        {"params": gates, "lr": lr if gate_lr is None else gate_lr, "weight_decay": 0.0},
         {"params": matrices, "muon": True},
     ]
     groups = [group for group in groups if group["params"]]

@@ -4,19 +4,93 @@ The fields are those of DMSConfig and RetrofitConfig, and which model, data and 
 library carries the paper's six rows (Table 3), the released adapter recipe, and two that run on a CPU.
 """
 
-import dataclasses
-import types
-import typing
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
+import dacite
 import yaml
 
 from dms_core.config import DMSConfig
-from dms_core.train.retrofit import RetrofitConfig
+from dms_core.train.schedule import Schedule
 
 RECIPES = Path(__file__).parent / "recipes"
+DIRECTIONS = ("forward", "reverse", "lm")
+OPTIMIZERS = ("adamw", "muon")
+
+
+@dataclass(frozen=True)
+class RetrofitConfig:
+    """How a retrofit trains.  The defaults are the paper's; rests and Muon help at the embedded scale.
+
+    Raises ValueError for a value that its field may not have.
+
+    >>> RetrofitConfig(final_cr=4.0, steps_per_unit=50).steps
+    150
+    """
+
+    train: str = "all"  # "all" weights, or "gates" alone
+    direction: str = "forward"  # KL(teacher || student); "reverse", or "lm" for no teacher
+    aux_weight: float = 1.0  # of the compression loss
+    final_cr: float = 8.0
+    steps_per_unit: int = 100  # optimiser steps per unit of CR
+    rests: tuple[tuple[float, int], ...] = ()  # (CR, steps): stay there while the rate falls to zero
+    stop_cr: float | None = None  # end after the checkpoint of this CR, rate and CR schedules as if going on
+    neuron_warmup: int = 0  # steps at CR 1 before the ramp in which gate "neuron" fades its neuron out (paper: 2000)
+    batch: int = 16  # sequences a step, over all processes
+    device_batch: int | None = None  # of them at once on a device, the rest by accumulation; None: no accumulation
+    optimizer: str = "adamw"  # or "muon" for the layers' matrices
+    lr: float = 3e-5
+    gate_lr: float | None = None  # for the adapters' parameters; lr if None
+    warmup: int = 0  # steps of learning-rate warm-up
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    clip: float = 1.0  # largest norm of the gradient
+    checkpointing: bool = False  # compute activations twice instead of keeping them
+    chunk: int = 4096  # tokens whose logits are held at once
+    seed: int = 0
+    save_steps: int = 100  # between resumable checkpoints
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("direction", DIRECTIONS), ("train", ("all", "gates")), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {allowed}")
+        for name in ("lr", "gate_lr", "weight_decay", "aux_weight", "clip", "neuron_warmup"):
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise ValueError(f"{name} {value}: must be >= 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {list(self.betas)}: must be >= 0 and < 1")
+        if self.stop_cr is not None and self.stop_cr not in self.schedule.saves().values():
+            raise ValueError(f"stop_cr {self.stop_cr}: must be one of {sorted(self.schedule.saves().values())}")
+        for name in ("batch", "device_batch", "chunk", "save_steps", "steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} {value}: must be >= 1")
+
+    @property
+    def schedule(self) -> Schedule:
+        rests = tuple(map(tuple, self.rests))
+        return Schedule(self.final_cr, self.steps_per_unit, rests, self.warmup, self.neuron_warmup)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken: all of the schedule, or those up to ``stop_cr``."""
+        if self.stop_cr is None:
+            return self.schedule.steps
+        return next(step for step, cr in self.schedule.saves().items() if cr == self.stop_cr)
+
+    def split(self, processes: int) -> tuple[int, int]:
+        """(sequences at once on a device, batches accumulated) that make a step of ``batch`` sequences.
+
+        Raises ValueError where ``batch`` does not divide.
+        """
+        at_once = self.device_batch or self.batch // processes
+        if at_once < 1 or self.batch % (processes * at_once):
+            given = f"batch {self.batch} over {processes} process(es)"
+            given += "" if self.device_batch is None else f" with device_batch {self.device_batch}"
+            raise ValueError(f"{given}: batch must be a multiple of {processes * max(at_once, 1)}")
+        return at_once, self.batch // (processes * at_once)
 
 
 @dataclass(frozen=True)
@@ -30,17 +104,31 @@ class Recipe:
     dms: DMSConfig
     retrofit: RetrofitConfig
 
+    def __post_init__(self) -> None:
+        if self.context < 2:
+            raise ValueError(f"context {self.context}: must be >= 2 tokens")
+
+    def changed(self, name: str | None = None, dms: dict | None = None, retrofit: dict | None = None) -> "Recipe":
+        """The recipe with another name, and with some fields of its parts changed."""
+        parts = {"dms": replace(self.dms, **(dms or {})), "retrofit": replace(self.retrofit, **(retrofit or {}))}
+        return replace(self, name=self.name if name is None else name, **parts)
+
+    def own(self) -> dict:
+        """The fields that belong to neither part."""
+        return {name: getattr(self, name) for name in ("name", *REQUIRED)}
+
     def to_dict(self) -> dict:
         """Flat, as in the YAML file; tuples become lists."""
-        own = {"name": self.name, "model": self.model, "data": self.data, "context": self.context}
-        return _plain({**own, **self.dms.to_dict(), **dataclasses.asdict(self.retrofit)})
+        return json.loads(json.dumps({**self.own(), **self.dms.to_dict(), **asdict(self.retrofit)}))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-OWN = {"model": str, "data": str, "context": int}
-TYPES = {**OWN, **typing.get_type_hints(DMSConfig), **typing.get_type_hints(RetrofitConfig)}
+REQUIRED = ("model", "data", "context")
+PARTS = {"dms": DMSConfig, "retrofit": RetrofitConfig}
+TYPES = {name: get_type_hints(Recipe)[name] for name in REQUIRED}
+TYPES |= {name: kind for part in PARTS.values() for name, kind in get_type_hints(part).items()}
 
 
 def recipe_names() -> list[str]:
@@ -59,28 +147,30 @@ def load_recipe(name: str, changes: dict | None = None) -> Recipe:
     """The recipe of that name or file, with some fields changed.
 
     Raises ValueError that names a field which is unknown or missing, or the value that it may not have.
+
+    >>> load_recipe("reasoner", {"lr": 1e-4}).retrofit.lr
+    0.0001
     """
     file = recipe_file(name)
     try:
-        fields = yaml.safe_load(file.read_text())
+        given = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: holds a {type(fields).__name__}; must be a mapping of fields")
-    fields = {**fields, **(changes or {})}
-    given = fields.pop("name", file.stem)
-    for field in fields:
+    if not isinstance(given, dict):
+        raise ValueError(f"{file}: holds a {type(given).__name__}; must be a mapping of fields")
+    given |= changes or {}
+    name = str(given.pop("name", file.stem))
+    for field in given:
         _check_known(field)
-    if missing := [field for field in OWN if field not in fields]:
+    if missing := [field for field in REQUIRED if field not in given]:
         raise ValueError(f"{file}: {missing} missing; a recipe names model, data and context")
-    values = {field: parse(field, value) for field, value in fields.items()}
-    if values["context"] < 2:
-        raise ValueError(f"context {values['context']}: must be >= 2 tokens")
-    parts = [
-        {f.name: values[f.name] for f in dataclasses.fields(part) if f.name in values}
-        for part in (DMSConfig, RetrofitConfig)
-    ]
-    return Recipe(given, *(values[field] for field in OWN), DMSConfig(**parts[0]), RetrofitConfig(**parts[1]))
+    flat = {field: _frozen(value) for field, value in given.items()}
+    parts = {key: {f.name: flat[f.name] for f in fields(part) if f.name in flat} for key, part in PARTS.items()}
+    try:
+        return dacite.from_dict(Recipe, {"name": name, **flat, **parts}, TYPING)
+    except dacite.WrongTypeError as error:
+        field = error.field_path.split(".")[-1]
+        raise ValueError(f"{field} {given[field]!r}: must be {_words(TYPES[field])}") from None
 
 
 def parse_changes(pairs: list[str]) -> dict:
@@ -98,16 +188,6 @@ def parse_changes(pairs: list[str]) -> dict:
     return changes
 
 
-def parse(field: str, value):
-    """``value`` in the type of ``field``.  YAML reads 1e-4 as text: numbers in text are read as numbers."""
-    for kind in typing.get_args(TYPES[field]) if _is_union(TYPES[field]) else (TYPES[field],):
-        try:
-            return _convert(kind, value)
-        except (TypeError, ValueError):
-            continue
-    raise ValueError(f"{field} {value!r}: must be {_words(TYPES[field])}")
-
-
 def _check_known(field: str) -> None:
     if field not in TYPES:
         near = get_close_matches(str(field), TYPES, 1)
@@ -115,50 +195,33 @@ def _check_known(field: str) -> None:
         raise ValueError(f"unknown field {field!r}{hint}: must be one of {', '.join(sorted(TYPES))}")
 
 
-def _is_union(kind) -> bool:
-    return isinstance(kind, types.UnionType)
+def _frozen(value):
+    """Lists as tuples.  No field is a mapping: an empty one is refused as any other, without a look at its items."""
+    if isinstance(value, list):
+        return tuple(map(_frozen, value))
+    return {} if isinstance(value, dict) else value
 
 
-def _convert(kind, value):
-    """TypeError or ValueError where ``value`` is not of this kind."""
-    if kind is type(None) or kind is bool:
-        if not isinstance(value, kind):
-            raise TypeError
-        return value
-    if kind is str and not isinstance(value, str):
-        raise TypeError
-    if kind in (int, float):
-        number = float(value) if not isinstance(value, bool) else None
-        if number is None or (kind is int and number != int(number)):
-            raise ValueError
-        return kind(number)
-    if typing.get_origin(kind) is tuple:
-        return _convert_tuple(typing.get_args(kind), value)
-    return kind(value)
+def _number(value) -> float | str:
+    """YAML reads 1e-4 as text: numbers in text count as numbers.  What is none becomes text, which dacite refuses."""
+    try:
+        return str(value) if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return str(value)
 
 
-def _convert_tuple(kinds: tuple, value) -> tuple:
-    if not isinstance(value, list | tuple):
-        raise TypeError
-    if kinds[-1] is Ellipsis:
-        return tuple(_convert(kinds[0], item) for item in value)
-    return tuple(_convert(kind, item) for kind, item in zip(kinds, value, strict=True))
+def _integer(value) -> int | str:
+    number = _number(value)
+    return int(number) if isinstance(number, float) and number.is_integer() else str(value)
+
+
+TYPING = dacite.Config(type_hooks={float: _number, int: _integer})
+WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 def _words(kind) -> str:
     """A type as a reader would say it."""
-    if _is_union(kind):
-        return " or ".join(_words(part) for part in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)
-        if inner[-1] is Ellipsis:
-            return f"a list, each item {_words(inner[0])}"
-        return f"[{', '.join(_words(part) for part in inner)}]"
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return names[kind]
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    inner = [_words(part) for part in get_args(kind) if part is not Ellipsis]
+    if get_origin(kind) is not tuple:
+        return " or ".join(inner) or WORDS[kind]
+    return f"a list, each item {inner[0]}" if Ellipsis in get_args(kind) else f"[{', '.join(inner)}]"

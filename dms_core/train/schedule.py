@@ -36,14 +36,17 @@ class Schedule:
         if self.warmup < 0 or any(steps < 1 for _, steps in self.rests):
             raise ValueError(f"warmup {self.warmup}, rests {self.rests}: must last >= 0 and >= 1 steps")
 
+    def reached(self, cr: float) -> int:
+        """The step at which the ramp arrives at ``cr``, before any rest there."""
+        rested = sum(steps for at, steps in self.rests if at < cr)
+        return self.lead + math.ceil((cr - 1) * self.steps_per_unit) + rested
+
     def corners(self) -> list[tuple[int, float]]:
         """(step, CR) between which the target is linear."""
-        corners, rested = [(0, 1.0), (self.lead, 1.0)], self.lead
+        corners = {(0, 1.0), (self.lead, 1.0)}
         for cr, steps in [*self.rests, (self.final_cr, 0)]:
-            reached = math.ceil((cr - 1) * self.steps_per_unit) + rested
-            corners += [(reached, cr), (reached + steps, cr)]
-            rested += steps
-        return sorted(set(corners))
+            corners |= {(self.reached(cr), cr), (self.reached(cr) + steps, cr)}
+        return sorted(corners)
 
     @property
     def steps(self) -> int:
@@ -57,7 +60,7 @@ class Schedule:
         """The learning rate during ``step``, as a share of its peak."""
         since = 0  # where the current ramp began
         for cr, steps in self.rests:
-            begins = max(self.lead, next(at for at, corner in self.corners() if corner == cr))
+            begins = self.reached(cr)
             if begins <= step < begins + steps:
                 return 1 - (step - begins) / steps
             since = begins + steps if step >= begins + steps else since
@@ -65,10 +68,5 @@ class Schedule:
 
     def saves(self) -> dict[int, float]:
         """Steps after which a checkpoint is kept: at each integer CR, after its rest, and at the end."""
-        rests = dict(self.rests)
-        saves = {}
-        for cr in sorted({float(c) for c in range(2, math.ceil(self.final_cr))} | {float(self.final_cr)}):
-            reached = math.ceil((cr - 1) * self.steps_per_unit) + self.lead
-            reached += sum(n for at, n in self.rests if at < cr)
-            saves[reached + rests.get(cr, 0)] = cr
-        return saves
+        crs = sorted({float(cr) for cr in range(2, math.ceil(self.final_cr))} | {float(self.final_cr)})
+        return {self.reached(cr) + dict(self.rests).get(cr, 0): cr for cr in crs}

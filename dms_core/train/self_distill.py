@@ -5,18 +5,17 @@ will have to write.  Questions come from reasoning-gym, answers are the model's 
 exchanges make one document, so that most of what was said is over and can be forgotten.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dms_core.sampling import SamplingConfig, sample_chains
+from dms_core.storage import write_jsonl
 
-QUESTIONS = (
-    "basic_arithmetic", "calendar_arithmetic", "chain_sum", "family_relationships", "gsm_symbolic", "leg_counting",
-    "letter_counting", "number_sorting", "simple_equations", "spell_backward", "time_intervals", "word_sorting",
-)  # fmt: skip
+NUMBERS = ("basic_arithmetic", "chain_sum", "gsm_symbolic", "leg_counting", "number_sorting", "simple_equations")
+WORDS = ("calendar_arithmetic", "family_relationships", "letter_counting", "spell_backward", "time_intervals")
+QUESTIONS = sorted((*NUMBERS, *WORDS, "word_sorting"))
 
 
 def questions(count: int, seed: int) -> list[str]:
@@ -64,9 +63,5 @@ def prompt_ids(tokenizer, messages: Sequence[dict]) -> list[int]:
 
 def write_conversations(file: Path | str, *args, **kwargs) -> Path:
     """``conversations`` to a JSONL file, whole or not at all."""
-    file = Path(file)
-    partial = file.with_suffix(".partial")
-    with partial.open("w") as out:
-        for messages in conversations(*args, **kwargs):
-            out.write(json.dumps({"messages": messages, "learn": "all"}) + "\n")
-    return partial.rename(file)
+    write_jsonl(file, ({"messages": messages, "learn": "all"} for messages in conversations(*args, **kwargs)))
+    return Path(file)

@@ -1,7 +1,7 @@
 """The retrofit's training loop on transformers' Trainer: targets, noise and loss weights of a step's global batch.
 
 A step's result does not depend on how its rows are cut into processes and accumulation steps: noise is keyed by a
-row's index in the global batch (``gate.keyed_noise``), losses are means over that batch (``distill.Totals``).
+row's index in the global batch (``noise.keyed_noise``), losses are means over that batch (``losses.Totals``).
 """
 
 from pathlib import Path
@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from dms_core.checkpoint import save_model
 from dms_core.config import target_fraction
-from dms_core.gate import row_keys, warmup_factor
+from dms_core.gate import warmup_factor
+from dms_core.noise import row_keys
 from dms_core.train.losses import Totals
 
 
@@ -35,7 +36,7 @@ class RetrofitTrainer(Trainer):
         counts = torch.zeros(1, 3, dtype=torch.float64)
         for batch in samples:
             labels, mask = batch["labels"], batch["attention_mask"]
-            counts += torch.stack([(labels[:, 1:] != -100).sum(), torch.tensor(len(labels)), mask.sum()]).cpu()
+            counts += torch.tensor([(labels[:, 1:] != -100).sum(), len(labels), mask.sum()], dtype=counts.dtype)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts.to(device))
         self.totals = Totals(*counts.sum(0).tolist())
@@ -109,18 +110,15 @@ class ProgressBar(TrainerCallback):
     """One plain bar on standard error, in a terminal and in a notebook; the log itself goes to retrofit.json."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        show = state.is_world_process_zero
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="retrofit", mininterval=2, disable=not show
-        )
+        hidden = not state.is_world_process_zero
+        self.bar = tqdm(None, "retrofit", state.max_steps, initial=state.global_step, mininterval=2, disable=hidden)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.bar.set_postfix(
-            {key: f"{logs[key]:.3g}" for key in ("kd", "cr_target", "cr_measured") if key in logs}, refresh=False
-        )
+        shown = {key: f"{logs[key]:.3g}" for key in ("kd", "cr_target", "cr_measured") if key in logs}
+        self.bar.set_postfix(shown, refresh=False)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()

@@ -4,12 +4,14 @@ The facade checks its input once and picks an implementation by device.  ``naive
 oracle; ``cpu`` is stock torch; ``gpu`` is Triton.
 """
 
+from importlib import import_module
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from dms_kernels import naive
 from dms_kernels.attention import CompactAttention, common_dtype
-from dms_kernels.backend import on
 from dms_kernels.cpu import dense as _dense
 from dms_kernels.plan import training_plan
 from dms_kernels.prefill import Kept, Past, prefill_and_pack
@@ -17,6 +19,7 @@ from dms_kernels.rows import Rows
 
 __all__ = [
     "EXACT",
+    "MODULES",
     "Kept",
     "Past",
     "Rows",
@@ -30,6 +33,18 @@ __all__ = [
 
 EXACT = -40.0  # nats: e^-40 vanishes in fp32 unless the key scores 23 nats above all others
 SHORT = 512  # tokens up to which, on a CPU, the full matrix is faster than the list
+
+MODULES = {  # operation: (elsewhere: stock torch, on CUDA: Triton)
+    "forward": ("cpu.compact", "gpu.forward"),
+    "backward": ("cpu.compact", "gpu.backward"),
+    "decode": ("cpu.decode", "gpu.decode"),
+    "append": ("rows", "gpu.append"),
+}
+
+
+def on(device: torch.device, operation: str) -> ModuleType:
+    """The module that holds ``operation`` for tensors on ``device``."""
+    return import_module(f"dms_kernels.{MODULES[operation][device.type == 'cuda']}")
 
 
 def _check_heads(q: Tensor, heads: int) -> None:

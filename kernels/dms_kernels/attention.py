@@ -1,9 +1,9 @@
-"""Compacted attention with gradients: a plan, a backend for its device, one autograd function over both."""
+"""Compacted attention with gradients: a plan, an implementation for its device, one autograd function over both."""
 
 import torch
 from torch import Tensor
 
-from dms_kernels.backend import on
+import dms_kernels
 from dms_kernels.plan import Plan
 
 
@@ -12,7 +12,7 @@ class CompactAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor | None, plan: Plan, scale: float):
-        out, lse = on(q.device, "forward").forward(q, k, v, plan, log_keep, scale)
+        out, lse = dms_kernels.on(q.device, "forward").forward(q, k, v, plan, log_keep, scale)
         ctx.save_for_backward(q, k, v, log_keep, out, lse)
         ctx.plan, ctx.scale = plan, scale
         ctx.mark_non_differentiable(lse)
@@ -21,7 +21,7 @@ class CompactAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _):
         q, k, v, log_keep, out, lse = ctx.saved_tensors
-        grads = on(q.device, "backward").backward(grad, q, k, v, out, lse, ctx.plan, log_keep, ctx.scale)
+        grads = dms_kernels.on(q.device, "backward").backward(grad, q, k, v, out, lse, ctx.plan, log_keep, ctx.scale)
         return *grads, None, None
 
 

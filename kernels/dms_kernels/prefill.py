@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dms_kernels.backend import on
+import dms_kernels
 from dms_kernels.cpu import dense
 from dms_kernels.plan import Plan, make_plan
 
@@ -58,7 +58,7 @@ def prefill_and_pack(
     if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= DENSE:
         out = dense.masked_attention(q, k, v, visible(plan, k.shape[2]), scale)
     else:
-        out = on(q.device, "forward").forward(q, k, v, plan, None, scale)[0]
+        out = dms_kernels.on(q.device, "forward").forward(q, k, v, plan, None, scale)[0]
     return out, _pack(plan, k, v, start, before + lengths - 1)
 
 

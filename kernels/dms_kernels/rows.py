@@ -6,7 +6,7 @@ otherwise the row grows by one (paper, section 3.2).
 
 These functions are the specification of ``gpu.append`` and run on any device.  The caller guarantees capacity:
 after a step no row may need more than ``columns`` pages, nor all rows together more than the pool has.  A row
-for which this fails takes no token, stays as it was, and sets ``overflow``, which nothing here reads.
+for which this fails takes no token, stays as it was, and sets ``overflow``, which the caller reads.
 """
 
 from dataclasses import dataclass

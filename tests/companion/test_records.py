@@ -2,17 +2,16 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 
-from companion import records as scaling
-from companion.records import Method, make_record, model_fingerprint, run_grid
+from companion import records as module
+from companion.records import Method, make_record, records_file, sample_records
 from companion.tasks.program_traces import ProgramTraces
 from companion.tasks.programs import ANSWER_MARK, make_problem
 from companion.tasks.reasoner import make_tokenizer
 from dms_core.budgets.curves import summarise
 from dms_core.budgets.voting import RECORD_KEYS
-from dms_core.model import detach
 from dms_core.sampling import Chain, SamplingConfig
+from dms_core.storage import read_jsonl
 
 TOKENIZER = make_tokenizer()
 TASK = ProgramTraces(size=3, split="validation", variables=(1, 3))
@@ -26,24 +25,25 @@ def model(tiny_model):
     return tiny_model(vocabulary=len(TOKENIZER), window=2)
 
 
-def grid(model, out, method=DMS, config=CONFIG, chains=2, task=TASK):
-    return run_grid(model, TOKENIZER, task, method, chains, config, out)
+def sample(model, out, method=DMS, config=CONFIG, chains=2, task=TASK):
+    file = out / records_file(model, "weights", TOKENIZER, task, method, config, None)
+    return sample_records(model, TOKENIZER, task, method, chains, config, file)
 
 
 def count_jobs(monkeypatch) -> list:
     """The jobs of every call, and with them how much work was done."""
-    calls, plain = [], scaling.sample_chains
+    calls, plain = [], module.sample_chains
 
     def watched(model, tokenizer, prompts, jobs, config, make_cache):
         calls.append(list(jobs))
         return plain(model, tokenizer, prompts, jobs, config, make_cache)
 
-    monkeypatch.setattr(scaling, "sample_chains", watched)
+    monkeypatch.setattr(module, "sample_chains", watched)
     return calls
 
 
 def test_every_problem_and_chain_has_one_record_in_order(model, tmp_path):
-    records = grid(model, tmp_path)
+    records = sample(model, tmp_path)
     assert [(r["problem"], r["chain"]) for r in records] == [(p, c) for p in range(3) for c in range(2)]
     assert all(set(RECORD_KEYS) <= set(r) for r in records)
     (file,) = tmp_path.iterdir()
@@ -53,21 +53,21 @@ def test_every_problem_and_chain_has_one_record_in_order(model, tmp_path):
 
 @pytest.mark.parametrize("cut", [1, 40, 400])
 def test_a_killed_run_repeats_and_loses_nothing(model, tmp_path, monkeypatch, cut):
-    whole = grid(model, tmp_path / "whole")
+    whole = sample(model, tmp_path / "whole")
     (file,) = (tmp_path / "whole").iterdir()
     text = file.read_text()
     lines = text.splitlines(keepends=True)
     file.write_text("".join(lines[:3]) + lines[3][:cut].rstrip("\n"))  # killed in the middle of the fourth line
     calls = count_jobs(monkeypatch)
-    assert grid(model, tmp_path / "whole") == whole
+    assert sample(model, tmp_path / "whole") == whole
     done = {(json.loads(x)["problem"], json.loads(x)["chain"]) for x in lines[:3]}
     assert calls == [[job for job in ((p, c) for p in range(3) for c in range(2)) if job not in done]]
     assert sorted(file.read_text().splitlines()) == sorted(text.splitlines())
-    assert grid(model, tmp_path / "whole") == whole and calls[1] == []
+    assert sample(model, tmp_path / "whole") == whole and calls[1] == []
 
 
 def test_an_interruption_while_sampling_keeps_the_chains_that_ended(model, tmp_path, monkeypatch):
-    plain = scaling.sample_chains
+    plain = module.sample_chains
 
     def interrupted(*args):
         for number, chain in enumerate(plain(*args)):
@@ -76,18 +76,18 @@ def test_an_interruption_while_sampling_keeps_the_chains_that_ended(model, tmp_p
             yield chain
 
     with monkeypatch.context() as patch:
-        patch.setattr(scaling, "sample_chains", interrupted)
+        patch.setattr(module, "sample_chains", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            grid(model, tmp_path / "cut")
+            sample(model, tmp_path / "cut")
     (file,) = (tmp_path / "cut").iterdir()
     assert len(file.read_text().splitlines()) == 2
-    assert grid(model, tmp_path / "cut") == grid(model, tmp_path / "whole")
+    assert sample(model, tmp_path / "cut") == sample(model, tmp_path / "whole")
 
 
 def test_more_chains_add_to_the_file_and_leave_the_first_ones_as_they_are(model, tmp_path, monkeypatch):
-    two = grid(model, tmp_path)
+    two = sample(model, tmp_path)
     calls = count_jobs(monkeypatch)
-    four = grid(model, tmp_path, chains=4)
+    four = sample(model, tmp_path, chains=4)
     assert [r for r in four if r["chain"] < 2] == two and len(calls[0]) == 6
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -98,34 +98,37 @@ def test_more_chains_add_to_the_file_and_leave_the_first_ones_as_they_are(model,
     ids=lambda change: next(iter(change)),
 )
 def test_a_changed_setting_goes_to_another_file(model, tmp_path, change):
-    grid(model, tmp_path)
-    grid(model, tmp_path, config=replace(CONFIG, **change))
+    sample(model, tmp_path)
+    sample(model, tmp_path, config=replace(CONFIG, **change))
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_changed_task_prompts_model_or_gates_go_to_another_file_but_batch_and_page_do_not(model, tiny_model):
-    def key(task=TASK, config=CONFIG, used=model, prompts=None):
-        prompts = prompts or [task.prompt_ids(TOKENIZER, problem) for problem in task.problems]
-        return scaling.grid_key(used, task, prompts, DMS, config)
+def test_changed_task_prompts_weights_or_gates_give_another_file_but_batch_and_page_do_not(model, tiny_model):
+    class OtherPrompts(ProgramTraces):
+        def prompt_ids(self, tokenizer, problem):
+            return [2]
+
+    def name(task=TASK, config=CONFIG, used=model, weights="weights"):
+        return records_file(used, weights, TOKENIZER, task, DMS, config, None)
 
     fewer, renamed, newer = (ProgramTraces(size=n, split="validation", variables=(1, 3)) for n in (2, 3, 3))
     renamed.name, newer.version = "traces", 2
-    other = tiny_model(seed=1, vocabulary=len(TOKENIZER), window=2)
+    asked = OtherPrompts(size=3, split="validation", variables=(1, 3))
     wider = tiny_model(vocabulary=len(TOKENIZER), window=3)
-    assert key() == key(config=replace(CONFIG, batch=1, page=2))
-    changed = [key(fewer), key(renamed), key(newer), key(prompts=[[2], [3], [4]]), key(used=other), key(used=wider)]
-    assert len({key(), *changed}) == 7
+    assert name() == name(config=replace(CONFIG, batch=1, page=2))
+    changed = [name(fewer), name(renamed), name(newer), name(asked), name(weights="others"), name(used=wider)]
+    assert len({name(), *changed}) == 7
 
 
 def test_vanilla_is_the_model_with_gates_off(model, tmp_path):
-    records = grid(model, tmp_path, VANILLA)
+    records = sample(model, tmp_path, VANILLA)
     assert all(r["live"][-1] == r["prompt_tokens"] + r["tokens"] - 1 for r in records)
-    assert [r["text"] for r in records] != [r["text"] for r in grid(model, tmp_path)]
+    assert [r["text"] for r in records] != [r["text"] for r in sample(model, tmp_path)]
     assert model.dms.enabled
 
 
 def test_records_are_accepted_by_the_curves(model, tmp_path):
-    records = [*grid(model, tmp_path, VANILLA), *grid(model, tmp_path)]
+    records = [*sample(model, tmp_path, VANILLA), *sample(model, tmp_path)]
     for record, answer in zip(records, "0123456789012", strict=False):  # a random model rarely answers
         record.update(answer=answer, correct=answer == record["gold"], finished_at=min(5, record["tokens"]))
     summary = summarise(records, [8, 24], [1, 2], resamples=20)
@@ -157,16 +160,16 @@ def test_padding_written_by_the_model_does_not_shift_the_place_of_the_answer():
     assert record["finished_at"] == 5 and record["tokens"] == 6
 
 
-def test_fingerprint_sees_every_weight(tiny_model):
-    one = tiny_model()
-    before = model_fingerprint(one)
-    assert before == model_fingerprint(tiny_model())
-    with torch.no_grad():
-        one.dms.gate_parameters()[-1][0, 0] += 1e-3
-    assert model_fingerprint(one) != before
-    assert model_fingerprint(detach(one)) == model_fingerprint(tiny_model(gates=False))
+def test_reader_leaves_a_partial_last_line_and_the_writer_cuts_it(model, tmp_path):
+    sample(model, tmp_path)
+    (file,) = tmp_path.iterdir()
+    cut = file.read_bytes() + b'{"problem": 9'
+    file.write_bytes(cut)
+    assert len(read_jsonl(file)) == 6 and file.read_bytes() == cut
+    sample(model, tmp_path)
+    assert file.read_bytes() == cut[: cut.rindex(b"\n") + 1]
 
 
 def test_number_of_chains_is_checked(model, tmp_path):
     with pytest.raises(ValueError, match="chains 0: must be >= 1"):
-        grid(model, tmp_path, chains=0)
+        sample(model, tmp_path, chains=0)

@@ -1,18 +1,28 @@
+import hashlib
 import json
 import re
+import shutil
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dms_core import hub_files
 from dms_core.checkpoint import (
     GATES,
     SETTINGS,
+    fingerprint,
     load_base,
     load_gates,
     load_model,
+    load_tokenizer,
     read_settings,
     save_gates,
     save_model,
@@ -53,14 +63,14 @@ def test_gates_alone_fit_the_base_they_belong_to(tiny_model, tmp_path):
 
 
 @torch.no_grad()
-def test_a_saved_model_loads_without_dms_too(saved):
+def test_saved_model_loads_without_dms(saved):
     model, directory = saved
     plain = AutoModelForCausalLM.from_pretrained(directory)
     assert "dms" not in (directory / "config.json").read_text()
     assert torch.equal(plain.eval()(IDS).logits, detach(model)(IDS).logits)
 
 
-def test_gates_of_another_model_are_refused(saved, tiny_model):
+def test_gates_of_another_model_raise(saved, tiny_model):
     other = tiny_model("qwen3", gates=False)
     with pytest.raises(ValueError, match=r"holds gates for .*'llama'.*this model is .*'qwen3'"):
         load_gates(other, saved[1])
@@ -81,7 +91,7 @@ def damage(file: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["truncated", "header", "length", "empty"])
 @pytest.mark.parametrize("name", ["model.safetensors", GATES])
-def test_a_damaged_file_is_named(saved, name, how):
+def test_damaged_file_raises_with_its_name(saved, name, how):
     damage(saved[1] / name, how)
     with pytest.raises(ValueError, match=re.escape(name)):
         load_model(saved[1])
@@ -97,7 +107,7 @@ def test_a_damaged_file_is_named(saved, name, how):
     ],
     ids=["nan", "missing", "unknown", "shape"],
 )
-def test_wrong_gates_are_named_and_leave_the_model_as_it_was(saved, tiny_model, change, message):
+def test_wrong_gates_raise_and_leave_the_model_unchanged(saved, tiny_model, change, message):
     gates = load_file(saved[1] / GATES)
     change(gates)
     save_file(gates, saved[1] / GATES)
@@ -108,13 +118,13 @@ def test_wrong_gates_are_named_and_leave_the_model_as_it_was(saved, tiny_model, 
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", "\udcff"])
-def test_wrong_settings_file_is_named(saved, text):
+def test_wrong_settings_file_raises_with_its_name(saved, text):
     (saved[1] / SETTINGS).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=re.escape(SETTINGS)):
         load_model(saved[1])
 
 
-def test_unknown_setting_is_named(saved):
+def test_unknown_setting_raises_with_its_name(saved):
     settings = json.loads((saved[1] / SETTINGS).read_text())
     settings["dms"]["sparsity"] = 2
     (saved[1] / SETTINGS).write_text(json.dumps(settings))
@@ -122,15 +132,15 @@ def test_unknown_setting_is_named(saved):
         load_model(saved[1])
 
 
-def test_a_directory_without_settings_or_gates_is_named(saved, tmp_path):
-    with pytest.raises(ValueError, match=r"not a DMS checkpoint"):
+def test_directory_without_settings_or_gates_raises(saved, tmp_path):
+    with pytest.raises(ValueError, match="nowhere': neither a directory nor a hub id in reach"):
         load_model(tmp_path / "nowhere")
     (saved[1] / GATES).unlink()
     with pytest.raises(ValueError, match=f"{GATES}: no such file"):
         load_model(saved[1])
 
 
-def test_missing_weights_are_not_made_up(saved):
+def test_missing_weights_raise(saved):
     weights = load_file(saved[1] / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, saved[1] / "model.safetensors", {"format": "pt"})
@@ -142,7 +152,72 @@ def test_settings_hold_the_whole_configuration(saved):
     assert DMSConfig.from_dict(read_settings(saved[1])["dms"]) == saved[0].dms.config
 
 
-@pytest.mark.parametrize("package", ["dms_core", "kernels"])
+@pytest.fixture
+def failing_hub(monkeypatch):
+    """A hub that answers every request with an error; the paths that it was asked for."""
+    requests = []
+
+    class Busy(BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            self.send_error(503)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Busy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_files, "HfApi", partial(HfApi, endpoint=f"http://127.0.0.1:{server.server_port}"))
+    yield requests
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("load", [load_model, load_base, load_tokenizer])
+def test_failing_hub_gets_one_request_and_the_error_names_the_id(failing_hub, tmp_path, load):
+    with pytest.raises(ValueError, match=r"^model 'some/Id': neither a directory nor a hub id in reach .*503"):
+        load("some/Id", cache_dir=tmp_path)
+    assert failing_hub == ["/api/models/some/Id"]
+
+
+def test_cached_repository_loads_from_a_failing_hub(failing_hub, saved, tmp_path):
+    repository = tmp_path / "hub" / "models--some--Id"
+    shutil.copytree(saved[1], repository / "snapshots" / ("0" * 40), ignore=shutil.ignore_patterns("hub"))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    assert load_model("some/Id", cache_dir=tmp_path / "hub").dms.config == saved[0].dms.config
+
+
+def test_fingerprint_tells_weights_and_settings_apart(saved, tmp_path):
+    model, directory = saved
+    before = fingerprint(directory)
+    shutil.copytree(directory, tmp_path / "copy", ignore=shutil.ignore_patterns("copy"))
+    (directory / "notes.txt").write_text("not part of the model")
+    assert fingerprint(directory) == fingerprint(tmp_path / "copy") == before and len(before) == 16
+    save_gates(model, directory, cr=8.0)
+    changed = fingerprint(directory)
+    model.dms.gate_parameters()[0].data.add_(1.0)
+    save_gates(model, directory, cr=8.0)
+    assert len({before, changed, fingerprint(directory)}) == 3
+    with pytest.raises(ValueError, match=r"no \*\.safetensors"):
+        fingerprint(directory / "nowhere")
+
+
+def test_fingerprint_takes_the_hubs_hash_and_does_not_read_linked_blobs(saved, tmp_path):
+    _, directory = saved
+    before = fingerprint(directory)
+    for file in directory.glob("*.safetensors"):
+        blob = tmp_path / hashlib.sha256(file.read_bytes()).hexdigest()
+        file.rename(blob)
+        blob.write_bytes(b"")  # nobody reads it
+        file.symlink_to(blob)
+    assert fingerprint(directory) == before
+
+
+@pytest.mark.parametrize("package", ["companion", "dms_core", "kernels"])
 def test_no_pickle_is_loaded_and_remote_code_is_never_on(package):
     forbidden = re.compile(r"torch\.load|pickle|joblib|\bdill\b|trust_remote_code\s*=\s*True")
     for file in (ROOT / package).rglob("*.py"):

@@ -23,10 +23,18 @@ from dms_core.config import DMSConfig
 from dms_core.model import attach, detach
 
 SIZES = dict(
-    vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.25, pad_token_id=0, bos_token_id=None,
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    initializer_range=0.25,
+    pad_token_id=0,
+    bos_token_id=None,
     eos_token_id=None,
-)  # fmt: skip
+)
 SLIDING = 6  # tokens
 HYBRID = ["sliding_attention", "full_attention"] * 2
 FAMILIES = {
@@ -69,7 +77,7 @@ def greedy(model, new: int) -> list[int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_gates_off_is_the_original_and_gates_on_generates_what_the_full_forward_says(family, tmp_path):
+def test_gates_off_equals_original_and_gates_on_generates_the_full_forward(family, tmp_path):
     ids = torch.randint(1, 40, (2, 40), generator=torch.Generator().manual_seed(1))
     original = build(family)(ids, use_cache=False).logits
     model = gated(family)
@@ -93,14 +101,14 @@ def test_gates_off_is_the_original_and_gates_on_generates_what_the_full_forward_
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "phi3"])
 @torch.no_grad()
-def test_neuron_gates_generate_what_the_full_forward_says(family):
+def test_neuron_gates_generate_the_full_forward(family):
     model = gated(family, gate="neuron")
     said = model.generate(PROMPT, max_new_tokens=12, do_sample=False)
     assert said[0].tolist() == greedy(model, 12)
 
 
 @pytest.mark.parametrize("family", ["qwen2 hybrid", "gemma3"])
-def test_sliding_window_layers_are_named_and_have_no_gate(family):
+def test_sliding_window_layers_get_no_gate_and_a_warning(family):
     with pytest.warns(UserWarning, match=r"layers \[0, 2\] keep their sliding window"):
         model = attach(build(family), DMSConfig())
     assert model.dms.sliding == [SLIDING, None] * 2
@@ -115,13 +123,20 @@ def test_sliding_window_layers_are_named_and_have_no_gate(family):
         (Phi3Config(**SIZES, sliding_window=SLIDING), r"\[6\] tokens in all layers"),
         (Gemma2Config(**SIZES, head_dim=8), "attn_logit_softcapping 50.0: must be None"),
         (
-            DeepseekV3Config(**{**SIZES, "num_key_value_heads": 4}, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4,
-                             qk_nope_head_dim=4, v_head_dim=8, first_k_dense_replace=4),
+            DeepseekV3Config(
+                **{**SIZES, "num_key_value_heads": 4},
+                kv_lora_rank=8,
+                q_lora_rank=8,
+                qk_rope_head_dim=4,
+                qk_nope_head_dim=4,
+                v_head_dim=8,
+                first_k_dense_replace=4,
+            ),
             "multi-head latent attention",
         ),
     ],
     ids=["phi3", "gemma2", "deepseek"],
-)  # fmt: skip
-def test_attention_that_dms_cannot_serve_is_refused(config, message):
+)
+def test_unsupported_attention_raises(config, message):
     with pytest.raises(ValueError, match=message):
         attach(AutoModelForCausalLM.from_config(config), DMSConfig())

@@ -11,10 +11,10 @@ from dms_core.gate import (
     gate_logits,
     hard_decisions,
     read_neuron,
-    sample_noise,
     soft_decisions,
     warmup_factor,
 )
+from dms_core.noise import sample_noise
 
 
 def test_noise_is_logistic():
@@ -42,7 +42,7 @@ def test_beta_is_log_of_one_minus_alpha(z, temperature):
     assert torch.isfinite(log_keep).all()
 
 
-def test_hard_decision_has_the_value_of_the_step_and_the_gradient_of_alpha():
+def test_hard_decision_has_value_of_step_and_gradient_of_alpha():
     z = torch.linspace(-1, 1, 41).requires_grad_()
     noise = sample_noise(z, torch.Generator().manual_seed(0))
     _, evicted = soft_decisions(z, noise, 0.5)
@@ -64,7 +64,7 @@ def test_inference_evicts_iff_the_logit_is_positive():
     assert hard_decisions(z).tolist() == [[[False, False, False, True, True]]]
 
 
-def test_nan_logits_are_refused():
+def test_nan_logits_raise():
     with pytest.raises(ValueError, match="gate logits contain NaN"):
         hard_decisions(torch.tensor([0.0, float("nan")]))
 
@@ -89,6 +89,26 @@ def test_adapter_starts_at_zero_with_its_own_norm():
     hidden = torch.randn(1, 4, 8)
     normed = hidden / hidden.square().mean(-1, keepdim=True).add(1e-6).sqrt()
     torch.testing.assert_close(gate(hidden), (normed @ gate.proj.weight.T).transpose(1, 2))
+
+
+@torch.no_grad()
+def test_adapter_is_fp32_under_autocast_and_after_model_cast():
+    gate = AdapterGate(64, 3)
+    torch.nn.init.normal_(gate.proj.weight)
+    hidden = torch.randn(2, 5, 64)
+    x = gate(hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = gate(hidden)
+    assert autocast.dtype == torch.float32 and torch.equal(autocast, x)
+    model = torch.nn.Sequential(gate, torch.nn.Linear(5, 5)).to(torch.bfloat16)
+    assert model[1].weight.dtype == torch.bfloat16 and {p.dtype for p in gate.parameters()} == {torch.float32}
+    assert torch.equal(gate(hidden), x) and torch.equal(gate(hidden.bfloat16()), gate(hidden.bfloat16().float()))
+
+
+def test_adapter_moves_with_the_model_and_keeps_fp32():
+    gate = torch.nn.Sequential(AdapterGate(8, 3)).to("meta", torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in gate.parameters()} == {("meta", torch.float32)}
+    assert {p.device.type for p in gate.to_empty(device="cpu").parameters()} == {"cpu"}
 
 
 @given(heads=st.integers(1, 3), group=st.integers(1, 3), neuron=st.integers(-4, 3), factor=st.sampled_from([0.0, 0.25]))
@@ -121,12 +141,12 @@ def test_warm_up_falls_linearly_to_zero_and_stays():
         ({"temperature": float("nan")}, "temperature nan: must be > 0"),
     ],
 )
-def test_bad_settings_are_named(wrong, message):
+def test_invalid_settings_raise(wrong, message):
     with pytest.raises(ValueError, match=message):
         DMSConfig(**wrong)
 
 
-def test_settings_survive_a_dictionary_and_unknown_ones_are_named():
+def test_settings_round_trip_through_dict_and_unknown_ones_raise():
     config = DMSConfig(gate="neuron", window=7, eviction="immediate")
     assert DMSConfig.from_dict(config.to_dict()) == config and config.lag == 7
     with pytest.raises(ValueError, match=r"\['sparsity'\]: allowed are .*window"):

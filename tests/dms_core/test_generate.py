@@ -39,7 +39,7 @@ def test_cached_logits_equal_full_forward_and_cache_holds_the_visible_set(tiny_m
 @every_kind
 @every_setting
 @torch.no_grad()
-def test_generate_says_what_the_full_forward_says_token_for_token(tiny_model, kind, options):
+def test_generate_equals_greedy_full_forward(tiny_model, kind, options):
     model = tiny_model(kind, seed=1, **options)
     expected = greedy_reference(model, PROMPTS, 16)
     inputs = left_padded(PROMPTS)
@@ -57,9 +57,12 @@ def test_generate_says_what_the_full_forward_says_token_for_token(tiny_model, ki
 
 @settings(max_examples=150)
 @given(
-    window=st.integers(0, 8), kind=st.sampled_from(KINDS), option=st.sampled_from(SETTINGS),
-    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=3), seed=st.integers(0, 2**31),
-)  # fmt: skip
+    window=st.integers(0, 8),
+    kind=st.sampled_from(KINDS),
+    option=st.sampled_from(SETTINGS),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    seed=st.integers(0, 2**31),
+)
 @torch.no_grad()
 def test_generate_equals_full_forward_for_random_gates_windows_and_padding(
     tiny_model, window, kind, option, lengths, seed
@@ -73,7 +76,7 @@ def test_generate_equals_full_forward_for_random_gates_windows_and_padding(
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 @torch.no_grad()
-def test_a_second_turn_with_the_same_cache_equals_generating_from_scratch(tiny_model, kind):
+def test_second_turn_with_same_cache_equals_generation_from_scratch(tiny_model, kind):
     model = tiny_model(kind, seed=2)
     inputs = left_padded(PROMPTS)
     cache = DMSCache.for_model(model)
@@ -100,12 +103,14 @@ def test_beam_search_with_cache_equals_beam_search_without(tiny_model, kind):
 
 
 @torch.no_grad()
-def test_sampling_generate_repeats_with_the_seed_and_equals_its_uncached_self(tiny_model):
+def test_sampling_generate_equals_uncached_sampling_with_the_same_seed(tiny_model):
     model = tiny_model(seed=4)
     runs = []
     for use_cache in (True, False):
         torch.manual_seed(5)
-        runs.append(model.generate(
-            **left_padded(PROMPTS), max_new_tokens=12, do_sample=True, num_return_sequences=2, use_cache=use_cache
-        ))  # fmt: skip
+        runs.append(
+            model.generate(
+                **left_padded(PROMPTS), max_new_tokens=12, do_sample=True, num_return_sequences=2, use_cache=use_cache
+            )
+        )
     assert torch.equal(*runs) and runs[0].shape == (6, 23)

@@ -19,7 +19,7 @@ def inputs(rows: int, width: int):
     return ids, mask
 
 
-def test_generation_with_a_cache_says_what_it_says_on_the_cpu_and_holds_as_much(tiny_model):
+def test_cached_generation_on_cuda_equals_cpu(tiny_model):
     model = tiny_model("llama", seed=1)
     ids, mask = inputs(3, 30)
     said, live = [], []
@@ -27,15 +27,18 @@ def test_generation_with_a_cache_says_what_it_says_on_the_cpu_and_holds_as_much(
         model.to(device)
         cache = DMSCache.for_model(model, page=4)
         out = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=cache, do_sample=False,
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            past_key_values=cache,
+            do_sample=False,
             max_new_tokens=60,
-        )  # fmt: skip
+        )
         said.append(out.tolist())
         live.append(cache.live_tokens().tolist())
     assert said[0] == said[1] and live[0] == live[1]
 
 
-def test_a_training_step_has_the_gradients_of_the_cpu(tiny_model):
+def test_training_step_gradients_on_cuda_equal_cpu(tiny_model):
     ids, mask = inputs(2, 600)  # long enough for the kept list on both devices
     gradients = []
     for device in ("cpu", "cuda"):

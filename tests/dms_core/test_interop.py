@@ -16,18 +16,33 @@ WINDOW, SCALE, OFFSET = 4, 100.0, 5.0
 IDS = torch.randint(1, 40, (1, 24), generator=torch.Generator().manual_seed(3))
 # What the configs of nvidia/Qwen3-8B-DMS-8x and of Model-Optimizer's student models hold, window aside.
 NEURON_KEYS = {
-    "dms_alpha_scale": SCALE, "dms_initial_alpha_offset": OFFSET, "dms_window_size": WINDOW, "dms_cr": 8,
-    "auto_map": {"AutoConfig": "configuration_qwen3_dms.Qwen3Config",
-                 "AutoModelForCausalLM": "modeling_qwen3_dms.Qwen3ForCausalLM"},
-}  # fmt: skip
+    "dms_alpha_scale": SCALE,
+    "dms_initial_alpha_offset": OFFSET,
+    "dms_window_size": WINDOW,
+    "dms_cr": 8,
+    "auto_map": {
+        "AutoConfig": "configuration_qwen3_dms.Qwen3Config",
+        "AutoModelForCausalLM": "modeling_qwen3_dms.Qwen3ForCausalLM",
+    },
+}
 ADAPTER_KEYS = {
-    "dms_alpha_scale": SCALE, "dms_initial_alpha_offset": OFFSET, "dms_window_size": WINDOW, "dms_cr": 8,
-    "dms_paged_attention_block_size": 256, "dms_disable_eviction": False, "dms_separate_alpha": True,
-    "dms_alpha_per": "head", "dms_tau": 0.1, "dms_manual_inference_mode": False, "dms_chunked_prefill": None,
+    "dms_alpha_scale": SCALE,
+    "dms_initial_alpha_offset": OFFSET,
+    "dms_window_size": WINDOW,
+    "dms_cr": 8,
+    "dms_paged_attention_block_size": 256,
+    "dms_disable_eviction": False,
+    "dms_separate_alpha": True,
+    "dms_alpha_per": "head",
+    "dms_tau": 0.1,
+    "dms_manual_inference_mode": False,
+    "dms_chunked_prefill": None,
     "dms_preallocate_for_tokens": 4096,
-    "auto_map": {"AutoConfig": "configuration_qwen3_dms.Qwen3ConfigDMS",
-                 "AutoModelForCausalLM": "modeling_qwen3_dms.Qwen3ForCausalLMDMS"},
-}  # fmt: skip
+    "auto_map": {
+        "AutoConfig": "configuration_qwen3_dms.Qwen3ConfigDMS",
+        "AutoModelForCausalLM": "modeling_qwen3_dms.Qwen3ForCausalLMDMS",
+    },
+}
 
 
 def edit(directory: Path, **changes) -> None:
@@ -101,8 +116,7 @@ def slow_qwen3(directory: Path, ids: list[int]) -> tuple[torch.Tensor, torch.Ten
                 query = rope(q[i, h], i)
                 if not separate and h % group == 0:
                     query[-1] = 0
-                seen = [j for j in range(i + 1)
-                        if i - j <= config["dms_window_size"] or not z[j + 1, h // group] > 0]  # fmt: skip
+                seen = [j for j in range(i + 1) if i - j <= config["dms_window_size"] or not z[j + 1, h // group] > 0]
                 scores = torch.stack([query @ rope(k[j, h // group], j) for j in seen]) / size**0.5
                 out[i, h] = scores.softmax(0) @ v[seen, h // group]
         hidden = residual + out.flatten(1) @ w[f"{at}.o_proj.weight"].T
@@ -115,7 +129,7 @@ def slow_qwen3(directory: Path, ids: list[int]) -> tuple[torch.Tensor, torch.Ten
 
 @pytest.mark.parametrize("kind, changes", [("neuron", {}), ("adapter", {}), ("adapter", {"dms_alpha_per": "layer"})])
 @torch.no_grad()
-def test_a_foreign_checkpoint_decides_and_answers_as_the_formula_says(foreign, kind, changes):
+def test_foreign_checkpoint_matches_reference_formula(foreign, kind, changes):
     directory = foreign(kind, **changes)
     model = load_model(directory)
     logits, marks = slow_qwen3(directory, IDS[0].tolist())
@@ -157,7 +171,7 @@ def test_export_then_load_is_the_identity(foreign, tmp_path, kind):
 
 
 @torch.no_grad()
-def test_adapters_alone_carry_over_to_their_base(foreign, tiny_model, tmp_path):
+def test_exported_adapters_load_on_their_base(foreign, tiny_model, tmp_path):
     model = load_model(foreign("adapter"))
     with pytest.warns(UserWarning, match="window 4: the authors' code requires"):
         export_adapters(model, tmp_path / "out")
@@ -172,7 +186,7 @@ def test_adapters_alone_carry_over_to_their_base(foreign, tiny_model, tmp_path):
 
 
 @torch.no_grad()
-def test_our_own_format_holds_a_foreign_model_and_no_trace_of_its_code(foreign, tmp_path):
+def test_own_format_holds_a_foreign_model_without_its_keys_or_code(foreign, tmp_path):
     model = load_model(foreign("adapter"))
     save_model(model, tmp_path / "own")
     assert not is_foreign(tmp_path / "own") and is_checkpoint(tmp_path / "own")
@@ -180,7 +194,7 @@ def test_our_own_format_holds_a_foreign_model_and_no_trace_of_its_code(foreign, 
     assert torch.equal(load_model(tmp_path / "own")(IDS).logits, model(IDS).logits)
 
 
-def test_a_hub_id_loads_from_the_hubs_cache(foreign, tmp_path):
+def test_hub_id_loads_from_the_hub_cache(foreign, tmp_path):
     directory = foreign("adapter")
     repository = tmp_path / "hub" / "models--someone--Tiny-DMS"
     shutil.copytree(directory, repository / "snapshots" / ("0" * 40))
@@ -188,11 +202,11 @@ def test_a_hub_id_loads_from_the_hubs_cache(foreign, tmp_path):
     (repository / "refs" / "main").write_text("0" * 40)
     model = load_model("someone/Tiny-DMS", cache_dir=tmp_path / "hub")
     assert model.dms.config == read_foreign_settings(directory)
-    with pytest.raises(ValueError, match="someone/Else: not a DMS checkpoint"):
+    with pytest.raises(ValueError, match="someone/Else': neither a directory nor a hub id in reach"):
         load_model("someone/Else", cache_dir=tmp_path / "hub")
 
 
-def test_remote_code_is_not_executed_even_if_asked_for(foreign):
+def test_remote_code_is_not_executed_even_when_trusted(foreign):
     assert load_model(foreign("neuron"), **{"trust_remote_code": True}).dms.config.gate == "neuron"
 
 
@@ -218,12 +232,12 @@ def test_missing_keys_have_the_defaults_of_the_authors_code(foreign):
         ("dms_disable_eviction", True, r"false; .*model\.dms\.disabled"),
     ],
 )
-def test_a_wrong_value_is_named_with_what_is_allowed(foreign, key, value, allowed):
+def test_wrong_value_raises_with_what_is_allowed(foreign, key, value, allowed):
     with pytest.raises(ValueError, match=rf"config\.json: {key} {re.escape(repr(value))}: must be {allowed}"):
         load_model(foreign("adapter", **{key: value}))
 
 
-def test_an_unknown_key_is_ignored_with_a_warning(foreign):
+def test_unknown_key_is_ignored_with_a_warning(foreign):
     with pytest.warns(UserWarning, match=r"config\.json: \['dms_flavour'\] are not known"):
         read_foreign_settings(foreign("neuron", dms_flavour="mint"))
 
@@ -243,8 +257,8 @@ ALPHA, NORM = (f"model.layers.1.self_attn.dms_proj_alpha{part}.weight" for part 
         (lambda w: w.pop("model.layers.0.mlp.up_proj.weight"), "1 weights are missing"),
     ],
     ids=["alpha", "norm", "shape", "infinite", "bias", "layer", "base"],
-)  # fmt: skip
-def test_an_incomplete_or_damaged_checkpoint_is_named(foreign, change, message):
+)
+def test_incomplete_or_damaged_checkpoint_raises(foreign, change, message):
     directory = foreign("adapter")
     weights = load_file(directory / "model.safetensors")
     change(weights)
@@ -254,12 +268,12 @@ def test_an_incomplete_or_damaged_checkpoint_is_named(foreign, change, message):
     assert str(directory if "weights" in message else directory / "model.safetensors") in str(error.value)
 
 
-def test_adapters_in_a_neuron_checkpoint_are_a_contradiction(foreign):
+def test_adapters_in_a_neuron_checkpoint_raise(foreign):
     with pytest.raises(ValueError, match=r"dms_proj_alpha.*unknown"):
         load_model(foreign("adapter", dms_separate_alpha=False))
 
 
-def test_truncated_files_and_missing_shards_are_named(foreign):
+def test_truncated_file_or_missing_shard_raises(foreign):
     directory = foreign("adapter")
     whole = (directory / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -267,14 +281,16 @@ def test_truncated_files_and_missing_shards_are_named(foreign):
         load_model(directory)
     (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
     (directory / "model-00001-of-00002.safetensors").write_bytes(whole)
-    shards = {name: f"model-0000{1 + (name == NORM)}-of-00002.safetensors" for name in load_file(
-        directory / "model-00001-of-00002.safetensors")}  # fmt: skip
+    shards = {
+        name: f"model-0000{1 + (name == NORM)}-of-00002.safetensors"
+        for name in load_file(directory / "model-00001-of-00002.safetensors")
+    }
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     with pytest.raises(ValueError, match="model-00002-of-00002"):
         load_model(directory)
 
 
-def test_settings_that_the_authors_code_cannot_express_are_not_exported(tiny_model, tmp_path):
+def test_settings_unknown_to_the_authors_code_raise_on_export(tiny_model, tmp_path):
     for settings, message in (
         ({"eviction": "immediate"}, "eviction 'immediate'.*'delayed'"),
         ({"gate": "neuron", "neuron": 0}, "neuron 0.*-1"),

@@ -1,6 +1,7 @@
 """Attached models: gates off, detached, padded or packed they are what they should be; bad use is named."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfi
 from dms_core import attention
 from dms_core.cache.dms import DMSCache
 from dms_core.config import DMSConfig
-from dms_core.model import attach, detach
+from dms_core.model import CHECK_EVERY, attach, detach
 
 
 @every_kind
@@ -94,7 +95,7 @@ def test_padding_on_either_side_does_not_change_a_row(tiny_model):
 
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
-def test_packed_documents_do_not_see_or_evict_one_another(tiny_model, padded):
+def test_packed_documents_are_independent(tiny_model, padded):
     model = tiny_model()
     documents = [random_ids(1, n, n) for n in (9, 4, 12)]
     alone = torch.cat([model(d).logits for d in documents], 1)
@@ -117,7 +118,7 @@ def test_padding_mask_counts_when_the_decoder_is_called_with_positional_argument
 
 
 @torch.no_grad()
-def test_use_cache_without_a_cache_gives_one_back(tiny_model):
+def test_use_cache_without_a_cache_returns_a_dms_cache(tiny_model):
     model = tiny_model()
     ids = random_ids(2, 12)
     full = model(ids).logits
@@ -144,7 +145,7 @@ def test_neuron_of_the_gate_takes_no_part_in_attention(tiny_model):
 
 @every_kind
 @torch.no_grad()
-def test_attention_gets_queries_whose_gate_neuron_is_zero_after_rope_too(tiny_model, kind, monkeypatch):
+def test_gate_neuron_of_queries_is_zero_after_rope(tiny_model, kind, monkeypatch):
     queries, plain = [], attention.train_attention
     monkeypatch.setattr(attention, "train_attention", lambda q, *rest: queries.append(q) or plain(q, *rest))
     tiny_model(kind, gate="neuron")(random_ids(2, 20))
@@ -155,7 +156,7 @@ def test_attention_gets_queries_whose_gate_neuron_is_zero_after_rope_too(tiny_mo
 
 
 @torch.no_grad()
-def test_neuron_warm_up_goes_from_the_original_model_to_the_silenced_one(tiny_model):
+def test_neuron_warm_up_moves_from_original_to_silenced_model(tiny_model):
     ids = random_ids(2, 20)
     original = tiny_model("qwen2", gates=False)(ids).logits
     model = tiny_model("qwen2", gate="neuron", offset=1e9)
@@ -198,10 +199,17 @@ def small_gpt2():
 
 
 def small_mistral(window):
-    return MistralForCausalLM(MistralConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=40, sliding_window=window,
-    ))  # fmt: skip
+    return MistralForCausalLM(
+        MistralConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=40,
+            sliding_window=window,
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,7 +229,7 @@ def small_mistral(window):
     ],
     ids=["twice", "neuron", "detach", "no gates", "gpt2", "sliding", "4d", "dict", "config", "cache", "copy"],
 )
-def test_bad_use_is_named(tiny_model, use, message):
+def test_invalid_use_raises(tiny_model, use, message):
     with pytest.raises(ValueError, match=message):
         use(tiny_model())
 
@@ -239,7 +247,7 @@ def test_mistral_with_full_attention_can_be_attached():
         torch.testing.assert_close(cached_logits(model, ids, [4, 5])[0], model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_cache_in_the_hands_of_an_unprepared_model_is_refused(tiny_model):
+def test_unattached_model_rejects_dms_cache(tiny_model):
     plain, cache = tiny_model(gates=False), DMSCache(DMSConfig(), 2)
     with pytest.raises(ValueError, match="has not prepared"):
         for _ in range(2):
@@ -247,7 +255,39 @@ def test_a_cache_in_the_hands_of_an_unprepared_model_is_refused(tiny_model):
 
 
 @torch.no_grad()
-def test_nan_gates_are_refused(tiny_model):
+def test_deferred_nan_check_raises_within_sixteen_decode_steps(tiny_model, monkeypatch):
+    """As on a GPU: full forward and prefill at once, decode within CHECK_EVERY steps or when asked."""
+    monkeypatch.setattr(attention, "hard_decisions", lambda z: z > 0)
+    model, ids = tiny_model(), random_ids(1, 3)
+    cache = DMSCache.for_model(model)
+    model(ids, past_key_values=cache)
+    parameter = model.dms.gate_parameters()[1]
+    good = parameter.clone()
+    parameter.fill_(float("nan"))
+    for kwargs in ({}, {"use_cache": True}):
+        with pytest.raises(ValueError, match="gate logits contain NaN"):
+            model(ids, **kwargs)
+    with pytest.raises(ValueError, match="gate logits contain NaN"):
+        for _ in range(CHECK_EVERY):
+            model(ids[:, :1], past_key_values=cache)
+            parameter.copy_(good)  # one step with NaN is enough
+    parameter.fill_(float("nan"))
+    model(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="gate logits contain NaN"):
+        model.dms.check_logits()
+    model.dms.check_logits()
+
+
+@torch.no_grad()
+def test_decoder_signature_is_read_once(tiny_model, monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(inspect, "signature", lambda *_: pytest.fail("inspect.signature in a forward pass"))
+    model.dms._begin(model.get_decoder(), (random_ids(1, 3),), {})
+    assert model.dms.step.valid.shape == (1, 3)
+
+
+@torch.no_grad()
+def test_nan_gates_raise(tiny_model):
     model = tiny_model()
     model.dms.gate_parameters()[1].fill_(float("nan"))
     for kwargs in ({}, {"use_cache": True}):

@@ -42,7 +42,7 @@ def test_chains_do_not_depend_on_batch_size_order_or_neighbours(model, alone, ba
     assert len({tuple(c.tokens) for c in chains.values()}) == 15
 
 
-def test_some_chains_end_by_themselves_and_others_are_cut(alone):
+def test_chains_end_at_eos_or_at_the_limit(alone):
     for chain in alone.values():
         assert TOKENIZER.eos_token_id not in chain.tokens
         assert chain.finished or len(chain.tokens) == 40
@@ -50,13 +50,13 @@ def test_some_chains_end_by_themselves_and_others_are_cut(alone):
     assert 0 < sum(c.finished for c in alone.values()) < 15
 
 
-def test_a_longer_limit_continues_a_cut_chain(model, alone):
+def test_longer_limit_continues_a_cut_chain(model, alone):
     longer = sample(model, max_new_tokens=48)
     for job, chain in alone.items():
         assert longer[job].tokens[: len(chain.tokens)] == chain.tokens
 
 
-def test_seed_problem_and_chain_give_their_own_streams():
+def test_seed_problem_and_chain_have_distinct_streams():
     streams = [chain_uniforms(*key, 8) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
     assert len({tuple(s) for s in streams}) == 4
     assert np.array_equal(chain_uniforms(0, 3, 2, 8), chain_uniforms(0, 3, 2, 20)[:8])
@@ -72,7 +72,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(model):
             ids = torch.cat([ids, torch.tensor([[token]])], 1)
 
 
-def test_dense_chains_cost_what_the_closed_form_says(model):
+def test_dense_chain_budgets_equal_closed_form(model):
     with model.dms.disabled():
         chains = sample(model, batch=4)
     for chain in chains.values():
@@ -90,7 +90,7 @@ def test_gated_chains_cost_less(model, alone):
         assert chain.live == sorted(chain.live) and chain.reads == sorted(chain.reads)
 
 
-def test_the_callers_gradient_mode_is_left_alone_between_chains(model):
+def test_gradient_mode_of_caller_is_unchanged_between_chains(model):
     for _ in sample_chains(model, TOKENIZER, PROMPTS, JOBS[:2], SamplingConfig(3)):
         assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
 
@@ -119,7 +119,7 @@ def test_temperature_zero_and_tiny_top_p_are_greedy():
     assert torch.equal(pick_tokens(logits, uniforms, 1.0, 1e-6), logits.argmax(-1))
 
 
-def test_a_uniform_at_the_edge_picks_a_token_of_the_nucleus():
+def test_uniform_at_the_edge_picks_a_nucleus_token():
     logits = torch.tensor([[5.0, 4.0, -50.0]]).expand(2, -1)
     assert pick_tokens(logits, torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64), 1.0, 0.9).tolist() == [0, 1]
 
@@ -137,12 +137,12 @@ def test_a_uniform_at_the_edge_picks_a_token_of_the_nucleus():
         ({"top_p": 1.5}, r"top_p 1.5: must lie in \(0, 1\]"),
     ],
 )
-def test_bad_settings_are_named(wrong, message):
+def test_invalid_settings_raise(wrong, message):
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**{"max_new_tokens": 4, **wrong})
 
 
-def test_an_empty_prompt_is_named_and_no_job_gives_no_chain(model):
+def test_empty_prompt_raises_and_no_job_gives_no_chain(model):
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         list(sample_chains(model, TOKENIZER, [[]], [(0, 0)], SamplingConfig(4)))
     assert list(sample_chains(model, TOKENIZER, PROMPTS, [], SamplingConfig(4))) == []

@@ -25,7 +25,7 @@ def random_segments(batch: int, tokens: int, g: torch.Generator) -> list[list[in
     fill=st.sampled_from([False, True, 0.5]),
     seed=st.integers(0, 2**31),
 )
-def test_decision_about_a_token_is_what_the_token_lag_places_later_said(tokens, lag, packed, fill, seed):
+def test_decision_about_a_token_comes_from_the_token_lag_places_later(tokens, lag, packed, fill, seed):
     g = torch.Generator().manual_seed(seed)
     said = torch.rand(2, 3, tokens, generator=g)
     said = said > 0.5 if isinstance(fill, bool) else said
@@ -39,7 +39,7 @@ def test_decision_about_a_token_is_what_the_token_lag_places_later_said(tokens, 
 
 
 @given(tokens=st.integers(1, 12), window=st.integers(0, 14), packed=st.booleans(), seed=st.integers(0, 2**31))
-def test_visible_is_the_papers_sentence(tokens, window, packed, seed):
+def test_visible_equals_definition_of_section_3_2(tokens, window, packed, seed):
     g = torch.Generator().manual_seed(seed)
     evicted = torch.rand(2, 2, tokens, generator=g) > 0.5
     segments = random_segments(2, tokens, g) if packed else None

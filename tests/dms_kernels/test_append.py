@@ -167,9 +167,7 @@ def test_triton_equals_torch_bit_for_bit_even_without_room(
     count, page, window, immediate, width, dtype, pages, columns, seed
 ):
     g = torch.Generator().manual_seed(seed)
-    both = [
-        Rows.empty(count, pages, columns, page, window, torch.empty(0, width, dtype=dtype)) for _ in range(2)
-    ]  # fmt: skip
+    both = [Rows.empty(count, pages, columns, page, window, torch.empty(0, width, dtype=dtype)) for _ in range(2)]
     for step in range(8):
         k, v = (torch.randn(count, 2 * width, generator=g)[:, ::2] for _ in range(2))
         evict, active = random_flags(count, 0.5, g), random_flags(count, 0.9, g)

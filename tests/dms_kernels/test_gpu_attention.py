@@ -145,9 +145,12 @@ def dense_logits(case: Case):
 
 
 SHAPES = st.tuples(
-    st.integers(1, 2), st.integers(1, 2), st.integers(1, 5), st.sampled_from([1, 2, 17, 63, 111]),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.integers(1, 5),
+    st.sampled_from([1, 2, 17, 63, 111]),
     st.sampled_from([16, 32, 80, 96]),
-)  # fmt: skip
+)
 TILES = st.sampled_from([(16, 16), (64, 32), (32, 64), (128, 64), (64, 128)])
 CASES = {
     "shape": SHAPES,
@@ -165,13 +168,29 @@ CASES = {
 @settings(max_examples=24)
 @given(biased=st.booleans(), tile=TILES, **CASES)
 @example(
-    biased=True, tile=(16, 16), shape=(1, 1, 3, 111, 32), window=20, mode="mixed", packing="none", past=0,
-    spare=None, strided=True, seed=1,
-)  # fmt: skip
+    biased=True,
+    tile=(16, 16),
+    shape=(1, 1, 3, 111, 32),
+    window=20,
+    mode="mixed",
+    packing="none",
+    past=0,
+    spare=None,
+    strided=True,
+    seed=1,
+)
 @example(
-    biased=True, tile=(16, 16), shape=(1, 1, 1, 111, 80), window=0, mode="none", packing="packed", past=40,
-    spare=37, strided=False, seed=2,
-)  # fmt: skip
+    biased=True,
+    tile=(16, 16),
+    shape=(1, 1, 1, 111, 80),
+    window=0,
+    mode="none",
+    packing="packed",
+    past=40,
+    spare=37,
+    strided=False,
+    seed=2,
+)
 def test_attention_and_its_gradients_equal_the_oracle(device, biased, tile, **case):
     biased = biased or case["mode"] in ("soft", "mixed")
     case = Case(**case, device=device)

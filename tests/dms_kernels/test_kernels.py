@@ -12,9 +12,12 @@ from dms_kernels.cpu import dense
 from dms_kernels.plan import make_plan, training_plan
 
 SHAPES = st.tuples(
-    st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 5, 17, 63, 111]),
+    st.integers(1, 2),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 5, 17, 63, 111]),
     st.sampled_from([4, 5, 16]),
-)  # fmt: skip
+)
 
 
 def draws(shape, seed: int, size: float = 1.0):
@@ -128,9 +131,13 @@ def test_train_attention_runs_forward_and_backward_under_autocast(tokens):
 @pytest.mark.parametrize("implementation", ["dense", "compact"])
 @settings(max_examples=120)
 @given(
-    shape=SHAPES, window=st.sampled_from([0, 1, 3, 16, 200]), before=st.sampled_from([None, 0, 1, 5, 40]),
-    evicted=st.sampled_from([0.0, 0.5, 1.0]), padded=st.booleans(), seed=st.integers(0, 2**31),
-)  # fmt: skip
+    shape=SHAPES,
+    window=st.sampled_from([0, 1, 3, 16, 200]),
+    before=st.sampled_from([None, 0, 1, 5, 40]),
+    evicted=st.sampled_from([0.0, 0.5, 1.0]),
+    padded=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
 @example(shape=(2, 2, 2, 300, 4), window=7, before=40, evicted=0.7, padded=True, seed=1)
 def test_prefill_equals_the_oracle_and_keeps_what_its_last_token_sees(
     implementation, shape, window, before, evicted, padded, seed

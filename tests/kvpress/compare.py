@@ -44,10 +44,19 @@ class NewestStays(TOVA):
 
 def make_model(seed: int):
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, initializer_range=0.25,
-    )).eval()  # fmt: skip
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=256,
+            initializer_range=0.25,
+        )
+    ).eval()
 
 
 @torch.no_grad()

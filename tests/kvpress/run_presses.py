@@ -42,8 +42,12 @@ def kept(model, ids: list[int], prompt: int, press, wrap) -> list:
     with wrap(press)(model):
         for stop in range(prompt, len(ids) + 1):
             position = torch.arange(start, stop)
-            model(torch.tensor([ids[start:stop]]), past_key_values=cache, position_ids=position[None],
-                  cache_position=position)  # fmt: skip
+            model(
+                torch.tensor([ids[start:stop]]),
+                past_key_values=cache,
+                position_ids=position[None],
+                cache_position=position,
+            )
             start = stop
             if press.kept:  # not before the first step of decoding
                 steps.append([press.kept[layer].sort().values.tolist() for layer in sorted(press.kept)])

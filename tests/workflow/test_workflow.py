@@ -14,9 +14,8 @@ import pytest
 import yaml
 
 from companion.cli.main import main
-from companion.experiments.main import Pipeline
-from companion.experiments.profiles import SMOKE
-from companion.experiments.stages import run_stage, stages
+from companion.experiments import main as job
+from companion.experiments.profiles import get_profile
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "workflow" / "config").glob("*.yaml"))
@@ -31,13 +30,31 @@ pytest.importorskip("snakemake")
 def snakemake(directory, config, *options, root=ROOT):
     """Run Snakemake in a directory of its own, with the local profile; returns status and output."""
     flow = root / "workflow"
-    command = [sys.executable, "-m", "snakemake", "-s", flow / "Snakefile", "--profile", flow / "profiles" / "local",
-               "--directory", directory, "--cores", "1", *options, "--configfile", config]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "-s",
+        flow / "Snakefile",
+        "--profile",
+        flow / "profiles" / "local",
+        "--directory",
+        directory,
+        "--cores",
+        "1",
+        *options,
+        "--configfile",
+        config,
+    ]
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
     done = subprocess.run(
-        list(map(str, command)), cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        list(map(str, command)),
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-    )  # fmt: skip
+    )
     return done.returncode, done.stdout
 
 
@@ -153,11 +170,11 @@ def test_only_what_a_change_touches_runs_again(finished):
     assert planned(finished) == {"notebook": 1, "book": 1}
     path.write_text(before)
 
-    path, before = edited(root / "dms_core" / "curves.py")
+    path, before = edited(root / "dms_core" / "budgets" / "curves.py")
     assert planned(finished) == {"summary": 1, "curves": 1, "published": 1, **evidence, "notebook": 3}  # 05 to 07
     path.write_text(before)
 
-    path, before = edited(root / "dms_core" / "profiles.py", "problems=6", "problems=7")
+    path, before = edited(root / "companion" / "experiments" / "profiles.py", "problems=6", "problems=7")
     again = planned(finished)
     assert again["records"] == 4 and "retrofit" not in again and "held_out" not in again
     path.write_text(before)
@@ -168,7 +185,7 @@ def test_only_what_a_change_touches_runs_again(finished):
 
 def test_sources_follow_imports_and_nothing_else():
     names = {path.name for path in sources(["dms_core.budgets.curves"])}
-    assert names == {"curves.py", "voting.py", "pareto.py"}
+    assert names == {"bootstrap.py", "curves.py", "pareto.py", "voting.py"}
     retrofit = {path.relative_to(ROOT).as_posix() for path in sources(["dms_core.train.retrofit"])}
     assert {"dms_core/gate.py", "dms_core/train/schedule.py", "kernels/dms_kernels/gpu/forward.py"} <= retrofit
     assert not {"companion/figures/style.py", "dms_core/sampling.py", "kernels/dms_kernels/aot.py"} & retrofit
@@ -181,9 +198,11 @@ def test_sources_of_a_chapter_are_what_it_imports(chapter):
     named = set()
     for cell in nbformat.read(chapter, 4).cells:
         if cell.cell_type == "code":
-            named |= set(re.findall(r"^\s*from ((?:companion|dms_core)\.[a-z_.]+) import", cell.source, re.M))
+            found = re.findall(r"^\s*from ((?:companion|dms_core)\.[a-z_.]+) import ([a-z_]+)?", cell.source, re.M)
+            paths = [(module.replace(".", "/"), name) for module, name in found]
+            named |= {f"{path}/{name}" if (ROOT / path).is_dir() else path for path, name in paths}
     files = {path.relative_to(ROOT).with_suffix("").as_posix() for path in sources([chapter])}
-    assert {name.replace(".", "/") for name in named} <= files
+    assert named and named <= files
 
 
 def test_digest_changes_with_a_sources_content_and_name(tmp_path, monkeypatch):
@@ -197,29 +216,29 @@ def test_digest_changes_with_a_sources_content_and_name(tmp_path, monkeypatch):
     assert digest([one]) != first
 
 
-def test_stages_end_in_the_summary_and_need_only_earlier_ones(tmp_path):
-    known = stages(Pipeline(SMOKE, tmp_path))
-    names = list(known)
-    assert names[-1] == "summary" and set(known["summary"].needs) == set(names[:-1])
-    assert all(names.index(before) < names.index(name) for name in names for before in known[name].needs)
+def test_stage_names_are_those_of_the_workflow(tmp_path):
+    run = job.Run(get_profile("smoke"), tmp_path)
+    status, output = snakemake(tmp_path, write(tmp_path / "config.yaml"), "-n")
+    assert status == 0, output
+    assert set(job.stage_names(run)) == set(re.findall(r"^    output: .*/stages/([a-z0-9-]+)\.json$", output, re.M))
 
 
 def test_results_of_other_sources_are_deleted_and_those_of_the_same_reused(tmp_path):
-    pipeline = Pipeline(SMOKE, tmp_path)
+    run = job.Run(get_profile("smoke"), tmp_path)
     name = "records-vanilla-cr1"
-    first = run_stage(pipeline, name, "aaaa")
+    first = job.stage(run, name, "aaaa")
     (file,) = (tmp_path / "records").glob("vanilla-cr1-*.jsonl")
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:-1]) + "\n")  # interrupted before the last chain
-    assert run_stage(pipeline, name, "aaaa")["result"] == first["result"]
+    assert job.stage(run, name, "aaaa")["result"] == first["result"]
     assert file.read_text().splitlines()[:-1] == lines[:-1]  # gone on with, not begun again
 
     spoilt = [json.dumps({**json.loads(line), "answer": None}) for line in lines]
     file.write_text("\n".join(spoilt) + "\n")
-    assert run_stage(pipeline, name, "aaaa")["result"]["right"] == 0
-    assert run_stage(pipeline, name, "bbbb")["result"] == first["result"]
+    assert job.stage(run, name, "aaaa")["result"]["right"] == 0
+    assert job.stage(run, name, "bbbb")["result"] == first["result"]
     with pytest.raises(ValueError, match="records-vanilla-cr1"):
-        run_stage(pipeline, "records-vanilla-cr2")
+        job.stage(run, "records-vanilla-cr2")
 
 
 @pytest.mark.slow
@@ -249,8 +268,10 @@ def test_notebook_command_reports_an_unknown_parameter(tmp_path, capsys):
 
 
 def test_notebook_command_reads_values_as_yaml(tmp_path):
-    cells = [nbformat.v4.new_code_cell("sizes = []\nword = ''", metadata={"tags": ["parameters"]}),
-             nbformat.v4.new_code_cell("print(sum(sizes), word)")]  # fmt: skip
+    cells = [
+        nbformat.v4.new_code_cell("sizes = []\nword = ''", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("print(sum(sizes), word)"),
+    ]
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     source, out = tmp_path / "a.ipynb", tmp_path / "made" / "a.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), source)
@@ -269,10 +290,20 @@ def test_chapters_command_leaves_a_directory_alone_that_is_no_book(tmp_path, cap
 
 def test_summarise_command_writes_curves_with_model_and_task(tmp_path):
     record = {
-        "method": "vanilla", "cr": 1.0, "problem": 0, "chain": 0, "answer": "1", "gold": "1", "finished_at": 20,
-        "tokens": 20, "stride": 16, "live": [5, 21, 25], "reads": [0.0, 200.0, 300.0], "prompt_tokens": 5,
+        "method": "vanilla",
+        "cr": 1.0,
+        "problem": 0,
+        "chain": 0,
+        "answer": "1",
+        "gold": "1",
+        "finished_at": 20,
+        "tokens": 20,
+        "stride": 16,
+        "live": [5, 21, 25],
+        "reads": [0.0, 200.0, 300.0],
+        "prompt_tokens": 5,
         "prompt_live": 5.0,
-    }  # fmt: skip
+    }
     for method, cr in (("vanilla", 1.0), ("dms", 4.0)):
         directory = tmp_path / f"{method}-cr{cr:g}"
         directory.mkdir()
@@ -285,7 +316,7 @@ def test_summarise_command_writes_curves_with_model_and_task(tmp_path):
 
 
 def test_estimate_is_table_3_and_grows_with_chains_and_shrinks_with_cr():
-    from companion.cost.latency import ARCHITECTURES, DEVICES
+    from companion.cost.roofline import ARCHITECTURES, DEVICES
 
     arch, h100 = ARCHITECTURES["qwen-r1-7b"], DEVICES["h100"]
     task = {"problems": 500, "chains": 8, "lengths": [32768]}

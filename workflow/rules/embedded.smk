@@ -1,26 +1,30 @@
 # The main job with the embedded model: stages, chapters, book, and the comparison with the published tables.
-from companion.experiments.main import Pipeline
+from companion.experiments import main as job
 from companion.experiments.profiles import get_profile
-from companion.experiments.stages import stages
 
 try:
-    STAGES = stages(Pipeline(get_profile(S["profile"]), RUN, seed=S["seed"]))
+    JOB = job.Run(get_profile(S["profile"]), RUN, seed=S["seed"])
 except ValueError as error:
     raise WorkflowError(str(error)) from error
 
+PROFILE = JOB.profile
+TRAINED = {name: recipe.to_dict() for name, recipe in JOB.variants.items()}
+HELD_OUT = [f"held-out-{method}" for method in job.methods(JOB) if method.name in TRAINED]
+RECORDS = [f"records-{method}" for method in job.methods(JOB)]
+STAGES = [*(f"retrofit-{name}" for name in TRAINED), *HELD_OUT, *RECORDS, "summary"]
 BASE = [ROOT / "data" / "reasoner" / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
 RESULTS = ROOT / "data" / "results"
 GLUE = [ROOT / "companion" / "experiments" / "main.py"]
 MODULES = {  # what a stage runs; profiles are no sources, since their values are parameters
-    "retrofit": ["dms_core.train.retrofit", "dms_core.checkpoint", "companion.tasks.dataset"],
-    "held-out": ["companion.experiments.heldout", "dms_core.checkpoint", "companion.tasks.dataset"],
+    "retrofit": ["dms_core.train.retrofit", "dms_core.checkpoint", "companion.tasks.program_traces"],
+    "held-out": ["companion.experiments.heldout", "dms_core.checkpoint", "companion.tasks.program_traces"],
     "records": ["companion.records", "dms_core.sampling", "dms_core.checkpoint", "dms_core.model"],
     "summary": ["dms_core.budgets.curves"],
 }
 SOURCES = {kind: [*GLUE, *sources(modules)] for kind, modules in MODULES.items()}
 CHAPTER_STAGES = {  # chapters that need no stage; the others wait for all of them
     "01_bottleneck": [], "02_gate": [], "03_delayed_eviction": [], "04_kernels": [], "08_real_model": [],
-    "05_retrofit": ["retrofit-dms", f"held-out-dms-cr{STAGES['retrofit-dms'].method.cr:g}"],
+    "05_retrofit": ["retrofit-dms", f"held-out-dms-cr{PROFILE.recipe.retrofit.final_cr:g}"],
 }
 RUN_PARAMETERS = {"profile": S["profile"], "seed": S["seed"], "run_dir": relpath(RUN, ROOT / "notebooks")}
 FINAL = [f"{RUN}/book/_build/html/index.html", f"{RUN}/curves.png", f"{RUN}/published.md"]
@@ -37,17 +41,20 @@ def chapter_stages(chapter):
 def chapter_data(chapter):
     stored = {
         "01_bottleneck": [], "02_gate": [], "03_delayed_eviction": BASE, "04_kernels": [RESULTS / "kernels-cpu.json"],
-        "07_ablations": [*BASE, *PUBLISHED, *sorted(RESULTS.rglob("*.json"))],
+        "07_ablations": [*BASE, *PUBLISHED, *sorted(RESULTS.rglob("*.json")), ROOT / "companion/claims/claims.yaml"],
         "08_real_model": [RESULTS / "smollm2.json", RESULTS / "smollm2-tokens.json"],
     }
     return stored.get(chapter, [*BASE, *PUBLISHED])
 
 
-def stage_of(wildcards, kind):
-    name = "-".join([kind, wildcards.method, *([f"cr{wildcards.cr}"] if hasattr(wildcards, "cr") else [])])
-    if name not in STAGES:
-        raise WorkflowError(f"stage {name!r}: must be one of {', '.join(STAGES)}")
-    return STAGES[name]
+def needed_retrofit(wildcards):
+    return stage_files([f"retrofit-{wildcards.method}"] if wildcards.method in TRAINED else [])
+
+
+def sampling_settings(wildcards):
+    """What shapes the chains of a method, apart from its retrofit."""
+    shape = {"problems": PROFILE.problems, "chains": PROFILE.chains, "length": max(PROFILE.lengths), "seed": S["seed"]}
+    return shape if wildcards.method in TRAINED else {**shape, "dms": PROFILE.recipe.dms.to_dict()}
 
 
 # With --code, a stage deletes what other sources have made of it, and goes on with what these sources have begun.
@@ -62,7 +69,7 @@ rule retrofit:
     output:
         f"{RUN}/stages/retrofit-{{method}}.json",
     params:
-        settings=lambda w: stage_of(w, "retrofit").settings,
+        settings=lambda w: TRAINED[w.method],
     log:
         f"{RUN}/logs/retrofit-{{method}}.txt",
     threads: threads(S, "retrofit")
@@ -74,13 +81,13 @@ rule retrofit:
 
 rule held_out:
     input:
-        lambda w: stage_files(stage_of(w, "held-out").needs),
+        needed_retrofit,
         base=BASE,
         sources=SOURCES["held-out"],
     output:
         f"{RUN}/stages/held-out-{{method}}-cr{{cr}}.json",
     params:
-        settings=lambda w: stage_of(w, "held-out").settings,
+        settings={"documents": PROFILE.held_out, "seed": S["seed"]},
     log:
         f"{RUN}/logs/held-out-{{method}}-cr{{cr}}.txt",
     threads: threads(S, "held_out")
@@ -93,13 +100,13 @@ rule held_out:
 
 rule records:
     input:
-        lambda w: stage_files(stage_of(w, "records").needs),
+        needed_retrofit,
         base=BASE,
         sources=SOURCES["records"],
     output:
         f"{RUN}/stages/records-{{method}}-cr{{cr}}.json",
     params:
-        settings=lambda w: stage_of(w, "records").settings,
+        settings=sampling_settings,
     log:
         f"{RUN}/logs/records-{{method}}-cr{{cr}}.txt",
     threads: threads(S, "records")
@@ -112,12 +119,12 @@ rule records:
 
 rule summary:
     input:
-        stage_files(STAGES["summary"].needs),
+        stage_files([*(f"retrofit-{name}" for name in TRAINED), *HELD_OUT, *RECORDS]),
         sources=SOURCES["summary"],
     output:
         f"{RUN}/stages/summary.json",
     params:
-        settings=STAGES["summary"].settings,
+        settings={"lengths": PROFILE.lengths, "widths": PROFILE.widths},
     log:
         f"{RUN}/logs/summary.txt",
     threads: threads(S, "summary")
@@ -130,7 +137,7 @@ rule summary:
 rule curves:
     input:
         f"{RUN}/stages/summary.json",
-        sources=sources(["companion.figures.style"]),
+        sources=sources(["companion.figures.curves"]),
     output:
         f"{RUN}/curves.png",
     localrule: True
@@ -142,7 +149,7 @@ rule published:
     input:
         PUBLISHED,
         f"{RUN}/stages/summary.json",
-        sources=sources(["companion.claims.published_plot", "companion.cli.published"]),
+        sources=sources(["companion.claims.published_plot"]),
     output:
         markdown=f"{RUN}/published.md",
         json=f"{RUN}/published.json",
@@ -157,7 +164,7 @@ rule book:
         expand(f"{RUN}/notebooks/{{chapter}}.ipynb", chapter=NOTEBOOKS),
         pages=[path for path in sorted((ROOT / "book").glob("*")) if path.is_file()],
         extensions=sorted((ROOT / "book" / "_ext").glob("*.py")),
-        sources=sources(["companion.bookbuild"]),
+        sources=sources(["companion.book"]),
     output:
         f"{RUN}/book/_build/html/index.html",
     log:

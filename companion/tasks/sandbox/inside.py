@@ -5,18 +5,17 @@ ends.  Neither is ever told an expected output of a program.
 """
 
 import contextlib
+import functools
 import importlib
 import json
 import os
 import resource
 import sys
 
-STAR = (
-    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools",
-    "functools", "operator", "io", "sys", "json", "builtins", "typing",
-)  # fmt: skip
-PLAIN = ("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics",
-         "itertools", "functools", "operator", "io", "sys", "json")  # fmt: skip
+MODULES = (
+    "string, re, datetime, collections, heapq, bisect, copy, math, random, statistics, itertools, functools, operator"
+)
+MODULES += ", io, sys, json"
 
 
 def confine(settings: dict) -> None:
@@ -36,8 +35,8 @@ def confine(settings: dict) -> None:
 def names() -> dict:
     """What LiveCodeBench's runner imports for every program: the protocol's, since starter code relies on it."""
     space = {"__name__": "__main__", "__builtins__": __builtins__}
-    exec("".join(f"from {name} import *\n" for name in STAR), space)
-    exec("".join(f"import {name}\n" for name in PLAIN), space)
+    exec("".join(f"from {name} import *\n" for name in f"{MODULES}, builtins, typing".split(", ")), space)
+    exec(f"import {MODULES}", space)
     return space
 
 
@@ -57,8 +56,7 @@ def run_program(settings: dict) -> None:
     arguments = [json.loads(line) for line in sys.stdin.read().split("\n")]
     space["__name__"] = "program"
     exec(code, space)
-    owner = space["Solution"]() if "class Solution" in source else None
-    function = getattr(owner, call) if owner is not None else space[call]
+    function = getattr(space["Solution"](), call) if "class Solution" in source else space[call]
     answers.write(json.dumps(function(*arguments)))
     answers.flush()
 
@@ -66,22 +64,20 @@ def run_program(settings: dict) -> None:
 def grade_math(request: dict) -> bool:
     from math_verify import parse, verify
 
-    gold, answer = (
-        parse("\\boxed{" + request[name] + "}", parsing_timeout=None) for name in ("gold", "answer")
-    )  # the caller's clock, not SIGALRM: that one works in no thread
+    # no time limits: the caller keeps them; Math-Verify's need SIGALRM, which works in the main thread only
+    gold, answer = (parse(f"\\boxed{{{request[name]}}}", parsing_timeout=None) for name in ("gold", "answer"))
     return bool(verify(gold, answer, timeout_seconds=None))
 
 
-DATASETS: dict = {}
+@functools.cache
+def gym_dataset(name: str, options: str):
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(name, **json.loads(options))
 
 
 def grade_gym(request: dict) -> float:
-    import reasoning_gym
-
-    key = json.dumps([request["dataset"], request["options"]])
-    if key not in DATASETS:
-        DATASETS[key] = reasoning_gym.create_dataset(request["dataset"], **request["options"])
-    data = DATASETS[key]
+    data = gym_dataset(request["dataset"], json.dumps(request["options"]))
     return float(data.score_answer(request["answer"], data[request["index"]]))
 
 
@@ -101,10 +97,6 @@ def serve(settings: dict) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def main() -> None:
-    settings = json.loads(sys.argv[1])
-    confine(settings)
-    (run_program if settings["mode"] == "program" else serve)(settings)
-
-
-main()
+given = json.loads(sys.argv[1])
+confine(given)
+(run_program if given["mode"] == "program" else serve)(given)

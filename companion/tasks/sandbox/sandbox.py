@@ -1,4 +1,4 @@
-"""Run programs that nobody has read: bubblewrap, resource limits, and a clock outside.
+"""Run untrusted programs: bubblewrap, resource limits, and a clock outside.
 
 A program sees a read-only system (/usr, /lib*, /bin and the running Python), an empty /tmp of limited size, no
 network, no home directory, no other process, and no capability; it cannot gain privileges.  Everything that it started
@@ -26,12 +26,12 @@ from pathlib import Path
 
 INSIDE = Path(__file__).with_name("inside.py").read_text(encoding="utf-8")
 SCRATCH = 64 << 20  # bytes of /tmp
-FREE_UID = 50_000  # and the 10 000 above it: nobody's on the usual systems
+FREE_UID = 50_000  # and the 10 000 above it: unused on the usual systems
 RUNS = itertools.count()  # each run its own user, or their processes would be counted together
 
 
 class SandboxError(ValueError):
-    """There is no sandbox here, and none may be done without."""
+    """There is no sandbox on this machine, and running without one was not allowed."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,18 @@ def run(
 
 
 def launch(settings: dict, unsafe: bool, extra: tuple[str, ...] = (), **popen) -> subprocess.Popen:
-    """Start ``inside.py`` with these settings; directories ``extra`` can be read, too.  ``stop`` it in the end."""
-    require(unsafe)
-    if why_not() is None:
+    """Start ``inside.py`` with these settings; directories ``extra`` can be read, too.  ``stop`` it in the end.
+
+    Raises SandboxError unless programs can be confined here or ``unsafe`` is set.
+    """
+    reason = why_not()
+    if reason and not unsafe:
+        raise SandboxError(
+            f"programs cannot be confined here: {reason}. Install bubblewrap (apt-get install bubblewrap), grade the "
+            "records on another machine (dms grade), or accept that programs written by a model run with all your "
+            "rights: unsafe=True, --unsafe-execution"
+        )
+    if reason is None:
         command, settings = _wrapped(settings, extra)
     else:  # the limit on processes counts all of the user's
         command, settings = [], {**settings, "processes": None}
@@ -98,17 +107,6 @@ def stop(process: subprocess.Popen) -> None:
     for pipe in (process.stdin, process.stdout, process.stderr):
         if pipe:
             pipe.close()
-
-
-def require(unsafe: bool) -> None:
-    """Raise SandboxError unless programs can be confined here or ``unsafe`` is set."""
-    reason = None if unsafe else why_not()
-    if reason:
-        raise SandboxError(
-            f"programs cannot be confined here: {reason}. Install bubblewrap (apt-get install bubblewrap), grade the "
-            "records on another machine (dms grade), or accept that programs written by a model run with all your "
-            "rights: unsafe=True, --unsafe-execution"
-        )
 
 
 @lru_cache(maxsize=1)

@@ -30,9 +30,10 @@ class Worker:
         self.grader, self.unsafe, self.seconds = grader, unsafe, seconds
         found = importlib.util.find_spec(module)
         if found is None:
-            raise ValueError(f"{package} is not installed: pip install {package}, or this project's extra [tasks]")
+            raise ValueError(f"{package} is not installed: pip install {package}, or this project's extra [eval]")
         self.site = str(Path(found.origin).parents[1])
         self.lock, self.process, self.owner = threading.Lock(), None, None
+        atexit.register(self.close)
 
     def ask(self, request: dict):
         """The grader's value, or None where it raised, crashed or took too long."""
@@ -47,7 +48,8 @@ class Worker:
                 answer = None
             if answer is None:
                 self.close()
-            return None if answer is None else answer.get("value")
+                return None
+            return answer.get("value")
 
     def close(self) -> None:
         if self.process is not None and self.owner == os.getpid():
@@ -81,15 +83,10 @@ class Worker:
 @lru_cache(maxsize=1)
 def math_worker() -> Worker:
     """Math-Verify: it parses, and evaluates nothing, so that it also runs where there is no sandbox."""
-    return _kept(Worker("math", "math_verify", "math-verify", unsafe=True))
+    return Worker("math", "math_verify", "math-verify", unsafe=True)
 
 
 @lru_cache(maxsize=2)
 def gym_worker(unsafe: bool) -> Worker:
-    sandbox.require(unsafe)
-    return _kept(Worker("gym", "reasoning_gym", "reasoning-gym", unsafe))
-
-
-def _kept(worker: Worker) -> Worker:
-    atexit.register(worker.close)
-    return worker
+    """reasoning-gym; asking it raises SandboxError where there is no sandbox and ``unsafe`` is False."""
+    return Worker("gym", "reasoning_gym", "reasoning-gym", unsafe)

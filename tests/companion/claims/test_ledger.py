@@ -1,23 +1,28 @@
-"""The ledger's verdicts follow from signs and intervals, and what was not measured is said to be untested."""
+"""Verdicts follow from signs and intervals; claims without data are not tested."""
 
-import json
-from pathlib import Path
+from importlib.resources import files
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
-from companion.claims.ledger import HEAD, NOT_TESTED, Evidence, make_ledger, markdown
+from companion.claims.ledger import HEAD, MEASURES, NOT_TESTED, Evidence, gather, job, make_ledger, markdown
+from companion.paths import RESULTS
+from dms_core.storage import read_json, write_json
 
-RESULTS = Path(__file__).parents[3] / "data" / "results"
 ALL = {"problems": 300}
 
 
-def margin(axis, low, high, **more):
-    return {"a": "dms", "b": "vanilla", "axis": axis, "scale": "log2", "value": (low + high) / 2, "low": low,
-            "high": high, **ALL, **more}  # fmt: skip
+def margin(axis, low, high):
+    return {"a": "dms", "b": "vanilla", "axis": axis, "scale": "log2", **interval("value", low, high)}
+
+
+def interval(name, low, high):
+    return {name: (low + high) / 2, "low": low, "high": high, **ALL}
 
 
 def paired(a, b, cr, low, high):
-    return {"a": a, "b": b, "cr": cr, "difference": (low + high) / 2, "low": low, "high": high, **ALL}
+    return {"a": a, "b": b, "cr": cr, **interval("difference", low, high)}
 
 
 def evidence(reads=(1.0, 3.0), peak=(-1.0, 1.0), cr4=(-2.0, 1.0), delay=(-4.0, -1.0), stored=None):
@@ -32,7 +37,7 @@ def verdicts(found: Evidence) -> dict[str, str]:
     return {claim.claim: claim.verdict for claim in make_ledger(found)}
 
 
-def test_a_sign_agrees_disagrees_or_is_not_resolved():
+def test_interval_beside_zero_agrees_or_disagrees_and_around_zero_is_unresolved():
     found = verdicts(evidence())
     assert found["At equal KV reads DMS is more accurate than the original"] == "agrees"
     assert found["At equal peak memory too"] == "no difference that 300 problems can resolve"
@@ -40,13 +45,13 @@ def test_a_sign_agrees_disagrees_or_is_not_resolved():
 
 
 @pytest.mark.parametrize(
-    "interval, word", [((-2.0, 1.0), "agrees"), ((-9.0, -6.0), "loses more"), ((-6.0, -1.0), "unres")]
+    "bounds, word", [((-2.0, 1.0), "agrees"), ((-9.0, -6.0), "loses more"), ((-6.0, -1.0), "unres")]
 )
-def test_little_is_less_than_five_points_with_its_whole_interval(interval, word):
-    assert verdicts(evidence(cr4=interval))["One chain at the longest length loses little"].startswith(word)
+def test_little_loss_needs_the_whole_interval_above_minus_five(bounds, word):
+    assert verdicts(evidence(cr4=bounds))["One chain at the longest length loses little"].startswith(word)
 
 
-def test_what_is_not_stored_is_not_tested():
+def test_missing_results_are_not_tested():
     untested = {claim for claim, verdict in verdicts(evidence()).items() if verdict == NOT_TESTED}
     assert "DMS needs far fewer training tokens than DMC" in untested
     assert "Learnt eviction beats training-free eviction" in untested
@@ -54,7 +59,7 @@ def test_what_is_not_stored_is_not_tested():
     assert "What is evicted leaves memory" in untested
 
 
-def test_a_margin_without_common_budgets_is_na():
+def test_margin_without_common_budgets_is_na():
     found = evidence()
     found.summary["margins"][0] |= {"value": None, "low": None, "high": None}
     claim = make_ledger(found)[0]
@@ -62,8 +67,8 @@ def test_a_margin_without_common_budgets_is_na():
 
 
 def test_stored_results_of_the_repository_give_a_whole_table():
-    stored = {file.stem: json.loads(file.read_text()) for file in RESULTS.glob("*.json")}
-    stored["grid"] = json.loads((RESULTS / "tiny" / "grid.json").read_text())
+    stored = {file.stem: read_json(file) for file in RESULTS.glob("*.json")}
+    stored["grid"] = read_json(RESULTS / "tiny" / "grid.json")
     claims = make_ledger(evidence(stored=stored))
     lines = markdown(claims).splitlines()
     assert len(lines) == len(claims) + 2
@@ -71,3 +76,32 @@ def test_stored_results_of_the_repository_give_a_whole_table():
     tested = verdicts(evidence(stored=stored))
     assert tested["Learnt eviction beats training-free eviction"] != NOT_TESTED
     assert tested["It still finds a needle in a haystack as long as its training context"] != NOT_TESTED
+
+
+def test_every_entry_names_a_measure_and_every_measure_has_an_entry():
+    entries = yaml.safe_load((files("companion.claims") / "claims.yaml").read_text(encoding="utf-8"))
+    assert {entry["measure"][0] for entry in entries if "measure" in entry} == {f.__name__ for f in MEASURES}
+
+
+def test_published_numbers_are_read_from_the_tables():
+    told = {claim.claim: claim.published for claim in make_ledger(evidence())}
+    assert told["At equal throughput too"] == (
+        "mean of three sizes: AIME 24 +5.3, MATH-500 +3.5, GPQA Diamond +6.7, LiveCodeBench +9.5 (Table 7)"
+    )
+    general = told["A retrofitted model keeps its abilities on general benchmarks"]
+    assert general == "Qwen3 8B at CR 8: −2.0 to +1.8 points to the original (Table 2)"
+    dmc = told["DMS needs far fewer training tokens than DMC"]
+    assert dmc == "GSM8K, Llama 3.2 1B, CR 4, equal training: DMS 42.3, DMC 3.6 (Table 1)"
+
+
+def test_gather_prefers_the_grid_of_the_run_to_the_stored_one(tmp_path, monkeypatch):
+    results, root = tmp_path / "results", tmp_path / "run"
+    write_json(results / "dmc.json", {"runs": []})
+    for name in ("grid", "seeds"):
+        write_json(results / "tiny" / f"{name}.json", {"of": "store"})
+    write_json(root / "grid.json", {"of": "run"})
+    monkeypatch.setattr(job, "summary", lambda run: {"retrofit": {"cr_target": 3.0, "steps": 7}})
+    monkeypatch.setattr(job, "held_out", lambda run, name, cr: {"method": name, "cr": cr})
+    found = gather(SimpleNamespace(root=root), results)
+    assert found.stored == {"dmc": {"runs": []}, "grid": {"of": "run"}, "seeds": {"of": "store"}}
+    assert (found.steps, found.target, found.held) == (7, 3.0, {"method": "dms", "cr": 3.0})

@@ -1,15 +1,14 @@
 """The published tables: complete, in range, and consistent with each other where data/published/README.md says so."""
 
 import json
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from companion.claims import published
 from companion.cli.main import main
+from companion.paths import PUBLISHED
 
-PUBLISHED = Path(__file__).parents[3] / "data" / "published"
 ACCURACY_TABLES = {"table1": 80, "table2": 14, "table4": 96, "table5": 35, "table6": 52, "tables10-12": 60}
 MARGIN_TABLES = {"table7": 12, "table8": 36, "table9": 36}
 MODEL_32B = "DeepSeek-R1-Distill-Qwen-32B"
@@ -62,8 +61,11 @@ def test_tables_1_and_6_differ_only_in_gsm8k_of_vanilla_and_dms():
     both = load("table1").merge(load("table6"), on=keys)
     differ = both[both["value_x"] != both["value_y"]]
     assert set(map(tuple, differ[keys].to_numpy())) == {
-        ("GSM8K", "vanilla", 1), ("GSM8K", "dms", 2), ("GSM8K", "dms", 3), ("GSM8K", "dms", 4),
-    }  # fmt: skip
+        ("GSM8K", "vanilla", 1),
+        ("GSM8K", "dms", 2),
+        ("GSM8K", "dms", 3),
+        ("GSM8K", "dms", 4),
+    }
     assert len(both) == 26  # GSM8K and HellaSwag, vanilla and four methods at three CRs
 
 
@@ -88,7 +90,7 @@ def test_every_file_is_described_in_the_readme():
     assert all(path.name in readme for path in PUBLISHED.glob("*.csv"))
 
 
-def test_every_table_of_the_paper_is_there_and_no_other():
+def test_tables_1_to_12_are_there_and_others_are_rejected():
     for number in range(1, 13):
         rows = published.table(number)
         assert len(rows) and rows["table"].astype(str).isin({str(number), "10-12"}).all()
@@ -104,7 +106,7 @@ def test_frontier_configurations_are_distinct_and_within_the_papers_lengths():
     assert {(8192, 1), (16384, 1), (32768, 1)} <= set(map(tuple, rows[["length", "width"]].to_numpy()))
 
 
-def test_ratios_measured_by_others_are_those_that_they_state():
+def test_ratios_measured_by_others_equal_the_stated_ones():
     rows = load("measured_by_others").set_index(["model", "system", "quantity"])["value"]
     speed = rows.xs("decode throughput", level="quantity")
     assert round(speed["Qwen3-8B", "FastDMS"] / speed["Qwen3-8B", "vLLM BF16"], 2) == 2.06
@@ -116,10 +118,13 @@ def a_run(**facts):
     margin = {"a": "dms", "b": "vanilla", "na_share": 0.0, "problems": 30}
     rows = [
         margin | {"axis": axis, "scale": scale, "value": value, "low": value - 2, "high": value + 2}
-        for axis, value in (("reads", 5.0), ("peak", 1.0)) for scale in ("linear", "log2")
-    ]  # fmt: skip
-    rows += [margin | {"a": "tova", "axis": "peak", "scale": s, "value": None, "low": None, "high": None}
-             for s in ("linear", "log2")]  # fmt: skip
+        for axis, value in (("reads", 5.0), ("peak", 1.0))
+        for scale in ("linear", "log2")
+    ]
+    rows += [
+        margin | {"a": "tova", "axis": "peak", "scale": s, "value": None, "low": None, "high": None}
+        for s in ("linear", "log2")
+    ]
     point = {"L": 32, "W": 1, "low": 60.0, "high": 80.0, "reads": 2.0, "peak": 3.0, "problems": 30}
     compressed = point | {"method": "dms", "cr": 8, "accuracy": 72.0}
     points = [point | {"method": "vanilla", "cr": 1, "accuracy": 70.0}, compressed]
@@ -128,7 +133,7 @@ def a_run(**facts):
     return {"points": points, "margins": rows, "paired": paired, **facts}
 
 
-def test_a_run_of_a_published_model_is_compared_with_its_own_rows_only():
+def test_run_of_a_published_model_is_compared_with_its_own_rows_only():
     result = published.compare(a_run(model=MODEL_32B, task="AIME 24"))
     assert result["run"]["same"] and len(result["margins"]) == 1 + 3 + 3 and len(result["accuracies"]) == 5
     reads = next(row for row in result["margins"] if (row["axis"], row["a"], row["b"]) == ("reads", "dms", "vanilla"))
@@ -140,13 +145,13 @@ def test_a_run_of_a_published_model_is_compared_with_its_own_rows_only():
     assert measured["dms", 4] is None and measured["vanilla", 1]["difference"] is None
 
 
-def test_a_published_negative_margin_and_a_positive_one_of_the_run_are_opposite():
+def test_negative_published_and_positive_measured_margins_are_opposite():
     result = published.compare(a_run(model="DeepSeek-R1-Distill-Qwen-1.5B", task="AIME 24"))
     assert published._direction(-1.5, 5.0, 3.0, 7.0) == "opposite"
     assert [row["direction"] for row in result["margins"] if row["axis"] == "throughput"] == [None]
 
 
-def test_the_embedded_model_stands_beside_all_rows_and_says_so():
+def test_run_of_the_embedded_model_is_compared_with_all_rows():
     result = published.compare(a_run())
     assert not result["run"]["same"] and result["run"]["label"] == published.EMBEDDED
     assert len(result["margins"]) == 84 and len(result["accuracies"]) == 74

@@ -5,19 +5,36 @@ import json
 import pytest
 import torch
 
-from companion.cli import kernels as cli_kernels
 from companion.cli import main as cli
+from companion.cli import measure as commands
 from dms_kernels import EXACT, benchmarks, prefill_attention, train_attention
 from dms_kernels.benchmarks import attention, case, inputs, measure
 
-FIELDS = {"name", "kind", "shape", "rounds", "ours_ms", "baseline_ms", "ratio", "quartiles_ms", "gbps", "copy_gbps",
-          "flops", "peak_bytes", "notes"}  # fmt: skip
+FIELDS = {
+    "name",
+    "kind",
+    "shape",
+    "rounds",
+    "ours_ms",
+    "baseline_ms",
+    "ratio",
+    "quartiles_ms",
+    "gbps",
+    "copy_gbps",
+    "flops",
+    "peak_bytes",
+    "notes",
+}
 BASELINES = {
-    "prefill-32768": {"sdpa"}, "prefill-8192": {"sdpa"}, "prefill-1024": {"sdpa"},
-    "train-4096": {"sdpa_mask", "sdpa"}, "train-16384": {"sdpa"},
-    "decode-cr8": {"sdpa", "sdpa_folded", "sdpa_gqa"}, "decode-cr1": {"sdpa", "sdpa_folded", "sdpa_gqa"},
+    "prefill-32768": {"sdpa"},
+    "prefill-8192": {"sdpa"},
+    "prefill-1024": {"sdpa"},
+    "train-4096": {"sdpa_mask", "sdpa"},
+    "train-16384": {"sdpa"},
+    "decode-cr8": {"sdpa", "sdpa_folded", "sdpa_gqa"},
+    "decode-cr1": {"sdpa", "sdpa_folded", "sdpa_gqa"},
     "cache-append": {"dynamic_cache"},
-}  # fmt: skip
+}
 
 
 def bench(capsys, *arguments):
@@ -85,19 +102,19 @@ def test_save_replaces_cases_by_name_and_keeps_the_others_of_the_same_environmen
     def saved():
         return {row["name"]: row["ours_ms"] for row in json.loads(file.read_text())["cases"]}
 
-    cli_kernels.save(result({"cores": 2}, ("a", 1), ("b", 2)), file)
-    cli_kernels.save(result({"cores": 2}, ("b", 3), ("c", 4)), file)
+    commands.save_cases(result({"cores": 2}, ("a", 1), ("b", 2)), file)
+    commands.save_cases(result({"cores": 2}, ("b", 3), ("c", 4)), file)
     assert saved() == {"a": 1, "b": 3, "c": 4}
-    cli_kernels.save(result({"cores": 1}, ("c", 5)), file)
+    commands.save_cases(result({"cores": 1}, ("c", 5)), file)
     assert saved() == {"c": 5} and "3 cases of another environment" in capsys.readouterr().err
 
 
 def test_save_names_the_file_after_the_device(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli_kernels, "RESULTS", tmp_path)
+    monkeypatch.setattr(commands, "RESULTS", tmp_path)
     monkeypatch.setattr(benchmarks, "run", lambda *arguments: [])
     assert bench(capsys, "cache", "--save")[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["kernels-cpu.json"]
-    assert cli_kernels.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert commands.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
 
 @pytest.mark.parametrize("rows", [2, 6, 24, 256])

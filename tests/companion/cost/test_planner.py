@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from transformers import LlamaConfig
@@ -25,15 +27,19 @@ def test_eight_fold_compression_fits_eight_times_the_sequences():
     assert compressed["tokens_per_s"] > dense["tokens_per_s"]
 
 
-def test_a_model_that_does_not_fit_has_batch_zero():
+def test_model_larger_than_the_device_has_batch_zero():
     assert plan("qwen-r1-32b", 1, 1 << 20, 1)["largest_batch"] == 0
 
 
-def test_a_directory_with_a_config_will_do(tmp_path):
+def test_directory_with_a_config_is_planned(tmp_path):
     LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
         num_key_value_heads=8,
-    ).save_pretrained(tmp_path)  # fmt: skip
+    ).save_pretrained(tmp_path)
     same = {"retrofit_h100_hours": None, "model": None}
     assert plan(str(tmp_path), 4, 4096, 2) | same == plan("llama-3.1-8b", 4, 4096, 2) | same
 
@@ -47,6 +53,29 @@ def test_a_directory_with_a_config_will_do(tmp_path):
         ("--model llama-3.1-8b --device tpu", r"device 'tpu': must be one of \['a100', 'h100', 'h200'\]"),
     ],
 )
-def test_bad_plans_are_named(arguments, message, capsys):
+def test_bad_arguments_are_named(arguments, message, capsys):
     assert main(["plan", *arguments.split()]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_builtin_model_imports_no_numeric_library():
+    code = "import sys; from companion.cost.planner import lines, plan; lines(plan('qwen3-8b', 1, 1024, 2));"
+    code += "print({'numpy', 'pandas', 'torch', 'transformers'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_unreachable_hub_id_is_one_request_and_a_value_error(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_: pytest.fail("must not be called"))
+    with pytest.raises(ValueError, match=r"model 'acme/llama-9b': neither one of .*nor a hub id that can be reached"):
+        plan("acme/llama-9b", 1, 1024, 1)
+    assert asked == [("acme/llama-9b", ["config.json"])]

@@ -8,46 +8,70 @@ import pytest
 
 from companion.cli import ablate as cli_ablate
 from companion.cli.main import main
-from companion.experiments.ablations import ABLATIONS, PROFILE, REFERENCE, Ablations, interval, make_variants
+from companion.experiments import main as job
+from companion.experiments.ablations import (
+    ABLATIONS,
+    REFERENCE,
+    ablation,
+    ablation_profile,
+    facts_file,
+    make_variants,
+    measure,
+    open_ablations,
+)
+from dms_core.budgets import bootstrap
 
+PROFILE = ablation_profile()
+
+SHORT = {"final_cr": 2.0, "steps_per_unit": 1, "rests": ((2.0, 1),), "batch": 2, "warmup": 0}
 QUICK = replace(
-    PROFILE, recipe=replace(PROFILE.recipe, final_cr=2.0, steps_per_unit=1, rests=((2.0, 1),), batch=2, warmup=0),
-    compare_cr=2.0, crs=(2.0,), problems=3, lengths=(8,), batch=6, held_out=2,
-)  # fmt: skip
+    PROFILE,
+    recipe=PROFILE.recipe.changed(retrofit=SHORT),
+    compare_cr=2.0,
+    crs=(2.0,),
+    problems=3,
+    lengths=(8,),
+    batch=6,
+    held_out=2,
+)
 
 
-def plant(ablations: Ablations, name: str, right: list[float], kl: float) -> None:
+def plant(run: job.Run, name: str, right: list[float], kl: float) -> None:
     """What ``measure`` keeps of a finished variant."""
     held = {"cr_decisions": 4.0, "cr_live": 3.5, "kl": kl, "agreement": 0.99, "documents": 64}
-    file = ablations.facts_file(name)
+    file = facts_file(run, name)
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({"held_out": held, "seconds": 1.0, "tokens": 200.0, "right": right}))
 
 
 def test_variants_differ_from_the_reference_in_what_their_ablation_is_about():
-    variants = make_variants(PROFILE.dms, PROFILE.recipe)
-    allowed = {"window": {"window", "eviction"}, "loss": {"direction"}, "weights": {"train", "gate"},
-               "steps": {"steps_per_unit", "rests"}}  # fmt: skip
-    reference = {**asdict(variants[REFERENCE].dms), **asdict(variants[REFERENCE].recipe)}
-    for name, ablation in ABLATIONS.items():
-        for variant in ablation.variants[1:]:
-            settings = {**asdict(variants[variant].dms), **asdict(variants[variant].recipe)}
+    variants = make_variants(PROFILE.recipe)
+    allowed = {
+        "window": {"window", "eviction"},
+        "loss": {"direction"},
+        "weights": {"train", "gate"},
+        "steps": {"steps_per_unit", "rests"},
+    }
+    reference = {**asdict(variants[REFERENCE].dms), **asdict(variants[REFERENCE].retrofit)}
+    for name, study in ABLATIONS.items():
+        for variant in study.variants[1:]:
+            settings = {**asdict(variants[variant].dms), **asdict(variants[variant].retrofit)}
             changed = {field for field in settings if settings[field] != reference[field]}
             assert changed and changed <= allowed[name], variant
-        assert {v for pair in ablation.pairs for v in pair} == set(ablation.variants)
+        assert {v for pair in study.pairs for v in pair} == set(study.variants)
     equal = [variant for name, variant in variants.items() if not name.startswith("steps-")]
-    assert {variant.recipe.steps for variant in equal} == {120}
-    assert {variant.recipe.batch for variant in variants.values()} == {12}
+    assert {variant.retrofit.steps for variant in equal} == {120}
+    assert {variant.retrofit.batch for variant in variants.values()} == {12}
 
 
 def test_pairs_follow_from_the_planted_accuracies(tmp_path):
-    ablations = Ablations(tmp_path)
+    run = open_ablations(tmp_path)
     rng = np.random.default_rng(1)
     right = rng.integers(0, 2, 200).astype(float)
-    plant(ablations, "dms", right.tolist(), 0.01)
-    plant(ablations, "reverse-kl", right.tolist(), 0.02)
-    plant(ablations, "lm-loss", (right * 0).tolist(), 0.03)
-    result = ablations.result("loss", finished_only=True)
+    plant(run, "dms", right.tolist(), 0.01)
+    plant(run, "reverse-kl", right.tolist(), 0.02)
+    plant(run, "lm-loss", (right * 0).tolist(), 0.03)
+    result = ablation("loss", run, finished_only=True)
     same, worse = result["pairs"]
     assert (same["difference"], same["low"], same["high"]) == (0, 0, 0)  # paired: equal answers, no uncertainty
     assert worse["difference"] == pytest.approx(-100 * right.mean()) and worse["high"] < 0
@@ -55,18 +79,18 @@ def test_pairs_follow_from_the_planted_accuracies(tmp_path):
 
 
 def test_what_is_not_finished_is_named_and_not_run(tmp_path):
-    ablations = Ablations(tmp_path)
-    plant(ablations, "delayed-w4", [1.0] * 200, 0.01)
-    result = ablations.result("window", finished_only=True)
+    run = open_ablations(tmp_path)
+    plant(run, "delayed-w4", [1.0] * 200, 0.01)
+    result = ablation("window", run, finished_only=True)
     assert [row["variant"] for row in result["rows"]] == ["delayed-w4"] and result["pairs"] == []
     assert result["missing"] == [v for v in ABLATIONS["window"].variants if v != "delayed-w4"]
     assert len(list(tmp_path.iterdir())) == 1  # nothing was trained
 
 
 def test_interval_covers_the_mean_and_shrinks_to_it_without_spread():
-    mean, low, high = interval([0.0, 1.0] * 30)
+    mean, low, high = bootstrap.mean([0.0, 1.0] * 30)
     assert low < mean == 50 < high and low > 30 and high < 70
-    assert interval([0.5] * 7) == (50, 50, 50)
+    assert bootstrap.mean([0.5] * 7) == (50, 50, 50)
 
 
 def test_saving_keeps_other_entries(tmp_path, monkeypatch, capsys):
@@ -84,11 +108,11 @@ def test_an_unknown_name_is_refused_with_what_is_allowed(capsys):
 
 @pytest.mark.slow
 def test_a_variant_is_trained_measured_and_then_read(tmp_path):
-    ablations = Ablations(tmp_path, QUICK)
-    facts = ablations.measure("reverse-kl")
+    run = open_ablations(tmp_path, QUICK)
+    facts = measure(run, "reverse-kl")
     assert len(facts["right"]) == 3 and facts["held_out"]["documents"] == 2
-    trained = json.loads((ablations.checkpoint("reverse-kl", 2.0).parent / "recipe.json").read_text())
+    trained = json.loads((job.checkpoint(run, "reverse-kl", 2.0).parent / "retrofit.json").read_text())
     assert trained["recipe"]["direction"] == "reverse" and trained["recipe"]["steps"] == 2
-    stamp = ablations.facts_file("reverse-kl").stat().st_mtime_ns
-    assert Ablations(tmp_path, QUICK).measure("reverse-kl") == facts
-    assert ablations.facts_file("reverse-kl").stat().st_mtime_ns == stamp
+    stamp = facts_file(run, "reverse-kl").stat().st_mtime_ns
+    assert measure(open_ablations(tmp_path, QUICK), "reverse-kl") == facts
+    assert facts_file(run, "reverse-kl").stat().st_mtime_ns == stamp

@@ -7,12 +7,12 @@ from companion.experiments.delay import (
     CONDITIONS,
     delay,
     find_cases,
+    findings,
     interchange,
     lookups,
     make_batch,
     patched,
-    record,
-    summary,
+    recorded,
     tokens_of,
 )
 from companion.paths import REASONER
@@ -33,10 +33,10 @@ def model(request):
     return load_model(REASONER / "dms-cr4") if request.param == "dms" else load_base(REASONER)
 
 
-def test_patching_all_is_the_corrupted_run_and_none_the_clean_one(model, cases):
+def test_patching_all_gives_the_corrupted_run_and_none_the_clean_run(model, cases):
     clean, corrupted = make_batch(cases)
-    target, written = record(model, corrupted)
-    before, _ = record(model, clean)
+    target, written = recorded(model, corrupted)
+    before, _ = recorded(model, clean)
     later = torch.arange(clean.shape[1]) > torch.tensor([[case.source] for case in cases])  # same token in both runs
     everything = torch.ones_like(clean, dtype=torch.bool)
     torch.testing.assert_close(patched(model, clean, everything, written)[later], target[later], atol=1e-4, rtol=1e-4)
@@ -44,9 +44,9 @@ def test_patching_all_is_the_corrupted_run_and_none_the_clean_one(model, cases):
     assert (before - target)[later].abs().max() > 1  # the two runs differ
 
 
-def test_a_patch_reaches_no_earlier_token(model, cases):
+def test_patch_changes_no_earlier_token(model, cases):
     clean, corrupted = make_batch(cases)
-    before, (_, written) = record(model, clean)[0], record(model, corrupted)
+    before, (_, written) = recorded(model, clean)[0], recorded(model, corrupted)
     tokens = torch.zeros_like(clean, dtype=torch.bool)
     for row, case in enumerate(cases):
         tokens[row, tokens_of(case, "window", WINDOW)] = True
@@ -76,17 +76,17 @@ def test_conditions_are_disjoint_spans_before_the_query(cases):
         tokens_of(cases[0], "before", WINDOW)
 
 
-def test_planted_transport_is_found_and_its_absence_too(cases):
+def test_conclusion_follows_planted_effects(cases):
     def results(moved: float) -> list[dict]:
         odds = {name: -5.0 for name in CONDITIONS} | {"clean": -5.0, "corrupted": 5.0, "window": -5.0 + 10 * moved}
-        return [{name: (case.wrong if o > 0 else case.right, o) for name, o in odds.items()} | {"kept": [[True]]}
-                for case in cases]  # fmt: skip
+        found = [{name: (case.wrong if o > 0 else case.right, o) for name, o in odds.items()} for case in cases]
+        return [result | {"kept": [[True]]} for result in found]
 
-    found = summary(cases, {"dms": results(0.8), "dense": results(0.0)})
+    found = findings(cases, {"dms": results(0.8), "dense": results(0.0)})
     row = next(r for r in found["rows"] if (r["model"], r["patched"], r["kind"]) == ("dms", "window", "all"))
     assert row["effect"] == pytest.approx(80) and row["follows"] == 100 and found["verdict"].startswith("content moves")
-    assert summary(cases, {"dms": results(0.0), "dense": results(0.0)})["verdict"].startswith("no sign")
-    assert "no more than" in summary(cases, {"dms": results(0.8), "dense": results(0.8)})["verdict"]
+    assert findings(cases, {"dms": results(0.0), "dense": results(0.0)})["verdict"].startswith("no sign")
+    assert "no more than" in findings(cases, {"dms": results(0.8), "dense": results(0.8)})["verdict"]
 
 
 def test_interchange_follows_the_corrupted_digit_when_all_is_patched(model, cases):

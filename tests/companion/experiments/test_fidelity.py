@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from companion.experiments.fidelity import Prompt, answer, compare, make_prompts, own_cache
-from companion.experiments.fidelity_report import report
+from companion.experiments.fidelity import Prompt, answer, compare, make_prompts, report
 from companion.paths import REASONER
 from companion.tasks.programs import make_problem
 from companion.tasks.reasoner import load_tokenizer
 from dms_core import attach, load_model
 from dms_core.baselines import get_baseline
+from dms_core.cache.dms import DMSCache
 from dms_core.checkpoint import load_base
 from dms_core.config import DMSConfig
 
@@ -34,66 +34,61 @@ def base():
 @pytest.fixture(scope="module")
 def dense(base, tokenizer, prompts):
     with base.dms.disabled():
-        return answer(base, tokenizer, prompts, own_cache, 40, batch=4)
+        return answer(base, tokenizer, prompts, DMSCache.for_model, 40, batch=4)
 
 
-def test_dense_answers_are_those_of_generate(dense, prompts):
+def test_dense_answers_match_generate(dense, prompts):
     model, ids = load_base(REASONER), [*prompts[0].context, *prompts[0].question]
     said = model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids) :]
     assert dense.tokens[0, : len(said)].tolist() == said.tolist()
 
 
-def test_dense_cache_follows_the_dense_model_exactly(base, tokenizer, prompts, dense):
+def test_dense_cache_agrees_with_dense_model_exactly(base, tokenizer, prompts, dense):
     with base.dms.disabled():
-        again = answer(base, tokenizer, prompts, own_cache, 40, dense.tokens, batch=2)
+        again = answer(base, tokenizer, prompts, DMSCache.for_model, 40, dense.tokens, batch=2)
     facts = compare(again, dense, tokenizer.eos_token_id, 20)
     assert facts["agreement"] == 1 and abs(facts["kl"]) < 1e-5
     assert facts["cr_live"] == facts["cr_decisions"] == pytest.approx(1)
     assert facts["needles"] == 0.8 and facts["prompts"] == 5
 
 
-def test_nothing_counts_after_the_end(tokenizer, dense):
+def test_tokens_after_eos_are_not_counted(tokenizer, dense):
     ended = compare(dense, dense, int(dense.tokens[0, 10]), 20)
     assert ended["tokens"] < dense.tokens.numel() and compare(dense, dense, -5, 20)["tokens"] == dense.tokens.numel()
 
 
 def test_compressed_cache_is_smaller_and_close(tokenizer, prompts, dense):
     model = load_model(REASONER / "dms-cr4")
-    mine = answer(model, tokenizer, prompts, own_cache, 40, dense.tokens)
+    mine = answer(model, tokenizer, prompts, DMSCache.for_model, 40, dense.tokens)
     facts = compare(mine, dense, tokenizer.eos_token_id, 50)
     assert facts["cr_decisions"] > facts["cr_live"] > 1.5
     assert 0.9 < facts["agreement_low"] <= facts["agreement"] <= facts["agreement_high"] <= 1
     assert facts["kv_bytes"] < dense.kv_bytes
 
 
-def test_a_training_free_method_keeps_its_budget(base, tokenizer, prompts, dense):
+def test_training_free_method_keeps_its_budget(base, tokenizer, prompts, dense):
     with base.dms.disabled():
         theirs = answer(base, tokenizer, prompts, lambda m: get_baseline("tova")(4.0)(m, 40), 40, dense.tokens)
     assert (theirs.live <= (theirs.seen + 40) / 4 + 1).all()
     assert compare(theirs, dense, tokenizer.eos_token_id, 20)["agreement"] < 1
 
 
+TEMPLATE = "{% for m in messages %}{{ m['content'] + ';' }}{% endfor %}{{ '>' if add_generation_prompt else '' }}"
 TALK = [{"role": role, "content": text} for role, text in (("user", "?a"), ("assistant", "a=1")) * 6]
 
 
-def test_prompts_are_shortened_and_a_code_is_told_once_and_asked_for(tokenizer, monkeypatch):
-    monkeypatch.setattr(
-        tokenizer, "chat_template",
-        "{% for m in messages %}{{ m['content'] + ';' }}{% endfor %}{% if add_generation_prompt %}{{ '>' }}{% endif %}",
-    )  # fmt: skip
+def test_make_prompts_shortens_the_context_and_keeps_the_code(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     full, short = (make_prompts(tokenizer, [TALK], longest)[0] for longest in (10**6, 60))
     assert len(short.context) < len(full.context) and len(short.context) + len(short.question) <= 60 + 40
     assert full.code == short.code and full.question == short.question
 
 
 def test_report_has_a_row_for_every_method(tokenizer, monkeypatch):
-    monkeypatch.setattr(
-        tokenizer, "chat_template",
-        "{% for m in messages %}{{ m['content'] + ';' }}{% endfor %}{% if add_generation_prompt %}{{ '>' }}{% endif %}",
-    )  # fmt: skip
-    model = load_base(REASONER)
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     gates = REASONER / "dms-cr4"
-    result = report(load_base(gates), tokenizer, [gates], [TALK] * 3, 6, 10**6, batch=2)
+    model = load_base(gates)
+    result = report(model, tokenizer, [gates], [TALK] * 3, 6, 10**6, batch=2)
     assert [row["method"] for row in result["rows"]] == ["vanilla", "dms", "tova", "streaming-llm"]
     assert result["rows"][0]["agreement"] == 1 and result["plain"]["kv_bytes"] > 0
     assert getattr(model, "dms", None) is None

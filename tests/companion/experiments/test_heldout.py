@@ -21,7 +21,7 @@ def document(length):
     return {"input_ids": ids, "labels": ids}
 
 
-def test_random_eviction_meets_its_share_and_ends_with_the_context(model):
+def test_random_eviction_meets_its_ratio_and_ends_with_the_context(model):
     ids = document(400)["input_ids"]
     with random_eviction(model, 4.0):
         kept = kept_tokens(model, ids)
@@ -41,7 +41,7 @@ def test_live_cr_at_window_zero_keeps_the_last_token():
     assert live_cr([torch.zeros(2, 2, 10, dtype=torch.bool)], 0) == pytest.approx(10)
 
 
-def test_retention_by_position_follows_planted_decisions():
+def test_retention_by_position_matches_planted_decisions():
     """Head 0 keeps the first ten tokens, head 1 every second one; the last token has no decision."""
     kept = []
     for length in (41, 31):
@@ -50,15 +50,14 @@ def test_retention_by_position_follows_planted_decisions():
         k[:, 1, ::2] = True
         kept.append(k)
     rows = retention_by_position(kept, (0, 10, 20, 30, 40, 50), lag=1, window=4)
-    assert [(row["from"], row["tokens"], row["documents"]) for row in rows] == [
-        (0, 20, 2), (10, 20, 2), (20, 20, 2), (30, 10, 1),
-    ]  # fmt: skip
+    expected = [(0, 20, 2), (10, 20, 2), (20, 20, 2), (30, 10, 1)]
+    assert [(row["from"], row["tokens"], row["documents"]) for row in rows] == expected
     assert [row["retention"] for row in rows] == [[[1.0, 0.5]]] + [[[0.0, 0.5]]] * 3
     assert rows[3]["cr"] == [[4.0, 2.0]]
     assert rows[3]["cr_live"][0] == pytest.approx([40 / 15, 40 / 23])  # 35 tokens outside the window of 4 + 1
 
 
 @pytest.mark.parametrize("edges", [(0,), (0, 0), (-1, 4), (5, 3)])
-def test_edges_that_do_not_ascend_are_refused(edges):
+def test_retention_by_position_rejects_edges_that_do_not_ascend(edges):
     with pytest.raises(ValueError, match="must be two or more ascending integers"):
         retention_by_position([torch.ones(1, 1, 8, dtype=torch.bool)], edges, 1, 4)

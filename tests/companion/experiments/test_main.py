@@ -7,53 +7,58 @@ from dataclasses import replace
 import pytest
 
 from companion.cli.main import main
-from companion.experiments.main import Pipeline
-from companion.experiments.profiles import SMOKE, get_profile
+from companion.experiments import main as job
+from companion.experiments.profiles import get_profile
+
+SMOKE = get_profile("smoke")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    pipeline = Pipeline(SMOKE, tmp_path_factory.mktemp("run"))
-    return pipeline, pipeline.run()
+    run = job.Run(SMOKE, tmp_path_factory.mktemp("run"))
+    return run, job.run_all(run)
 
 
 def test_summary_has_every_method_and_both_axes(finished):
     _, summary = finished
     assert {(p["method"], p["cr"]) for p in summary["points"]} == {
-        ("vanilla", 1.0), ("dms", 2.0), ("dms", 3.0), ("dms-immediate", 2.0)
-    }  # fmt: skip
+        ("vanilla", 1.0),
+        ("dms", 2.0),
+        ("dms", 3.0),
+        ("dms-immediate", 2.0),
+    }
     assert {(m["axis"], m["scale"]) for m in summary["margins"] if m["a"] == "dms" and m["b"] == "vanilla"} == {
         (axis, scale) for axis in ("reads", "peak") for scale in ("linear", "log2")
     }
     assert {(p["a"], p["b"]) for p in summary["paired"]} >= {("dms", "vanilla"), ("dms", "dms-immediate")}
-    assert summary["retrofit"]["steps"] == SMOKE.recipe.steps
+    assert summary["retrofit"]["steps"] == SMOKE.recipe.retrofit.steps
 
 
 def test_a_second_call_reuses_every_stage(finished):
-    pipeline, summary = finished
-    again = Pipeline(SMOKE, pipeline.root)
+    run, summary = finished
+    again = job.Run(SMOKE, run.root)
     began = time.time()
-    assert again.retrofit("dms")["seconds"] == pipeline.retrofit("dms")["seconds"]
-    assert again.summary()["points"] == summary["points"]
+    assert job.retrofit(again)["seconds"] == job.retrofit(run)["seconds"]
+    assert job.summary(again)["points"] == summary["points"]
     assert time.time() - began < 10
 
 
 def test_another_recipe_gets_another_directory(finished):
-    pipeline, _ = finished
-    other = Pipeline(replace(SMOKE, recipe=replace(SMOKE.recipe, lr=1e-4)), pipeline.root)
-    assert other.checkpoint("dms", 2.0) != pipeline.checkpoint("dms", 2.0)
-    assert not other.checkpoint("dms", 2.0).exists()
+    run, _ = finished
+    other = job.Run(replace(SMOKE, recipe=SMOKE.recipe.changed(retrofit={"lr": 1e-4})), run.root)
+    assert job.checkpoint(other, "dms", 2.0) != job.checkpoint(run, "dms", 2.0)
+    assert not job.checkpoint(other, "dms", 2.0).exists()
 
 
 def test_curves_command_prints_the_stored_summary_last(finished, capsys):
-    pipeline, summary = finished
-    assert main(["curves", "--json", "--results", str(pipeline.root)]) == 0
+    run, summary = finished
+    assert main(["curves", "--json", "--results", str(run.root)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["points"] == json.loads(json.dumps(summary["points"]))
 
 
 def test_cache_report_measures_tensors(finished, capsys):
-    pipeline, _ = finished
-    assert main(["cache-report", "--json", "--checkpoint", str(pipeline.checkpoint("dms", 3.0))]) == 0
+    run, _ = finished
+    assert main(["cache-report", "--json", "--checkpoint", str(job.checkpoint(run, "dms", 3.0))]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     live = [items for heads in report["live_per_layer_head"] for items in heads]
     one = report["bytes_dense"] / report["tokens"] / len(live)  # bytes of one live item
@@ -71,10 +76,16 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_grid_trains_and_samples_what_is_not_there_yet(tmp_path):
-    recipe = replace(SMOKE.recipe, final_cr=2.0, steps_per_unit=1, rests=((2.0, 1),), batch=2)
+    recipe = SMOKE.recipe.changed(retrofit={"final_cr": 2.0, "steps_per_unit": 1, "rests": ((2.0, 1),), "batch": 2})
     quick = replace(SMOKE, recipe=recipe, crs=(2.0,), problems=2, chains=1, lengths=(8,), widths=(1,), held_out=2)
-    result = Pipeline(quick, tmp_path).grid()
+    result = job.grid(job.Run(quick, tmp_path))
     assert {point["method"] for point in result["points"]} == {
-        "vanilla", "dms", "dms-immediate", "tova", "h2o", "quest", "streaming-llm",
-    }  # fmt: skip
+        "vanilla",
+        "dms",
+        "dms-immediate",
+        "tova",
+        "h2o",
+        "quest",
+        "streaming-llm",
+    }
     assert (tmp_path / "grid.json").exists()

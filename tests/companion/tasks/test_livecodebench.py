@@ -13,7 +13,7 @@ from companion.tasks.livecodebench import load_tests, same_output, unpack
 from companion.tasks.sandbox import sandbox
 
 
-def test_livecodebench_keeps_to_the_window_with_both_its_days(load):
+def test_livecodebench_window_includes_both_end_days(load):
     days = ["2024-07-31", "2024-08-01T00:00:00", "2025-01-31T23:00:00", "2025-02-01"]
     rows = [ROWS["livecodebench"] | {"question_id": day, "contest_date": day} for day in days]
     assert [p.id for p in load("livecodebench", *rows).problems] == days[1:3]
@@ -33,7 +33,7 @@ class Evil:
         return os.system, ("touch /tmp/evil",)
 
 
-def test_packed_tests_are_read_and_a_pickle_that_calls_is_refused(load):
+def test_packed_tests_are_read_and_calling_pickles_rejected(load):
     row = ROWS["livecodebench"] | {"private_test_cases": packed(CASES)}
     (problem,) = load("livecodebench", row).problems
     assert load_tests(problem) == [{"input": "1 2\n", "output": "3\n"}] * 2
@@ -55,7 +55,7 @@ def test_outputs_are_compared_by_line_and_numbers_by_value():
     assert not same_output("50000000000000001", "50000000000000000") and not same_output("yes", "Yes")
 
 
-@pytest.mark.skipif(sandbox.why_not() is not None, reason=f"no sandbox here: {sandbox.why_not()}")
+@pytest.mark.sandbox
 def test_programs_must_pass_every_test(load):
     more = json.dumps([{"input": "5 5\n", "output": "10\n"}])
     (problem,) = (task := load("livecodebench", ROWS["livecodebench"] | {"private_test_cases": packed(more)})).problems
@@ -72,7 +72,7 @@ def test_programs_must_pass_every_test(load):
     assert not task.grade(row["starter_code"] + "return [s]", problem)
 
 
-def test_programs_are_not_graded_where_nothing_confines_them(load, monkeypatch):
+def test_programs_are_rejected_without_sandbox_unless_unsafe(load, monkeypatch):
     monkeypatch.setattr(sandbox, "why_not", lambda: "bwrap (bubblewrap) is not installed")
     task = load("livecodebench")
     with pytest.raises(ValueError, match="programs cannot be confined here"):

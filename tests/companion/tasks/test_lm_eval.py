@@ -26,7 +26,7 @@ PROBLEMS = [make_problem("test", 0, index, (5, 7)) for index in range(40)]
 TASKS = ["program_answer", "program_trace"]
 
 
-def test_the_committed_problems_are_those_of_the_generator():
+def test_committed_problems_match_generator():
     rows = [{"prompt": p.prompt, "trace": p.trace[:-1], "answer": p.answer} for p in PROBLEMS]
     assert (DATA / "problems.jsonl").read_text() == "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -62,7 +62,7 @@ QUESTIONS = [(p.prompt, p.trace) for p in PROBLEMS[:4]]
 COMMANDS = [(p.prompt, {"until": ["<eos>"], "do_sample": False, "max_gen_toks": 200}) for p in PROBLEMS[:4]]
 
 
-def test_gates_off_is_the_plain_model(manager):
+def test_disabled_gates_match_plain_model(manager):
     plain_model = AutoModelForCausalLM.from_pretrained(CR8).eval()
     plain = HFLM(plain_model, tokenizer=load_tokenizer(CR8), batch_size=2)
     off = DMSLM(str(CR8), gates=False, batch_size=2)
@@ -85,7 +85,7 @@ def test_compression_shows_in_reads_and_peak(sparse):
 
 
 @torch.no_grad()
-def test_loglikelihood_is_that_of_decoding_with_the_cache(sparse):
+def test_loglikelihood_matches_decoding_with_cache(sparse):
     tokenizer, model = load_tokenizer(CR8), load_model(CR8)
     for (prompt, trace), (found, greedy) in zip(QUESTIONS, ask(sparse[0], "loglikelihood", *QUESTIONS), strict=True):
         context, ids = tokenizer(prompt)["input_ids"], tokenizer(trace)["input_ids"]
@@ -98,7 +98,7 @@ def test_loglikelihood_is_that_of_decoding_with_the_cache(sparse):
         assert found == pytest.approx(said, abs=2e-3) and greedy == best
 
 
-def test_the_stock_hf_class_generates_the_same_with_a_cache_it_never_heard_of(sparse):
+def test_stock_hf_class_generates_the_same_text(sparse):
     """generate() makes an empty cache of its own; attach has it replaced, and the text is that of our class."""
     stock = HFLM(load_model(CR8), tokenizer=load_tokenizer(CR8), batch_size=2)
     assert ask(stock, "generate_until", *COMMANDS) == ask(sparse[0], "generate_until", *COMMANDS)
@@ -108,7 +108,7 @@ def test_the_stock_hf_class_generates_the_same_with_a_cache_it_never_heard_of(sp
     assert isinstance(output.past_key_values, DMSCache)
 
 
-def test_a_budget_is_exact_at_batch_size_one(sparse):
+def test_budget_is_exact_at_batch_size_one(sparse):
     lm = DMSLM(str(CR8), batch_size=1)
     (text,) = ask(lm, "generate_until", COMMANDS[0])
     cache, tokenizer = DMSCache.for_model(lm.model), load_tokenizer(CR8)
@@ -122,7 +122,7 @@ def test_a_budget_is_exact_at_batch_size_one(sparse):
     assert kv["peak_tokens"] == pytest.approx(cache.peak_tokens().double().mean().item())
 
 
-def test_a_plain_model_runs_dense_and_a_model_without_gates_is_refused():
+def test_plain_directory_runs_dense_and_model_without_gates_is_rejected():
     lm = DMSLM(str(ROOT / "data" / "reasoner"))
     assert not lm.gates
     ask(lm, "generate_until", COMMANDS[0])
@@ -148,17 +148,17 @@ def test_the_command_prints_what_the_harness_found(task_folder, sparse, capsys):
         (["--include", "nowhere"], "nowhere: not a folder"),
     ],
 )
-def test_wrong_input_of_the_command_is_named(change, message, capsys):
+def test_eval_command_rejects_wrong_input(change, message, capsys):
     assert main(["eval", "--model", str(CR8), "--tasks", "x", *change]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_task_that_does_not_exist_is_named(task_folder):
+def test_unknown_task_is_named(task_folder):
     with pytest.raises(ValueError, match=r"tasks \['program_nothing'\]: not among the 2 known"):
         find_tasks(["program_*", "program_nothing"], task_folder, defaults=False)
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it():
+def test_missing_package_error_names_install_command():
     hide = (
         "import sys; sys.modules['lm_eval'] = None; from companion.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )

@@ -17,7 +17,7 @@ from companion.tasks.livecodebench import LiveCodeBench
 from companion.tasks.sandbox import sandbox
 from companion.tasks.sandbox.sandbox import Limits, SandboxError, run
 
-confined = pytest.mark.skipif(sandbox.why_not() is not None, reason=f"no sandbox here: {sandbox.why_not()}")
+confined = pytest.mark.sandbox
 QUICK = Limits(wall=20, cpu=2)
 
 
@@ -35,7 +35,7 @@ GOOD = "print(int(input()) + 38)"
 
 
 @confined
-def test_a_right_program_passes_and_a_wrong_one_fails(grader):
+def test_right_program_passes_and_wrong_program_fails(grader):
     assert grader(GOOD) and not grader("print(41)") and not grader("print(42); 1 / 0") and not grader("print(42")
 
 
@@ -43,7 +43,7 @@ FORKS = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError
 
 
 @confined
-def test_a_fork_bomb_ends_at_the_wall_limit_and_leaves_no_process(grader):
+def test_fork_bomb_ends_at_wall_limit_and_leaves_no_process(grader):
     began = time.monotonic()
     result = run("print(42, flush=True)\n" + FORKS, limits=Limits(wall=2, cpu=30))
     assert result.status == "time" and time.monotonic() - began < 30
@@ -57,7 +57,7 @@ def test_a_fork_bomb_ends_at_the_wall_limit_and_leaves_no_process(grader):
 
 
 @confined
-def test_processes_are_counted_for_each_run_alone():
+def test_process_limit_counts_each_run_alone():
     count = (
         "import os\nn = 0\ntry:\n    while True:\n        if not os.fork():\n            import time; time.sleep(9)\n"
     )
@@ -94,7 +94,7 @@ def test_memory_time_output_and_files_are_limited(program, status):
 
 
 @confined
-def test_there_is_no_network():
+def test_network_is_unreachable():
     server = socket.create_server(("127.0.0.1", 0))
     server.settimeout(0)
     connect = "import socket\nsocket.create_connection(({!r}, {}), 3)\nprint(42)"
@@ -106,7 +106,7 @@ def test_there_is_no_network():
 
 
 @confined
-def test_files_of_the_user_can_be_neither_read_nor_written(tmp_path, monkeypatch):
+def test_user_files_are_neither_readable_nor_writable(tmp_path, monkeypatch):
     secret = tmp_path / "secret"
     secret.write_text("42")
     program = f"import pathlib\nprint(pathlib.Path({str(secret)!r}).read_text())"
@@ -129,7 +129,7 @@ def test_files_of_the_user_can_be_neither_read_nor_written(tmp_path, monkeypatch
 
 
 @confined
-def test_no_program_reaches_another_process_or_gains_a_privilege(grader):
+def test_program_reaches_no_other_process_and_gains_no_privilege(grader):
     for target in ("os.getppid()", "1", "-1", str(os.getpid())):
         program = f"import os\ntry:\n    os.kill({target}, {int(signal.SIGKILL)})\nexcept OSError as e:\n    print(e)\n"
         program += "print(sorted(int(p) for p in os.listdir('/proc') if p.isdigit()))\nprint(42)"
@@ -145,7 +145,7 @@ def test_no_program_reaches_another_process_or_gains_a_privilege(grader):
 
 
 @confined
-def test_the_expected_output_is_nowhere_inside(grader):
+def test_expected_output_is_absent_inside_the_sandbox(grader):
     """A program looks through every file, argument and descriptor that it can open for a marker in the test file."""
     case = json.dumps([{"input": "4\n", "output": "marker-" + "of-the-output"}])
     search = """
@@ -173,10 +173,10 @@ print("marker-" + "of-the-output" if found else "nothing")
 
 @confined
 @pytest.mark.skipif(os.geteuid() != 0, reason="tries the sandbox of an ordinary user, as root")
-def test_an_ordinary_users_sandbox_limits_processes_too(tmp_path):
+def test_unprivileged_sandbox_limits_processes(tmp_path, need_sandbox):
     python = "/usr/bin/python3"
     if not Path(python).exists():
-        pytest.skip("no Python that an ordinary user can read")
+        need_sandbox("no Python that an ordinary user can read")
     for name in ("sandbox.py", "inside.py"):
         (tmp_path / name).write_text(Path(sandbox.__file__).with_name(name).read_text())
     script = "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
@@ -187,11 +187,11 @@ def test_an_ordinary_users_sandbox_limits_processes_too(tmp_path):
     done = subprocess.run([python, "-c", script], capture_output=True, text=True, timeout=120)
     why, *rest = done.stdout.split("\n")
     if why != "None":
-        pytest.skip(f"no user namespaces for an ordinary user: {why}")
+        need_sandbox(f"no user namespaces for an ordinary user: {why}")
     assert rest[:2] == ["time", "ok 65534"], done.stderr
 
 
-def test_without_bubblewrap_nothing_runs_unless_asked_for(monkeypatch):
+def test_missing_bubblewrap_rejects_programs_unless_unsafe(monkeypatch):
     monkeypatch.setattr(sandbox, "why_not", lambda: "bwrap (bubblewrap) is not installed")
     with pytest.raises(SandboxError, match=r"not installed.*dms grade.*--unsafe-execution"):
         run(GOOD, "4")
@@ -200,7 +200,7 @@ def test_without_bubblewrap_nothing_runs_unless_asked_for(monkeypatch):
     assert run("x = bytearray(8 << 30)", unsafe=True).status == "failed"
 
 
-def test_a_missing_or_broken_bubblewrap_is_explained(monkeypatch):
+def test_why_not_explains_missing_or_broken_bubblewrap(monkeypatch):
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     assert "not installed" in sandbox.why_not.__wrapped__()
     monkeypatch.undo()
@@ -209,7 +209,7 @@ def test_a_missing_or_broken_bubblewrap_is_explained(monkeypatch):
 
 
 @confined
-def test_functions_are_called_with_json_and_what_they_print_is_not_their_answer():
+def test_function_call_passes_json_and_ignores_prints():
     method = (
         "class Solution:\n    def f(self, a: List[int], b: str):\n        print('noise')\n        return (sum(a), b)"
     )

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from companion.tasks.dataset import TraceDataset
+from companion.tasks.program_traces import TraceDataset
 from companion.tasks.programs import ALPHABET, DISTRACTORS, EVALUATION_MIX, SPLITS, extract_answer, grade, make_problem
 from companion.tasks.reasoner import encode_problem, make_model, make_tokenizer
 
@@ -52,7 +52,7 @@ def needed(name: str, sides: dict[str, str]) -> set[str]:
 
 
 @given(st.sampled_from(SPLITS), st.integers(0, 5), st.integers(0, 10**6), st.integers(1, 12), st.integers(0, 8))
-def test_traces_and_answers_are_right_by_an_independent_evaluator(split, seed, index, low, more):
+def test_traces_and_answers_match_independent_evaluator(split, seed, index, low, more):
     high = low + more
     problem = make_problem(split, seed, index, (low, high))
     goal, sides = program(problem.prompt)
@@ -72,7 +72,7 @@ def test_problems_are_a_function_of_split_seed_and_index():
     assert len({make_problem(*key).prompt for key in keys}) == len(keys)
 
 
-def test_no_evaluation_prompt_occurs_in_a_sample_of_the_other_splits():
+def test_splits_share_no_evaluation_prompt():
     evaluation = {make_problem("test", 0, i).prompt for i in range(500)}
     assert len(evaluation) == 500
     for split in ("train", "retrofit", "validation"):
@@ -92,7 +92,7 @@ def test_evaluation_mix_is_uniform_over_needed_variables():
     "completion, answer",
     [("a=3;#7", "7"), ("#7#8", "7"), ("#7x", "7"), ("a=7;", None), ("#", None), ("", None), ("#x", None), ("7", None)],
 )
-def test_answer_is_the_digit_after_the_first_mark(completion, answer):
+def test_extract_answer_returns_digit_after_first_mark(completion, answer):
     assert extract_answer(completion) == answer
 
 
@@ -111,16 +111,16 @@ def test_wrong_and_unfinished_traces_are_graded_wrong():
         (("test", 0, 0, (4, 41)), r"variables \(4, 41\)"),
     ],
 )
-def test_bad_requests_are_named(arguments, message):
+def test_make_problem_rejects_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_problem(*arguments)
 
 
-def test_largest_programs_have_names_enough():
+def test_largest_programs_have_enough_names():
     assert all(make_problem("test", 0, i, (40, 40)).variables == 40 for i in range(20))
 
 
-def test_tokenizer_round_trip_is_the_identity_with_one_token_a_character():
+def test_tokenizer_round_trip_is_identity_with_one_token_a_character():
     tokenizer = make_tokenizer()
     assert len(tokenizer) == len(ALPHABET) + 2
     ids = tokenizer(ALPHABET)["input_ids"]
@@ -143,7 +143,7 @@ def test_tokenizer_survives_saving(tmp_path):
     assert (loaded.pad_token_id, loaded.eos_token_id) == (made.pad_token_id, made.eos_token_id) == (0, 1)
 
 
-def test_documents_label_the_trace_and_groups_pad_little():
+def test_trace_dataset_labels_the_trace_and_groups_similar_lengths():
     tokenizer = make_tokenizer()
     data = TraceDataset(tokenizer, 64, 4)
     assert len(data) == 64 and data[3] == data[3]
@@ -163,7 +163,7 @@ def test_documents_label_the_trace_and_groups_pad_little():
             data[index]
 
 
-def test_reasoner_is_small_and_its_seed_decides_its_weights():
+def test_reasoner_is_small_and_its_seed_determines_its_weights():
     model = make_model(len(make_tokenizer()))
     assert sum(p.numel() for p in model.parameters()) < 2_500_000
     assert model.config.vocab_size == len(make_tokenizer())

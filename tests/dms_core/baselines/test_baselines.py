@@ -171,8 +171,10 @@ def snapkv(method, row: Row):
         for h in range(HEADS):
             votes = [0.0] * (n - window)
             for head in range(h * GROUP, (h + 1) * GROUP):
-                got = sum(weights_of(row, t, head, [*range(t + 1), *range(t + 1, n)][: t + 1])[: n - window]
-                          for t in range(n - window, n))  # fmt: skip
+                got = sum(
+                    weights_of(row, t, head, [*range(t + 1), *range(t + 1, n)][: t + 1])[: n - window]
+                    for t in range(n - window, n)
+                )
                 for j in range(n - window):
                     near = got[max(0, j - method.kernel // 2) : j + method.kernel // 2 + 1]
                     votes[j] += float(near.max() if method.pool == "max" else near.sum() / method.kernel)
@@ -187,8 +189,14 @@ def snapkv(method, row: Row):
     return walk(row, step)
 
 
-ORACLES = {"h2o": h2o, "tova": tova, "streaming-llm": streaming_llm, "random": random_eviction, "quest": quest,
-           "snapkv": snapkv}  # fmt: skip
+ORACLES = {
+    "h2o": h2o,
+    "tova": tova,
+    "streaming-llm": streaming_llm,
+    "random": random_eviction,
+    "quest": quest,
+    "snapkv": snapkv,
+}
 
 
 class Play:
@@ -249,15 +257,20 @@ METHODS = {
     "streaming-llm": st.builds(StreamingLLM, cr=st.floats(1, 9), sinks=st.integers(0, 5)),
     "random": st.builds(RandomEviction, cr=st.floats(1, 9), seed=st.integers(0, 9)),
     "quest": st.builds(Quest, cr=st.floats(1, 9), page=st.integers(1, 5)),
-    "snapkv": st.builds(SnapKV, cr=st.floats(1, 4), window=st.integers(1, 5), kernel=st.sampled_from([1, 3, 5]),
-                        pool=st.sampled_from(["max", "avg"])),
-}  # fmt: skip
+    "snapkv": st.builds(
+        SnapKV,
+        cr=st.floats(1, 4),
+        window=st.integers(1, 5),
+        kernel=st.sampled_from([1, 3, 5]),
+        pool=st.sampled_from(["max", "avg"]),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BASELINES)
 @settings(max_examples=20)
 @given(data=st.data(), lengths=st.lists(st.integers(1, 18), min_size=1, max_size=3), seed=st.integers(0, 999))
-def test_a_layer_does_what_its_definition_says(name, data, lengths, seed):
+def test_layer_equals_its_definition(name, data, lengths, seed):
     play = Play(data.draw(METHODS[name]), lengths, seed)
     play.decode(6)
     play.rearrange()
@@ -280,7 +293,7 @@ def test_compression_1_is_dense_attention(name):
 
 @pytest.mark.parametrize("name", sorted(set(BASELINES) - {"quest", "snapkv"}))
 @pytest.mark.parametrize("cr", [2.0, 7.9])
-def test_no_step_leaves_more_than_the_budget(name, cr):
+def test_live_tokens_never_exceed_the_budget(name, cr):
     play = Play(get_baseline(name)(cr), [18, 5, 9], 0)
     budgets = [int((row.prompt + MAX_NEW) / cr) for row in play.rows]
     for step in range(MAX_NEW):

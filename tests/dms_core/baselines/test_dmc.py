@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from companion.experiments.heldout import held_out
 from companion.paths import REASONER
-from companion.tasks.dataset import TraceDataset
+from companion.tasks.program_traces import TraceDataset
 from companion.tasks.reasoner import load_tokenizer, make_tokenizer
 from dms_core import detach, save_model
 from dms_core.baselines.dmc import DMCConfig, attach_dmc, load_dmc
@@ -18,9 +18,10 @@ from dms_core.baselines.dmc_cache import DMCCache, running_average
 from dms_core.cache.dms import DMSCache
 from dms_core.checkpoint import load_base
 from dms_core.sampling import SamplingConfig, sample_chains
-from dms_core.train import retrofit
 from dms_core.train.losses import Distiller
-from dms_core.train.retrofit import RetrofitConfig, checkpoint_dir
+from dms_core.train.recipe import RetrofitConfig
+from dms_core.train.retrofit import retrofit
+from dms_core.train.trainer import checkpoint_dir
 
 CONFIG = DMCConfig(scale=8.0, offset=0.0)
 
@@ -127,7 +128,7 @@ def test_decode_and_prefill_with_the_cache_equal_the_parallel_form(merging, kind
     cache, out, reads = DMSCache.for_model(model), [], 0
     for part in ids.split(parts, 1):
         out.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits)
-        reads = reads + cache.live_tokens() if part.shape[1] == 1 else reads
+        reads = reads + cache.live_tokens() if part.shape[1] == 1 and len(out) > 1 else reads  # the first is prefill
     torch.testing.assert_close(torch.cat(out, 1), whole, rtol=1e-4, atol=1e-4)
     assert isinstance(cache, DMCCache) and cache.tokens_seen().tolist() == [70] * 3
     model(input_ids=ids, use_cache=False)
@@ -159,7 +160,7 @@ def test_padding_and_packed_documents_change_nothing(merging):
 
 
 @torch.no_grad()
-def test_nothing_merged_and_the_neuron_at_work_is_the_original_model(tiny_model, merging):
+def test_dmc_without_merging_equals_the_original_model(tiny_model, merging):
     ids, plain = tokens(2, 20), tiny_model(gates=False)
     expected = plain(ids).logits
     model = merging()
@@ -179,7 +180,7 @@ def test_nothing_merged_and_the_neuron_at_work_is_the_original_model(tiny_model,
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_a_reset_model_begins_with_nothing_merged_whatever_the_scale(tiny_model, kind):
+def test_reset_model_merges_nothing_at_any_scale(tiny_model, kind):
     model, ids = tiny_model(kind, gates=False), tokens(2, 20)
     attach_dmc(model, DMCConfig(scale=100.0), reset=True)
     model(ids, use_cache=False)
@@ -187,7 +188,7 @@ def test_a_reset_model_begins_with_nothing_merged_whatever_the_scale(tiny_model,
     assert not any(e.any() for e in model.dms.step.evicted.values())
 
 
-def test_losses_reach_the_neurons_that_decide_and_weigh(merging):
+def test_losses_have_gradients_for_decision_and_weight_neurons(merging):
     model = merging(config=DMCConfig(scale=2.0, offset=1.0, temperature=0.5)).train()
     torch.manual_seed(0)
     ids = tokens(2, 30)
@@ -207,7 +208,7 @@ def test_losses_reach_the_neurons_that_decide_and_weigh(merging):
     assert 0 < float(parts["evicted"]) < 1
 
 
-def test_sampled_shares_near_zero_temperature_are_the_hard_form(merging):
+def test_soft_shares_near_zero_temperature_equal_hard_decisions(merging):
     """The soft form with a negligible temperature and no noise to speak of: the two forms are one."""
     model = merging(config=DMCConfig(scale=1e6, offset=0.0, temperature=1e-3))
     ids = tokens(2, 25)
@@ -218,7 +219,7 @@ def test_sampled_shares_near_zero_temperature_are_the_hard_form(merging):
 
 
 @torch.no_grad()
-def test_rows_move_and_leave_without_touching_others(merging):
+def test_row_operations_leave_other_rows_unchanged(merging):
     model, ids = merging(), tokens(4, 24)
     whole = model(input_ids=ids, use_cache=False).logits
     cache = DMSCache.for_model(model)
@@ -275,15 +276,22 @@ def test_retrofit_of_the_embedded_model_reaches_its_ratio(tmp_path):
     data = TraceDataset(tokenizer, recipe.steps * recipe.batch, recipe.batch)
     begin = partial(attach_dmc, reset=True)
     model = retrofit(
-        load_base(REASONER), tokenizer, data, settings, recipe, tmp_path, attach=begin, use_cpu=True,
+        load_base(REASONER),
+        tokenizer,
+        data,
+        settings,
+        recipe,
+        tmp_path,
+        attach=begin,
+        use_cpu=True,
         train_sampling_strategy="sequential",
-    )  # fmt: skip
+    )
     unseen = TraceDataset(tokenizer, 4, 4, "validation")
     facts = held_out(model, load_base(REASONER), [unseen[i] for i in range(4)], tokenizer.pad_token_id)
     assert facts["cr_decisions"] > 1.7 and facts["kl"] < 0.5
 
 
-def test_saved_models_load_as_what_they_are(merging, tmp_path):
+def test_saved_dmc_and_dms_models_load_with_their_own_loaders(merging, tmp_path):
     from dms_core import load_model
 
     model = merging(config=DMCConfig(scale=3.0))
@@ -294,7 +302,7 @@ def test_saved_models_load_as_what_they_are(merging, tmp_path):
         load_model(tmp_path)
 
 
-def test_wrong_uses_are_named(tiny_model, merging, tmp_path):
+def test_wrong_uses_of_dmc_are_named(tiny_model, merging, tmp_path):
     with pytest.raises(ValueError, match="scale 0: must be > 0"):
         DMCConfig(scale=0)
     with pytest.raises(ValueError, match="of method 'dms': must be of method 'dmc'"):

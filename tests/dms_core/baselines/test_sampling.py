@@ -1,12 +1,10 @@
 """Baselines in generation: chains are their own, counted like DMS's, and only in the original model."""
 
-import json
-
 import pytest
 import torch
 
 from companion.paths import REASONER
-from companion.records import Method, grid_key, run_grid
+from companion.records import Method, records_file, sample_records
 from companion.tasks.program_traces import ProgramTraces
 from companion.tasks.reasoner import make_tokenizer
 from dms_core.baselines import BASELINES, H2O, TOVA, Quest, RandomEviction, StreamingLLM, get_baseline
@@ -14,6 +12,7 @@ from dms_core.checkpoint import load_base
 from dms_core.config import DMSConfig
 from dms_core.model import attach
 from dms_core.sampling import SamplingConfig, sample_chains
+from dms_core.storage import write_jsonl
 
 TOKENIZER = make_tokenizer()
 TASK = ProgramTraces(size=3, split="validation", variables=(1, 4))
@@ -43,7 +42,7 @@ def test_chains_do_not_depend_on_batch_size_order_or_neighbours(model, name):
 
 
 @every_method
-def test_compression_1_samples_the_chains_of_the_original_model_at_their_price(model, name):
+def test_compression_1_equals_the_original_model_in_chains_and_costs(model, name):
     assert sample(model, get_baseline(name)(1.0), batch=4) == sample(model, None, batch=4)
 
 
@@ -65,7 +64,7 @@ def test_budgets_are_met_and_counted(model, name):
         assert chain.reads == sorted(chain.reads) and dense[job].prompt_tokens == chain.prompt_tokens
 
 
-def test_chains_of_one_problem_evict_at_random_each_for_itself(model):
+def test_random_eviction_differs_between_chains_of_a_problem(model):
     """Greedy chains of a problem differ only by what was evicted."""
     chains = sample(model, RandomEviction(4.0), temperature=0.0)
     assert len({tuple(c.tokens) for c in chains.values()}) > 3
@@ -75,14 +74,15 @@ def test_chains_of_one_problem_evict_at_random_each_for_itself(model):
 
 @every_method
 @torch.no_grad()
-def test_generate_writes_what_sampling_writes(name):
+def test_generate_equals_greedy_sampling(name):
     model = attach(load_base(REASONER), DMSConfig(window=16))
     chain = sample(model, METHODS[name], [(1, 0)], temperature=0.0, max_new_tokens=40)[1, 0]
     with model.dms.disabled():
         ids = torch.tensor([PROMPTS[1]] * 2)
         cache = METHODS[name](model, 40)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=40,
-                             do_sample=False)  # fmt: skip
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=40, do_sample=False
+        )
     if name != "random":  # sampling gives its chains random streams of their own
         assert out[0].tolist()[len(PROMPTS[1]) :][: len(chain.tokens)] == chain.tokens
         assert cache.live_tokens().float().mean().item() == pytest.approx(chain.live[-1])
@@ -90,33 +90,31 @@ def test_generate_writes_what_sampling_writes(name):
     assert torch.equal(cache.peak_tokens(), cache.live_tokens()) and cache.bytes_held() > 0
 
 
-def test_a_grid_keeps_every_setting_of_a_baseline_apart(model, tmp_path):
-    config = SamplingConfig(max_new_tokens=12, batch=4, stride=4)
-    method = Method("streaming-llm", 4.0)
+def test_every_setting_of_a_baseline_names_another_records_file(model, tmp_path):
+    config, method = SamplingConfig(max_new_tokens=12, batch=4, stride=4), Method("streaming-llm", 4.0)
     makers = [None, StreamingLLM(4.0), StreamingLLM(4.0, sinks=2), StreamingLLM(3.0), H2O(4.0), TOVA(4.0)]
-    assert len({grid_key(model, TASK, PROMPTS, method, config, make) for make in makers}) == len(makers)
-    records = run_grid(model, TOKENIZER, TASK, method, 2, config, tmp_path, make_cache=StreamingLLM(4.0))
+    assert len({records_file(model, "w", TOKENIZER, TASK, method, config, make) for make in makers}) == len(makers)
+    records = sample_records(model, TOKENIZER, TASK, method, 2, config, tmp_path / "r.jsonl", StreamingLLM(4.0))
     assert [(r["problem"], r["chain"]) for r in records] == [(p, c) for p in range(3) for c in range(2)]
     assert all(r["live"][-1] <= (r["prompt_tokens"] + 12) // 4 for r in records)
     assert model.dms.enabled and len(list(tmp_path.iterdir())) == 1
 
 
-def test_records_of_a_baseline_say_for_which_length_their_budget_was_set(model, tmp_path):
+def test_records_of_a_baseline_name_the_length_of_their_budget(model, tmp_path):
     config, method = SamplingConfig(max_new_tokens=12, batch=4, stride=4), Method("tova", 4.0)
 
-    def grid(make_cache):
-        return run_grid(model, TOKENIZER, TASK, method, 1, config, tmp_path / str(bool(make_cache)), make_cache)
+    def sampled(baseline):
+        return sample_records(model, TOKENIZER, TASK, method, 1, config, tmp_path / f"{bool(baseline)}", baseline)
 
-    records = grid(TOVA(4.0))
+    records = sampled(TOVA(4.0))
     assert [r["budget_length"] for r in records] == [12] * 3
-    assert all("budget_length" not in r for r in grid(None))
-    (file,) = (tmp_path / "True").iterdir()
+    assert all("budget_length" not in r for r in sampled(None))
     old = [{k: v for k, v in r.items() if k != "budget_length"} for r in records]
-    file.write_text("".join(json.dumps(r) + "\n" for r in old))  # written before records had the key
-    assert grid(TOVA(4.0)) == records
+    write_jsonl(tmp_path / "True", old)  # written before records had the key
+    assert sampled(TOVA(4.0)) == records
 
 
-def test_rows_keep_their_budgets_beside_others_and_caches_refuse_what_they_do_not_suit(model):
+def test_moved_rows_keep_their_budgets_and_unsuitable_uses_are_refused(model):
     cache = H2O(4.0)(model, 16)
     with model.dms.disabled():
         ids = torch.randint(2, 40, (2, 24))

@@ -7,7 +7,7 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from dms_core.budgets.curves import summarise
+from dms_core.budgets.curves import Pairs, default_pairs, summarise
 from dms_core.budgets.pareto import margin
 from dms_core.budgets.voting import any_correct, vote
 
@@ -18,11 +18,20 @@ def chain(problem, index, *, method="vanilla", cr=1, answer="1", tokens=8, strid
     """A chain with the costs of a dense cache, divided by cr but for the prompt. finished_at −1: at the end."""
     at = np.minimum(np.arange(-(-tokens // stride) + 1) * stride, tokens)
     return {
-        "method": method, "cr": cr, "problem": problem, "chain": index, "answer": answer, "gold": "1",
+        "method": method,
+        "cr": cr,
+        "problem": problem,
+        "chain": index,
+        "answer": answer,
+        "gold": "1",
         "finished_at": (tokens if finished_at == -1 else finished_at) if answer is not None else None,
-        "tokens": tokens, "stride": stride, "live": (PROMPT + at / cr).tolist(),
-        "reads": (PROMPT * at + at**2 / 2 / cr).tolist(), "prompt_tokens": PROMPT, "prompt_live": PROMPT,
-    }  # fmt: skip
+        "tokens": tokens,
+        "stride": stride,
+        "live": (PROMPT + at / cr).tolist(),
+        "reads": (PROMPT * at + at**2 / 2 / cr).tolist(),
+        "prompt_tokens": PROMPT,
+        "prompt_live": PROMPT,
+    }
 
 
 def run(method, cr, correct, rng, chains=1):
@@ -87,7 +96,7 @@ def test_pass_at_all_counts_no_chain_that_was_cut_before_its_answer():
     assert [p["accuracy"] for p in summarise(records, [8, 20], [2], aggregate="any")["points"]] == [0, 100]
 
 
-def test_what_the_grader_accepts_counts_whatever_its_spelling():
+def test_grade_overrides_comparison_of_answer_text():
     records = [chain(0, c, answer=a) | {"correct": a != "3"} for c, a in enumerate(["0.5", "1/2", "3"])]
     assert summarise(records, [8], [3])["points"][0]["accuracy"] == 100
     records = [chain(0, 0, answer="1") | {"correct": False}]  # the grader's word, not the spelling
@@ -113,12 +122,12 @@ def test_standard_errors_of_pass_at_1_are_those_of_simulated_reruns():
     assert row["se_questions"] is row["se_samples"] is None
 
 
-def test_records_that_nobody_graded_and_mixed_tasks_are_refused():
-    with pytest.raises(ValueError, match=r"correct is None \(method vanilla, problem 0, chain 0\); grade"):
+def test_ungraded_records_and_mixed_tasks_are_refused():
+    with pytest.raises(ValueError, match=r"correct None \(method vanilla, problem 0, chain 0\): must be true or false"):
         summarise([chain(0, 0) | {"correct": None}], [8], [1])
-    with pytest.raises(ValueError, match=r"tasks \['aime24', 'math500'\]; allowed: one task"):
+    with pytest.raises(ValueError, match=r"tasks \['aime24', 'math500'\]: must be of one task"):
         summarise([chain(p, 0) | {"task": t} for p, t in enumerate(("aime24", "math500"))], [8], [1])
-    with pytest.raises(ValueError, match="aggregate is 'all'; allowed"):
+    with pytest.raises(ValueError, match="aggregate 'all': must be one of"):
         summarise([chain(0, 0)], [8], [1], aggregate="all")
 
 
@@ -188,7 +197,7 @@ def test_margins_are_those_of_the_points():
         assert row["low"] <= row["high"]
 
 
-def test_compressing_for_nothing_gives_a_positive_margin_and_no_paired_difference():
+def test_smaller_cache_at_equal_accuracy_gives_positive_margin_and_zero_difference():
     rng = np.random.default_rng(4)
     dense = run("vanilla", 1, rng.random(40), rng, 4)
     records = dense + [
@@ -237,7 +246,7 @@ def budgeted(records, length):
     return [record | {"budget_length": length} for record in records]
 
 
-def test_a_chain_whose_kv_budget_was_set_for_one_length_stands_for_that_length_alone():
+def test_chain_with_budget_length_counts_at_that_length_only():
     rng = np.random.default_rng(8)
     dense, free = run("vanilla", 1, [0.6] * 10, rng, 2), run("dms", 4, [0.6] * 10, rng, 2)
     tova = run("tova", 4, [0.6] * 10, rng, 2)
@@ -259,14 +268,33 @@ def test_runs_at_two_lengths_give_a_budgeted_method_both_points():
     short, long = (budgeted([chain(0, 0, method="tova", cr=4, tokens=n)], n) for n in (8, 64))
     summary = summarise([chain(0, 0, method="dms", cr=4), *short, *long], [8, 32, 64], [1], 5)
     assert [(p["method"], p["L"]) for p in summary["points"]] == [
-        *(("dms", n) for n in (8, 32, 64)), ("tova", 8), ("tova", 64),
-    ]  # fmt: skip
+        *(("dms", n) for n in (8, 32, 64)),
+        ("tova", 8),
+        ("tova", 64),
+    ]
     assert [(p["b"], p["L"]) for p in summary["paired"]] == [("tova", 64)]
     assert summarise([chain(0, 0), *short], [32], [1], 5)["points"][0]["method"] == "vanilla"
-    with pytest.raises(ValueError, match=r"lengths is \[32\]; allowed: those of the KV budgets, \[8\]"):
+    with pytest.raises(ValueError, match=r"lengths \[32\]: must be among those of the KV budgets, \[8\]"):
         summarise(short, [32], [1])
-    with pytest.raises(ValueError, match="occurs twice"):
+    with pytest.raises(ValueError, match="must occur once"):
         summarise(short * 2, [8], [1])
+
+
+def test_given_pairs_replace_the_default_ones():
+    rng = np.random.default_rng(9)
+    names = [("vanilla", 1), ("dms", 4), ("tova", 4), ("tova", 8)]
+    records = [r for m, cr in names for r in run(m, cr, [0.6] * 8, rng, 2)]
+    pairs = Pairs([("tova", "dms")], [("tova", "vanilla")], [("tova", "dms"), ("tova", "vanilla")])
+    summary, default = (summarise(records, [16, 64], [1, 2], 20, pairs=given) for given in (pairs, None))
+    assert {(m["a"], m["b"]) for m in summary["margins"]} == {("tova", "dms")}
+    assert [(m["a"], m["b"], m["cr"]) for m in summary["margins_per_cr"][::4]] == [
+        ("tova", "vanilla", 4),
+        ("tova", "vanilla", 8),
+    ]
+    assert [(p["b"], p["cr"]) for p in summary["paired"]] == [("vanilla", 4), ("dms", 4), ("vanilla", 8)]
+    assert summary["points"] == default["points"]
+    assert default == summarise(records, [16, 64], [1, 2], 20, pairs=default_pairs(["vanilla", "dms", "tova"]))
+    assert default["paired"][-1]["difference"] == -summary["paired"][1]["difference"]
 
 
 def test_comparisons_use_the_problems_that_both_methods_have():
@@ -292,10 +320,10 @@ def test_bootstrap_intervals_cover_the_truth():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens": 0}, "tokens, stride, cr are 0, 4, 1 .*allowed: >= 1"),
-        ({"cr": 0.5}, r"tokens, stride, cr are 8, 4, 0\.5"),
-        ({"live": [1.0, 2.0]}, "live and reads hold 2 and 3 samples .*allowed: 3 each"),
-        ({"reads": [0.0, np.nan, 1.0]}, "not finite"),
+        ({"tokens": 0}, "tokens, stride, cr 0, 4, 1 .*: must be >= 1"),
+        ({"cr": 0.5}, r"tokens, stride, cr 8, 4, 0\.5"),
+        ({"live": [1.0, 2.0]}, "live, reads of 2, 3 samples .*: must be 3 each"),
+        ({"reads": [0.0, np.nan, 1.0]}, "prompt_live .*: must be finite"),
     ],
 )
 def test_bad_records_are_named(change, message):
@@ -307,13 +335,13 @@ def test_bad_arguments_are_named():
     good = [chain(0, 0)]
     incomplete = {key: value for key, value in good[0].items() if key != "stride"}
     for records, lengths, widths, resamples, message in (
-        (good, [0], [1], 10, r"lengths is \[0\]"),
-        (good, [8], [], 10, r"widths is \[\]"),
-        (good, [8], [1], 0, "resamples is 0"),
+        (good, [0], [1], 10, r"lengths \[0\]: must be"),
+        (good, [8], [], 10, r"widths \[\]: must be"),
+        (good, [8], [1], 0, "resamples 0: must be"),
         ([], [8], [1], 10, "no chain records"),
-        (good * 2, [8], [1], 10, "occurs twice"),
+        (good * 2, [8], [1], 10, "must occur once"),
         ([*good, chain(0, 1) | {"gold": "2"}], [8], [1], 10, "gold answers '1' and '2'"),
-        ([incomplete], [8], [1], 10, r"lacks \['stride'\]"),
+        ([incomplete], [8], [1], 10, r"without \['stride'\]: must have"),
     ):
         with pytest.raises(ValueError, match=message):
             summarise(records, lengths, widths, resamples)

@@ -13,9 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dms_core.cache.dms import DMSCache, DMSLayer
+from dms_core.cache.pages import PagedRows
 from dms_core.config import DMSConfig
 from dms_core.visibility import align_decisions, visible
-from dms_kernels import naive
+from dms_kernels import cache_append, naive
 
 WIDTH = 4
 
@@ -85,7 +86,7 @@ class Model:
             if valid[b].any():
                 expected = row.outputs(self.config)[:, -int(valid[b].sum()) :]
                 torch.testing.assert_close(out[b, :, valid[b]], expected, rtol=1e-4, atol=1e-5)
-            if tokens == 1 and valid[b, 0]:
+            if tokens == 1 and valid[b, 0] and len(row.k) > 1:  # a row's first token is its prompt
                 row.reads = [n + len(x) for n, x in zip(row.reads, row.held(self.config), strict=True)]
 
     def check(self) -> None:
@@ -171,9 +172,15 @@ WINDOWS = st.sampled_from([0, 0, 1, 2, 3, 5, 16, 20])
 
 @settings(max_examples=250)
 @given(
-    window=WINDOWS, delayed=st.booleans(), batch=st.integers(1, 3), heads=st.integers(1, 2), group=st.integers(1, 2),
-    page=st.sampled_from([1, 2, 4, 16]), steps=st.integers(1, 9), seed=st.integers(0, 2**31),
-)  # fmt: skip
+    window=WINDOWS,
+    delayed=st.booleans(),
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 2),
+    group=st.integers(1, 2),
+    page=st.sampled_from([1, 2, 4, 16]),
+    steps=st.integers(1, 9),
+    seed=st.integers(0, 2**31),
+)
 @example(window=0, delayed=True, batch=2, heads=2, group=2, page=2, steps=12, seed=7)
 @example(window=20, delayed=False, batch=2, heads=2, group=2, page=4, steps=12, seed=8)
 def test_cache_contents_equal_visible_set(window, delayed, batch, heads, group, page, steps, seed):
@@ -185,7 +192,7 @@ def test_cache_contents_equal_visible_set(window, delayed, batch, heads, group, 
 
 @settings(max_examples=40)
 @given(window=WINDOWS, delayed=st.booleans(), cuts=st.sets(st.integers(1, 29)), seed=st.integers(0, 2**31))
-def test_contents_do_not_depend_on_how_tokens_are_cut_into_calls(window, delayed, cuts, seed):
+def test_contents_do_not_depend_on_the_split_into_calls(window, delayed, cuts, seed):
     config = DMSConfig(window=window, eviction="delayed" if delayed else "immediate")
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(2, 2, 30, WIDTH, generator=g) for _ in range(3))
@@ -207,7 +214,7 @@ def test_contents_do_not_depend_on_how_tokens_are_cut_into_calls(window, delayed
         assert all(torch.equal(a, b) for a, b in zip(kept, results[0][1], strict=True))
 
 
-def test_everything_marked_holds_the_window_and_nothing_more():
+def test_all_marked_cache_holds_exactly_the_window():
     model = Model(DMSConfig(window=5), 2, 2, 1, 2, 0)
     for _ in range(40):
         model.feed(1, torch.ones(2, 1, dtype=torch.bool), 1.0)
@@ -216,7 +223,7 @@ def test_everything_marked_holds_the_window_and_nothing_more():
     assert len(model.layer.rows.keys) <= 4 * (3 + 1) * 17 / 16  # a row may have one page ahead
 
 
-def test_nothing_marked_is_a_dense_cache():
+def test_unmarked_cache_is_dense():
     model = Model(DMSConfig(window=5), 1, 2, 2, 4, 0)
     model.feed(10, torch.ones(1, 10, dtype=torch.bool), 0.0)
     for n in range(11, 31):
@@ -236,6 +243,50 @@ def test_freed_pages_are_used_before_the_pool_grows():
         model.feed(8, torch.tensor([[False] * 8, [True] * 8]), 0.0)
         model.check()
     assert len(model.layer.rows.keys) == before
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_reloaded_rows_leave_no_page_without_owner(trim):
+    rows = PagedRows.new(2, torch.empty(0, WIDTH), page=4, window=3)
+
+    def accounted() -> bool:
+        return int(rows.owned.sum()) + int(rows.free_count) == len(rows.keys) == len(rows.free)
+
+    for tokens in (404, 408, 412, 416, 8, 500):
+        k = torch.randn(1, tokens, WIDTH)
+        rows.load(torch.tensor([0]), k, -k, torch.tensor([tokens]))
+        if trim:
+            rows.trim()
+        assert accounted() and rows.owned[0] == tokens // 4
+        assert torch.equal(rows.read(torch.tensor([0]))[0][:, :tokens], k)
+    rows.release(torch.tensor([0, 1]))
+    assert accounted() and rows.free_count == len(rows.keys)
+    rows.trim()
+    assert len(rows.keys) == rows.nbytes == 0
+
+
+@pytest.mark.parametrize("look", [PagedRows.make_room, PagedRows.trim, lambda rows: rows.read(torch.tensor([0]))])
+def test_lost_token_raises_when_rows_are_next_looked_at(look):
+    rows = PagedRows.new(1, torch.empty(0, WIDTH), page=1, window=0)
+    rows.make_room()
+    flag = torch.ones(1, dtype=torch.bool)
+    for _ in range(2):  # the second token finds no page
+        cache_append(rows, torch.ones(1, WIDTH), torch.ones(1, WIDTH), ~flag, flag, 1)
+    assert rows.seen.tolist() == [1]
+    with pytest.raises(RuntimeError, match="found no free page and lost a token"):
+        look(rows)
+
+
+def test_one_token_prompt_is_prefill_and_counts_no_reads():
+    model = Model(DMSConfig(window=5), 2, 1, 1, 2, 0)
+    for valid, reads in (([True, False], [0, 0]), ([True, True], [2, 0]), ([True, True], [5, 2])):
+        model.feed(1, torch.tensor(valid)[:, None], 0.0)
+        assert model.layer.reads[:, 0].tolist() == reads
+        model.check()
+    model.layer.clear(torch.tensor([0]))
+    model.rows[0] = Row(1, 1, reads=[0], peak=[0])
+    model.feed(1, torch.tensor([[True], [False]]), 0.0)
+    model.check()
 
 
 def fill(cache: DMSCache, batch: int = 2, tokens: int = 12, share: float = 0.5) -> DMSCache:
@@ -258,7 +309,7 @@ def test_reports_have_layers_rows_and_heads():
     assert (cache.peak_tokens() >= live).all() and (cache.kv_reads() == 0).all()
 
 
-def test_reset_leaves_an_empty_cache_that_can_be_used_again():
+def test_reset_cache_is_empty_and_reusable():
     cache = fill(DMSCache(DMSConfig(window=2), layers=2))
     live = cache.live_tokens()
     cache.reset()
@@ -300,7 +351,7 @@ def test_empty_like_takes_rows_of_the_original():
     ],
     ids=["layers", "page", "fork", "batch", "other settings"],
 )
-def test_bad_input_is_named(use, message):
+def test_invalid_input_raises(use, message):
     cache = fill(DMSCache(DMSConfig(window=2), layers=2))
     with pytest.raises(ValueError, match=message):
         use(cache)

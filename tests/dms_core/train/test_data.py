@@ -5,14 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from companion.cli.main import main
-from companion.paths import REASONER
 from companion.tasks.programs import make_problem
 from companion.tasks.reasoner import load_tokenizer
-from dms_core.checkpoint import load_base
 from dms_core.model import _segments
-from dms_core.train.data import Store, completions, encode, prepare
-from dms_core.train.packing import OPEN, PackedRows, pack
+from dms_core.train.data import OPEN, PackedRows, Store, completions, encode, pack, prepare
 from dms_core.train.retrofit import pad_collate
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
@@ -29,10 +25,14 @@ def math_row(number: int = 0, accepted=(True, False), complete=(True, True)) -> 
     """A row with the fields of OpenR1-Math-220k; the second generation is the first one cut."""
     problem = make_problem("retrofit", 0, number)
     return {
-        "problem": problem.prompt.removesuffix(">"), "solution": problem.trace, "answer": problem.answer,
-        "generations": [problem.trace, problem.trace[:5]], "correctness_math_verify": list(accepted),
-        "is_reasoning_complete": list(complete), "uuid": str(number),
-    }  # fmt: skip
+        "problem": problem.prompt.removesuffix(">"),
+        "solution": problem.trace,
+        "answer": problem.answer,
+        "generations": [problem.trace, problem.trace[:5]],
+        "correctness_math_verify": list(accepted),
+        "is_reasoning_complete": list(complete),
+        "uuid": str(number),
+    }
 
 
 def write(file, rows) -> str:
@@ -43,10 +43,14 @@ def write(file, rows) -> str:
 @pytest.mark.parametrize(
     "accepted, complete, kept",
     [
-        ((True, True), (True, True), [0, 1]), ((False, True), (True, True), [1]), ((True, True), (False, True), [1]),
-        ((False, False), (True, True), []), ((True,), (True, True), [0]), (None, (True, True), []),
+        ((True, True), (True, True), [0, 1]),
+        ((False, True), (True, True), [1]),
+        ((True, True), (False, True), [1]),
+        ((False, False), (True, True), []),
+        ((True,), (True, True), [0]),
+        (None, (True, True), []),
     ],
-)  # fmt: skip
+)
 def test_only_complete_generations_that_math_verify_accepts_are_kept(accepted, complete, kept):
     row = {
         **math_row(),
@@ -56,7 +60,7 @@ def test_only_complete_generations_that_math_verify_accepts_are_kept(accepted, c
     assert completions(row) == [([{"role": "user", "content": row["problem"]}], row["generations"][i]) for i in kept]
 
 
-def test_conversations_and_plain_text_are_rows_too():
+def test_conversations_and_plain_text_become_completions():
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert completions({"messages": talk}) == [(talk[:1], "b")]
     assert completions({"text": "abc"}) == [([], "abc")]
@@ -80,12 +84,13 @@ def test_schema_errors_name_file_line_and_field(change, message, tokenizer, tmp_
     assert not (tmp_path / "store").exists()
 
 
-def test_other_bad_lines_are_named_too(tokenizer, tmp_path):
+def test_malformed_rows_are_named_with_file_and_line(tokenizer, tmp_path):
     for row, message in (
-        ([1], "the row is a list"), ({"prompt": "x"}, "generations: missing, and so are messages and text"),
+        ([1], "the row is a list"),
+        ({"prompt": "x"}, "generations: missing, and so are messages and text"),
         ({"messages": [{"role": "user", "content": "x"}]}, "messages: the last one must have role 'assistant'"),
         ({"messages": [{"role": "assistant"}]}, "messages: holds"),
-    ):  # fmt: skip
+    ):
         data = write(tmp_path / "rows.jsonl", [row])
         with pytest.raises(ValueError, match=rf"rows\.jsonl:1: {message}"):
             prepare(data, tokenizer, 512, 10**6, tmp_path / "store")
@@ -109,7 +114,7 @@ def test_labels_cover_the_completion_and_its_end(tokenizer, tmp_path):
     assert (labels[:head] == -100).all() and (labels[head:] == ids[head:]).all()
 
 
-def test_reasoning_is_not_opened_twice_nor_stripped():
+def test_encoding_keeps_one_think_tag_and_the_reasoning():
     """R1's template ends with an opened <think> and strips the reasoning of assistant turns."""
 
     class Words:
@@ -139,21 +144,21 @@ def test_cuts_and_drops_are_counted(tokenizer, tmp_path):
     assert facts["tokens"] == sum(kept)
 
 
-def test_no_more_is_read_than_needed_and_the_store_is_reused(tokenizer, tmp_path):
+def test_prepare_stops_at_the_token_limit_and_reuses_its_store(tokenizer, tmp_path):
     data = write(tmp_path / "rows.jsonl", [math_row(i) for i in range(50)])
     store = prepare(data, tokenizer, 512, 1000, tmp_path / "store")
     assert 1000 <= store.facts["tokens"] < 1512 and store.facts["rows"] < 50
     before = (tmp_path / "store" / "tokens.bin").stat().st_mtime_ns
     again = prepare(data, tokenizer, 512, 1000, tmp_path / "store")
     assert (again.tokens == store.tokens).all() and (tmp_path / "store" / "tokens.bin").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="store holds documents of other context"):
+    with pytest.raises(ValueError, match="store holds a run with other context"):
         prepare(data, tokenizer, 256, 1000, tmp_path / "store")
     write(tmp_path / "rows.jsonl", [math_row(3)])
-    with pytest.raises(ValueError, match="store holds documents of other data"):
+    with pytest.raises(ValueError, match="store holds a run with other data"):
         prepare(data, tokenizer, 512, 1000, tmp_path / "store")
 
 
-def test_other_processes_wait_for_the_first(tokenizer, tmp_path, monkeypatch):
+def test_prepare_on_other_ranks_waits_for_rank_0(tokenizer, tmp_path, monkeypatch):
     data, found = write(tmp_path / "rows.jsonl", [math_row()]), []
     monkeypatch.setenv("RANK", "1")
     waiter = threading.Thread(target=lambda: found.append(prepare(data, tokenizer, 512, 99, tmp_path / "store")))
@@ -202,7 +207,7 @@ def test_packed_rows_are_a_function_of_seed_and_index():
         PackedRows(store, 12, 0)
 
 
-def test_boundaries_reach_the_model_and_no_label_crosses_them():
+def test_packed_rows_give_the_model_segments_without_labels_across_them():
     rows = PackedRows(store_of([5, 4, 3]), 12, 1)
     batch = pad_collate(0)([rows[0], {"input_ids": [7, 8], "labels": [-100, 8], "position_ids": [0, 1]}])
     segments = _segments(batch["attention_mask"].bool(), batch["position_ids"], True)
@@ -212,7 +217,7 @@ def test_boundaries_reach_the_model_and_no_label_crosses_them():
     assert (batch["labels"][0][starts] == -100).all() and (batch["labels"][0] != -100).sum() == 12 - 2 * 3
 
 
-def test_a_packed_document_has_the_losses_it_has_alone(tiny_model):
+def test_packed_documents_have_the_losses_of_single_documents(tiny_model):
     """Of teacher and student; the student's gates are random and evict."""
     from dms_core.train.losses import Distiller
 
@@ -234,17 +239,3 @@ def test_a_packed_document_has_the_losses_it_has_alone(tiny_model):
 
 def store_of_part(store: Store, index: int) -> Store:
     return Store(store.tokens, store.learnt, store.table[index : index + 1], {})
-
-
-def test_command_retrofits_from_a_jsonl_file(tmp_path, capsys):
-    """The embedded model from a directory, its packed traces from a file, two steps."""
-    data = write(tmp_path / "rows.jsonl", [math_row(i) for i in range(12)])
-    command = ["retrofit", "--recipe", "reasoner", "--model", str(REASONER), "--data", data, "--json", "--cpu",
-               "--out", str(tmp_path / "run"), "--set", "context=400", "final_cr=2", "rests=[]", "steps_per_unit=2",
-               "batch=2", "warmup=0"]  # fmt: skip
-    assert main(command) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["steps"] == 2 and result["documents"]["documents"] >= 2
-    assert load_base(result["checkpoints"]["2"]) is not None
-    assert main([*command[:-1], "warmup=1"]) == 2
-    assert "holds a run with other warmup" in capsys.readouterr().err

@@ -15,7 +15,7 @@ def random_logits(seed: int):
     return torch.randn(6, 11, generator=g) * 3, torch.randn(6, 11, generator=g) * 3
 
 
-def test_directions_have_their_names():
+def test_forward_is_kl_teacher_student_and_reverse_kl_student_teacher():
     student, teacher = random_logits(0)
     s, t = Categorical(logits=student), Categorical(logits=teacher)
     torch.testing.assert_close(token_divergence(student, teacher, "forward"), kl_divergence(t, s))
@@ -121,7 +121,7 @@ def test_padding_in_a_batch_changes_no_rows_loss(tiny_model, direction):
     torch.testing.assert_close(both["loss"], both["kd"] + both["aux"])
 
 
-def test_without_a_teacher_the_student_with_gates_off_teaches(tiny_model):
+def test_distiller_without_teacher_uses_student_with_gates_off(tiny_model):
     model, original = tiny_model(), tiny_model(gates=False)
     own = evaluated(model, None, documents())
     torch.testing.assert_close(own["kd"], evaluated(model, original, documents())["kd"], rtol=1e-4, atol=1e-6)
@@ -132,7 +132,7 @@ def test_without_a_teacher_the_student_with_gates_off_teaches(tiny_model):
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_untrained_gates_teach_themselves_nothing(tiny_model):
+def test_untrained_gates_have_zero_distillation_loss(tiny_model):
     model = attach(tiny_model(gates=False), DMSConfig(window=2))
     assert evaluated(model, None, documents())["kd"] < 1e-6
 

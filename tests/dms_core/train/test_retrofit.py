@@ -9,7 +9,10 @@ from transformers import TrainerCallback
 from companion.tasks.reasoner import make_tokenizer
 from dms_core.checkpoint import load_model, read_settings
 from dms_core.config import DMSConfig
-from dms_core.train.retrofit import RetrofitConfig, checkpoint_dir, pad_collate, retrofit
+from dms_core.train.optim import make_optimizer
+from dms_core.train.recipe import RetrofitConfig
+from dms_core.train.retrofit import pad_collate, retrofit
+from dms_core.train.trainer import checkpoint_dir
 
 module = sys.modules["dms_core.train.retrofit"]  # the package exports the function of that name
 DMS = DMSConfig(window=2, scale=10.0)
@@ -49,7 +52,7 @@ def interrupt(monkeypatch, step: int):
 
 @pytest.mark.parametrize("order", ["sequential", "random"])
 @pytest.mark.parametrize("train, gate", [("all", "adapter"), ("all", "neuron"), ("gates", "adapter")])
-def test_stop_and_resume_gives_the_same_weights_as_no_stop(tiny_model, tmp_path, monkeypatch, order, train, gate):
+def test_resumed_run_has_the_weights_of_an_uninterrupted_one(tiny_model, tmp_path, monkeypatch, order, train, gate):
     recipe = RetrofitConfig(**{**vars(RECIPE), "train": train})
     dms = DMSConfig(**{**vars(DMS), "gate": gate})
     options = {"train_sampling_strategy": order}
@@ -70,7 +73,7 @@ def test_stop_and_resume_gives_the_same_weights_as_no_stop(tiny_model, tmp_path,
         assert all(whole[name].abs().sum() > 0 for name in whole if "dms_gate.proj" in name)
 
 
-def test_one_run_keeps_a_family_at_integer_ratios(tiny_model, tmp_path):
+def test_run_saves_a_checkpoint_at_each_integer_ratio(tiny_model, tmp_path):
     model = run(tiny_model, tmp_path)
     assert sorted(d.name for d in tmp_path.glob("cr*")) == ["cr2", "cr3"]
     assert [read_settings(checkpoint_dir(tmp_path, cr))["step"] for cr in (2, 3)] == [5, 8]
@@ -82,7 +85,7 @@ def test_one_run_keeps_a_family_at_integer_ratios(tiny_model, tmp_path):
     assert facts["dms"] == DMS.to_dict() and facts["recipe"]["steps"] == 8
 
 
-def test_stopping_at_a_ratio_gives_that_member_of_the_longer_runs_family(tiny_model, tmp_path):
+def test_stop_cr_gives_the_longer_runs_checkpoint_of_that_ratio(tiny_model, tmp_path):
     run(tiny_model, tmp_path / "long")
     recipe = RetrofitConfig(**{**vars(RECIPE), "stop_cr": 2.0})
     for _ in range(2):  # the second finds nothing left to do
@@ -102,15 +105,21 @@ def test_loss_parts_and_targets_are_logged(tiny_model, tmp_path):
         assert entry["cr_measured"] == pytest.approx(1 / (1 - entry["evicted"]))
 
 
-def test_a_step_is_the_same_however_its_batch_is_cut(tiny_model, tmp_path):
+def test_accumulation_does_not_change_a_step(tiny_model, tmp_path):
     """Noise, both losses and hence weights, with rows of different lengths: losses in one batch of four, or in four."""
     logs, weights = [], []
     for size in (4, 2, 1):
         recipe = RetrofitConfig(final_cr=2.0, steps_per_unit=2, batch=4, device_batch=size, lr=1e-2, optimizer="adamw")
         model = retrofit(
-            tiny_model(gates=False), make_tokenizer(), documents(8), DMS, recipe, tmp_path / str(size),
-            train_sampling_strategy="sequential", **OPTIONS,
-        )  # fmt: skip
+            tiny_model(gates=False),
+            make_tokenizer(),
+            documents(8),
+            DMS,
+            recipe,
+            tmp_path / str(size),
+            train_sampling_strategy="sequential",
+            **OPTIONS,
+        )
         entries = json.loads((tmp_path / str(size) / "retrofit.json").read_text())["log"]
         logs.append([[e[k] for k in ("loss", "kd", "aux", "evicted")] for e in entries if "loss" in e])
         weights.append(model.state_dict())
@@ -139,17 +148,36 @@ def test_steps_end_with_the_checkpoint_of_stop_cr():
         ({"chunk": 0}, "chunk 0: must be >= 1"),
         ({"save_steps": 0}, "save_steps 0: must be >= 1"),
         ({"lr": -1.0}, "lr -1.0: must be >= 0"),
+        ({"gate_lr": -1.0}, "gate_lr -1.0: must be >= 0"),
+        ({"gate_lr": float("nan")}, "gate_lr nan: must be >= 0"),
         ({"warmup": -1}, "warmup -1, rests"),
         ({"optimizer": "sgd"}, "optimizer 'sgd': must be one of"),
         ({"stop_cr": 2.5}, r"stop_cr 2.5: must be one of \[2.0, 3.0"),
     ],
 )
-def test_bad_recipes_are_named(wrong, message):
+def test_bad_settings_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         RetrofitConfig(**wrong)
 
 
-def test_gates_alone_need_gates_with_parameters(tiny_model, tmp_path):
+@pytest.mark.parametrize("gate_lr, used", [(None, 1e-2), (0.0, 0.0), (3e-3, 3e-3)])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_gate_lr_applies_to_gates_only_and_may_be_zero(tiny_model, optimizer, gate_lr, used):
+    model = tiny_model()
+    made = make_optimizer(list(model.named_parameters()), optimizer, 1e-2, weight_decay=0.1, gate_lr=gate_lr)
+    gates = {id(p) for p in model.dms.gate_parameters()}
+    for group in made.param_groups:
+        of_gates = [id(p) in gates for p in group["params"]]
+        assert all(of_gates) or not any(of_gates)
+        assert (group["lr"], group["weight_decay"]) == ((used, 0.0) if of_gates[0] else (1e-2, 0.1))
+    before = [p.detach().clone() for p in model.dms.gate_parameters()]
+    model.train()(torch.arange(1, 15)[None]).logits.square().mean().backward()
+    made.step()
+    moved = [not torch.equal(p, old) for p, old in zip(model.dms.gate_parameters(), before, strict=True)]
+    assert any(moved) == (used > 0)
+
+
+def test_training_gates_alone_rejects_the_neuron_gate(tiny_model, tmp_path):
     model = tiny_model(gates=False)
     recipe = RetrofitConfig(train="gates")
     with pytest.raises(ValueError, match="gate 'neuron': that gate has no parameters"):

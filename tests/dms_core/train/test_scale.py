@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from companion.tasks.reasoner import make_tokenizer
 from dms_core.config import DMSConfig
-from dms_core.gate import keyed_noise, row_keys, sample_noise
+from dms_core.noise import keyed_noise, row_keys, sample_noise
 from dms_core.train.losses import Distiller
 from dms_core.train.retrofit import pad_collate
 
@@ -102,7 +102,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 @pytest.mark.slow
-def test_distillation_never_holds_the_logits_of_a_long_sequence():
+def test_chunked_loss_never_holds_all_logits_of_a_long_sequence():
     """8192 tokens, 150,000 entries in the vocabulary, chunks of 256; the narrow hidden state only saves time."""
     peak = int(run([sys.executable, "-c", PEAK]).stdout)
     logits = 8192 * 150_000 * 4
@@ -134,7 +134,7 @@ def logged(out: Path) -> list[list[float]]:
 
 
 @pytest.mark.slow
-def test_two_processes_that_accumulate_take_the_same_steps_as_one(tmp_path):
+def test_two_accumulating_processes_take_the_steps_of_one(tmp_path):
     """AdamW: Muon magnifies rounding where gradients almost vanish, so that small divergences differ by 0.1 %."""
     for processes, device_batch in ((1, 4), (2, 1)):
         run(command(tmp_path / str(processes), processes, "optimizer=adamw", f"device_batch={device_batch}"))
@@ -148,7 +148,7 @@ def test_two_processes_that_accumulate_take_the_same_steps_as_one(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_killed_and_started_again_ends_with_the_weights_of_an_undisturbed_one(tmp_path, processes):
+def test_killed_and_restarted_run_has_the_weights_of_an_uninterrupted_one(tmp_path, processes):
     run(command(tmp_path / "whole", processes))
     kill_after_checkpoint(command(tmp_path / "cut", processes), tmp_path / "cut" / "trainer" / "checkpoint-2")
     assert not (tmp_path / "cut" / "retrofit.json").exists()
@@ -170,7 +170,7 @@ def kill_after_checkpoint(command: list[str], checkpoint: Path) -> None:
         assert process.wait(120) != 0
 
 
-def test_neuron_fades_out_before_anything_is_evicted(tmp_path, tiny_model, monkeypatch):
+def test_neuron_warmup_fades_the_neuron_before_any_eviction(tmp_path, tiny_model, monkeypatch):
     """Warm-up of appendix C, then the ramp."""
     module, seen = sys.modules["dms_core.train.retrofit"], []  # the package exports the function of that name
 
@@ -203,7 +203,7 @@ from torch.distributed.fsdp import fully_shard
 from dms_core import DMSConfig, attach
 from dms_core.checkpoint import load_base
 from dms_core.train.losses import Distiller
-from dms_core.gate import row_keys
+from dms_core.noise import row_keys
 from companion.paths import REASONER
 from dms_core.train.trainer import full_state, shard_teacher
 

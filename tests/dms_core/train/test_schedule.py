@@ -12,7 +12,7 @@ def test_target_ratio_rises_by_one_every_steps_per_unit():
     assert Schedule(2.5, 10).saves() == {10: 2, 15: 2.5}
 
 
-def test_a_rest_keeps_the_target_while_the_rate_falls_to_zero():
+def test_rest_keeps_the_target_while_the_rate_falls_to_zero():
     schedule = Schedule(4.0, 10, ((2.0, 5), (4.0, 10)), warmup=2)
     assert schedule.steps == 45
     assert [schedule.cr(t) for t in range(10, 16)] == [2.0] * 6

@@ -31,18 +31,18 @@ def tokenizer():
     return tokenizer
 
 
-def test_same_seed_same_questions_and_another_seed_hardly_any_of_them():
+def test_questions_depend_on_the_seed_and_rarely_repeat_across_seeds():
     assert questions(60, 5) == questions(60, 5)
     assert len(set(questions(60, 5)) & set(questions(60, 6))) <= 4  # "is 1996 a leap year" comes again
 
 
-def test_what_is_learnt_are_the_assistants_words(tokenizer):
+def test_conversation_labels_cover_assistant_turns_only(tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ '>' }}", "")
     ids, learnt = encode_conversation(tokenizer, TALK)
     assert tokenizer.decode([i for i, mark in zip(ids, learnt, strict=True) if mark]).replace(" ", "") == "a=1;b=2;"
 
 
-def test_a_stored_conversation_has_labels_on_every_answer(tokenizer, tmp_path):
+def test_stored_conversation_labels_every_answer(tokenizer, tmp_path):
     file = tmp_path / "talk.jsonl"
     file.write_text(json.dumps({"messages": TALK, "learn": "all"}) + "\n" + json.dumps({"messages": TALK}) + "\n")
     store = prepare(str(file), tokenizer, 64, 10**6, tmp_path / "store")
@@ -51,7 +51,7 @@ def test_a_stored_conversation_has_labels_on_every_answer(tokenizer, tmp_path):
     assert store.facts["documents"] == 2 and store.facts["labelled"] == sum(store.learnt)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     plain = tokenizer.chat_template
     tokenizer.chat_template = (
         "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
@@ -63,7 +63,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
         tokenizer.chat_template = plain
 
 
-def test_every_question_has_the_models_answer(tokenizer):
+def test_conversations_answer_every_question(tokenizer):
     model = attach(load_base(REASONER), DMSConfig())
     talks = list(conversations(model, tokenizer, 2, 3, seed=1, max_new_tokens=4, batch=4))
     assert [m["content"] for talk in talks for m in talk[::2]] == questions(6, 1)

@@ -26,11 +26,10 @@ class Architecture:
     def from_config(cls, config) -> "Architecture":
         """From a transformers configuration."""
         text = config.get_text_config()
-        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return cls(
-            text.num_hidden_layers, text.hidden_size, text.intermediate_size, kv_heads * head_dim, text.vocab_size
-        )
+        heads = text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        kv_width = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
+        return cls(text.num_hidden_layers, text.hidden_size, text.intermediate_size, kv_width, text.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,8 @@ def flops(arch: Architecture, batch: int, items: float) -> float:
 
 
 def weight_bytes(arch: Architecture) -> float:
-    """Bytes of weights that every step reads, whatever the batch."""
-    d, f, d_kv = arch.hidden, arch.mlp, arch.kv_width
-    return arch.layers * (6 * d * f + 4 * d * d + 4 * d * d_kv) + 2 * d * arch.vocabulary
+    """Bytes of weights that every step reads, whatever the batch: as many as a row's operations with no items."""
+    return flops(arch, 1, 0)
 
 
 def kv_bytes(arch: Architecture, batch: int, items: float) -> float:

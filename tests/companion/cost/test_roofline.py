@@ -1,8 +1,8 @@
 import pytest
 from transformers import LlamaConfig
 
-from companion.cost import latency
-from companion.cost.latency import ARCHITECTURES, H100, Architecture, kv_share
+from companion.cost import roofline
+from companion.cost.roofline import ARCHITECTURES, H100, Architecture, kv_share
 
 LLAMA = ARCHITECTURES["llama-3.1-8b"]
 BATCHES = [2**i for i in range(9)]
@@ -33,21 +33,25 @@ def test_compression_divides_the_context():
 
 
 def test_weights_of_llama_8b_are_the_papers():
-    assert f"{latency.weight_bytes(LLAMA):.2e}" == "1.50e+10"
+    assert f"{roofline.weight_bytes(LLAMA):.2e}" == "1.50e+10"
 
 
 def test_latency_is_the_slower_of_arithmetic_and_reading():
-    memory_bound = latency.latency(LLAMA, 1, 1024)
-    assert memory_bound == latency.reads(LLAMA, 1, 1024) / H100.bandwidth
-    compute_bound = latency.latency(LLAMA, 4096, 1)
-    assert compute_bound == latency.flops(LLAMA, 4096, 1) / H100.flops
+    memory_bound = roofline.latency(LLAMA, 1, 1024)
+    assert memory_bound == roofline.reads(LLAMA, 1, 1024) / H100.bandwidth
+    compute_bound = roofline.latency(LLAMA, 4096, 1)
+    assert compute_bound == roofline.flops(LLAMA, 4096, 1) / H100.flops
 
 
 def test_architecture_is_read_from_a_transformers_config():
     config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8,
-    )  # fmt: skip
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
     assert Architecture.from_config(config) == LLAMA
 
 

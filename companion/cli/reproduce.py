@@ -1,0 +1,153 @@
+"""The embedded model: its main job, what came of it beside the paper, and the studies."""
+
+import sys
+from pathlib import Path
+
+from companion.cli import results
+from companion.cli.app import Profile, Runs, Seed, command, opt
+from companion.paths import REASONER, RESULTS, RUNS, checkout
+from dms_core.storage import read_json
+
+REPRODUCE = "Reproduce"
+FINISHED = (RUNS / "tiny", RESULTS / "tiny")  # where curves.json is looked for
+PAIR = "accuracy {a} - {b}, CR {cr:g}: {difference:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+@command(REPRODUCE, "reproduce", results.Reproduce)
+def reproduce(
+    profile: Profile = "tiny",
+    runs: Runs = RUNS,
+    seed: Seed = 0,
+    fresh: opt(bool, "forget earlier results of this profile first", "--fresh") = False,
+):
+    """retrofit the embedded model, compute the curves, render the book"""
+    import shutil
+
+    checkout("dms reproduce")
+    from companion.book import reproduce
+
+    if fresh:
+        shutil.rmtree(runs / profile, ignore_errors=True)
+    result = reproduce(profile, runs, seed)
+    print(f"{result['seconds']:.0f} s; read {result['book']}", file=sys.stderr)
+    return result
+
+
+@command(REPRODUCE, "curves", results.Curves)
+def curves(
+    directory: opt(Path, "a run directory (default: runs/tiny, else data/results/tiny)", "--results") = None,
+    lengths: opt(list[int], "budgets (default: those of the run)", metavar="L...") = None,
+    widths: opt(list[int], "numbers of chains (default: the run's)", metavar="W...") = None,
+    figure: opt(Path, "also draw the curves to this PNG or SVG file") = None,
+):
+    """accuracy at each budget, Pareto margins and paired differences"""
+    directory = directory or next((path for path in FINISHED if (path / "curves.json").exists()), FINISHED[-1])
+    if (directory / "curves.json").exists() and not (lengths or widths):
+        summary = read_json(directory / "curves.json")
+    else:
+        from companion.experiments.sample import summarise_directory
+
+        summary = summarise_directory(directory, lengths, widths)
+    if figure:
+        from companion.figures.curves import draw_curves
+
+        draw_curves(summary, figure)
+    for row in summary["margins"]:
+        if row["value"] is not None:
+            yield "margin {a} - {b}, {axis}, {scale}: {value:+.1f} [{low:+.1f}, {high:+.1f}]".format(**row)
+    yield from (PAIR.format(**row) for row in summary["paired"])
+    return summary
+
+
+@command(REPRODUCE, "grid", results.Grid)
+def grid(profile: Profile = "tiny", runs: Runs = RUNS, seed: Seed = 0):
+    """DMS, the dense model and training-free baselines on the same problems"""
+    from companion.experiments import main as job
+
+    summary = job.grid(job.Run.of(profile, runs, seed))
+    largest = max(point["L"] for point in summary["points"])
+    line = "{method} CR {cr:g}: {accuracy:.1f} [{low:.1f}, {high:.1f}], reads {reads:.0f}, peak {peak:.0f}"
+    for point in summary["points"]:
+        if point["L"] == largest and point["W"] == 1:
+            yield line.format(**point)
+    yield from (PAIR.format(**row) for row in summary["paired"])
+    return summary
+
+
+@command(REPRODUCE, "published", results.Published)
+def published(
+    directory: opt(
+        Path, "directory with curves.json (default: runs/tiny, else data/results/tiny)", "--results", metavar="DIR"
+    ) = None,
+    model: opt(str, "the run's model as data/published names it (default: what curves.json says)") = None,
+    task: opt(str, "its benchmark, likewise") = None,
+    markdown: opt(Path, "write the Markdown to this file", metavar="FILE") = None,
+    figure: opt(Path, "also draw it to this PNG or SVG file", metavar="FILE") = None,
+):
+    """a run's margins and accuracies beside the paper's tables, as Markdown"""
+    from companion.claims import published as tables
+
+    candidates = [directory] if directory else FINISHED
+    file = next((path / "curves.json" for path in candidates if (path / "curves.json").exists()), None)
+    if file is None:
+        raise ValueError(f"{candidates[0]}: holds no curves.json; dms reproduce and dms summarise write one")
+    summary = read_json(file)
+    result = tables.compare(summary, model, task)
+    text = tables.markdown(result)
+    if markdown:
+        markdown.write_text(text)
+    else:
+        yield text
+    if figure:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from companion.claims.published_plot import plot_comparison
+        from companion.figures.style import set_style
+
+        set_style()
+        plot_comparison(summary, model, task).savefig(figure)
+    return result
+
+
+@command(REPRODUCE, "ledger", results.Ledger)
+def ledger(
+    runs: opt(Path, "as given to dms reproduce; the run must be finished", metavar="DIR") = RUNS,
+    profile: Profile = "tiny",
+):
+    """the paper's claims, one a row, with what was measured and a verdict"""
+    from dataclasses import asdict
+
+    from companion.claims.ledger import gather, make_ledger, markdown
+    from companion.experiments.main import Run
+
+    run = Run.of(profile, runs)
+    if not (run.root / "curves.json").exists():
+        raise ValueError(f"{run.root}: holds no finished run; dms reproduce --profile {profile} makes one")
+    claims = make_ledger(gather(run, RESULTS))
+    yield markdown(claims)
+    return {"claims": [asdict(claim) for claim in claims]}
+
+
+@command("Inspect", "cache-report", results.CacheReport)
+def cache_report(
+    cr: opt(float, "compression ratio of the checkpoint") = 8.0,
+    checkpoint: opt(Path, "a retrofitted model (default: runs/tiny, else data/reasoner)") = None,
+):
+    """bytes held after one long generation by the embedded model"""
+    from companion.experiments import heldout
+    from companion.experiments import main as job
+    from companion.tasks.programs import make_problem
+    from companion.tasks.reasoner import load_tokenizer
+    from dms_core.checkpoint import load_model
+
+    if checkpoint is None and (RUNS / "tiny").exists():
+        checkpoint = job.checkpoint(job.Run.of("tiny", RUNS), "dms", cr)
+        checkpoint = checkpoint if (checkpoint / "dms.json").exists() else None
+    checkpoint = checkpoint or REASONER / f"dms-cr{cr:g}"
+    problems = [make_problem("test", 0, i, (14, 14)) for i in range(200)]
+    longest = max(problems, key=lambda p: len(p.prompt) + len(p.trace))
+    report = heldout.cache_report(load_model(checkpoint), load_tokenizer(checkpoint), longest.prompt, cr)
+    line = "{tokens} tokens: {bytes_held} of {bytes_dense} bytes held, {ratio_excluding_window:.2f}x smaller outside"
+    yield f"{line} the window".format(**report)
+    return report

@@ -1,0 +1,153 @@
+"""Chains of one model and method on a benchmark in a directory of their own, and the curves of what such runs wrote.
+
+The directory holds ``records/*.jsonl``, one file a (method, CR), and ``run.json``: the task, the lengths and widths to
+report, and which file belongs to which method.
+"""
+
+import inspect
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from companion.experiments.profiles import get_profile
+from companion.records import Method, records_file, sample_records
+from companion.tasks import Task, get_task, task_class
+from companion.tasks.grading import canonical, grade_file
+from companion.tasks.sandbox import sandbox
+from dms_core.baselines import BASELINES, get_baseline
+from dms_core.budgets.curves import summarise
+from dms_core.checkpoint import fingerprint, load_base, load_model, read_settings
+from dms_core.config import DMSConfig
+from dms_core.hub_files import local_directory
+from dms_core.model import attach
+from dms_core.sampling import SamplingConfig
+from dms_core.storage import read_json, read_jsonl, write_json
+
+SIDECAR = "run.json"
+
+
+def load_task(name: str, source: Path | None, limit: int | None, options: dict, unsafe: bool) -> Task:
+    """``get_task``; unsafe: run programs without a sandbox, if it is a task that runs any."""
+    if unsafe and "unsafe" in inspect.signature(task_class(name)).parameters:
+        options = {**options, "unsafe": True}
+    return get_task(name, source, limit, **options)
+
+
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_dense(name: str):
+    """A model in bf16, on a GPU where there is one, and its tokenizer, of a directory or hub id."""
+    directory = local_directory(name)
+    return load_base(directory, dtype=torch.bfloat16).to(best_device()), load_tokenizer(directory)
+
+
+def load_tokenizer(directory: Path):
+    """A tokenizer that can pad."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def sample_benchmark(
+    model: str,
+    task: Task,
+    method: str,
+    cr: float | None,
+    chains: int,
+    config: SamplingConfig,
+    out: Path,
+    lengths: Sequence[int] = (),
+    widths: Sequence[int] = (),
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    workers: int = 1,
+    unsafe: bool = False,
+) -> dict:
+    """Sample chains, or go on where it was interrupted, and grade them.
+
+    model: a directory or hub id, retrofitted for the method ``dms``; cr: None for what that checkpoint says.  lengths,
+    widths: budgets of the curves, noted in run.json (default: up to those sampled).  workers: programs graded at once.
+    Returns {"task", "method", "cr", "file", "records", "pass_at_1"}, the last None where nothing is graded.  Raises
+    ValueError where model, method or ratio are wrong, or ``out`` belongs to another task.
+    """
+    if method not in ("vanilla", "dms", *BASELINES):
+        raise ValueError(f"method {method!r}: must be one of vanilla, dms, {', '.join(sorted(BASELINES))}")
+    if method in BASELINES and not cr:
+        raise ValueError(f"--method {method}: needs --cr, the compression ratio of its budget")
+    longest = config.max_new_tokens
+    lengths = list(lengths) or sorted({max(1, longest // 4), max(1, longest // 2), longest})
+    widths = list(widths) or [w for w in (1, 2, 4, 8, 16, 32) if w <= chains]
+    note = {"task": task.name, "lengths": lengths, "widths": widths, "records": _noted(out, task)}
+    directory = local_directory(model)
+    cr = cr or (read_settings(directory).get("cr") if method == "dms" else 1.0)
+    if not cr:
+        raise ValueError(f"{model} does not say its compression ratio: give --cr")
+    baseline = get_baseline(method)(float(cr)) if method in BASELINES else None
+    if method == "dms":
+        loaded = load_model(directory, dtype=dtype)
+    else:
+        loaded = attach(load_base(directory, dtype=dtype), DMSConfig())  # gates stay off
+    loaded, tokenizer, chosen = loaded.to(device or best_device()), load_tokenizer(directory), Method(method, float(cr))
+    name = records_file(loaded, fingerprint(directory), tokenizer, task, chosen, config, baseline)
+    note["records"][str(chosen)], file = name, out / "records" / name
+    write_json(out / SIDECAR, note)
+    records = sample_records(loaded, tokenizer, task, chosen, chains, config, file, baseline)
+    if task.grades_later:
+        if not unsafe and (reason := sandbox.why_not()):
+            print(f"not graded: {reason}; grade with dms grade {file} --task {task.name}", file=sys.stderr)
+        else:
+            records = grade_file(file, task, workers, missing=True)
+    graded = [record for record in records if record["correct"] is not None]
+    score = summarise(graded, [longest], [1], 1)["pass_at_1"][0] if graded else None
+    facts = {"task": task.name, "method": method, "cr": float(cr), "file": str(file), "records": len(records)}
+    return {**facts, "pass_at_1": score}
+
+
+def _noted(out: Path, task: Task) -> dict:
+    """The files of records that run.json lists.  Raises ValueError where they are of another task."""
+    old = read_json(out / SIDECAR) if (out / SIDECAR).exists() else {"task": task.name, "records": {}}
+    if old["task"] != task.name:
+        raise ValueError(f"{out} holds records of {old['task']!r}: take another directory for {task.name!r}")
+    return old["records"]
+
+
+def summarise_directory(directory: Path, lengths: Sequence[int] | None, widths: Sequence[int] | None) -> dict:
+    """The curves of the records in a directory, at these budgets or those of its run.json.
+
+    Records of the embedded model's main job, which have no run.json, are summarised at the budgets of the profile tiny.
+    """
+    if (directory / SIDECAR).exists():
+        note = read_json(directory / SIDECAR)
+        files = [directory / "records" / name for name in note["records"].values()]
+    else:
+        profile = get_profile("tiny")
+        note = {"task": "programs", "lengths": profile.lengths, "widths": profile.widths}
+        files = sorted([*directory.glob("*.jsonl"), *directory.glob("records/*.jsonl")])
+    if not files:
+        raise ValueError(f"{directory}: neither curves.json nor records/*.jsonl; run dms reproduce or dms sample first")
+    return summarise_files(files, lengths or note["lengths"], widths or note["widths"], note["task"])
+
+
+def summarise_files(
+    paths: Iterable[Path], lengths: Sequence[int], widths: Sequence[int], task: str = "programs"
+) -> dict:
+    """The curves of the records in JSONL files, and in those anywhere below directories.
+
+    Answers that the grader holds equal vote as one.  task: of records that do not say it.  Raises ValueError for a file
+    that is not there, and for records of several tasks.
+    """
+    files = [file for path in paths for file in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])]
+    if missing := [str(file) for file in files if not file.exists()]:
+        raise ValueError(f"no such records: {', '.join(missing)}")
+    records = canonical(record for file in files for record in read_jsonl(file))
+    tasks = sorted({record.get("task", task) for record in records}) or [task]
+    if len(tasks) > 1:
+        raise ValueError(f"records of {len(tasks)} tasks, {', '.join(tasks)}: must be of one")
+    return summarise(records, list(lengths), list(widths), aggregate=task_class(tasks[0]).aggregate)

@@ -1,0 +1,88 @@
+"""AIME and MATH-500: the answer is the last closed ``\\boxed{...}``, graded by Math-Verify."""
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+
+from companion.tasks.base import Task, TaskProblem
+from companion.tasks.sandbox.worker import math_worker
+from companion.tasks.source import HubData, Source, read_rows
+from companion.tasks.templates import fill
+
+TOKENS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+
+
+class MathTask(Task):
+    """Free-form mathematics; subclasses set ``data`` and ``problem``."""
+
+    data: HubData
+
+    def __init__(self, source: Source = None) -> None:
+        self.problems = [self.problem(row) for row in read_rows(self.data, source)]
+
+    def problem(self, row: dict) -> TaskProblem:
+        raise NotImplementedError
+
+    def ready(self) -> None:
+        math_worker()
+
+    def messages(self, problem: TaskProblem) -> list[dict]:
+        return [{"role": "user", "content": fill("MATH", QUESTION=problem.question)}]
+
+    def candidates(self, text: str) -> Iterator[tuple[int, str]]:
+        return boxes(text)
+
+    def correct(self, answer: str, problem: TaskProblem) -> bool:
+        return equal(problem.gold, answer)
+
+    @classmethod
+    def same(cls, one: str, other: str) -> bool:
+        return equal(one, other) or equal(other, one)  # Math-Verify is not symmetric
+
+
+class AIME24(MathTask):
+    """AIME 2024: thirty problems, answers 0 to 999."""
+
+    name = "aime24"
+    data = HubData("HuggingFaceH4/aime_2024", {"id": (int, str), "problem": str, "answer": (str, int)})
+
+    def problem(self, row: dict) -> TaskProblem:
+        return TaskProblem(str(row["id"]), row["problem"], str(row["answer"]))
+
+
+class AIME25(AIME24):
+    name = "aime25"
+    data = HubData("yentinglin/aime_2025", AIME24.data.fields)  # the set that open-r1 evaluates on
+
+
+class MATH500(MathTask):
+    """500 problems of the MATH test set."""
+
+    name = "math500"
+    fields = dict.fromkeys(("unique_id", "problem", "answer", "subject"), str) | {"level": (int, str)}
+    data = HubData("HuggingFaceH4/MATH-500", fields, split="test")
+
+    def problem(self, row: dict) -> TaskProblem:
+        metadata = {"subject": row["subject"], "level": row["level"]}
+        return TaskProblem(row["unique_id"], row["problem"], row["answer"], metadata)
+
+
+def boxes(text: str) -> Iterator[tuple[int, str]]:
+    """(end, content) of every closed, non-empty ``\\boxed{}`` or ``\\fbox{}``; braces may nest and be escaped."""
+    opened: list[int | None] = []  # where the content of a box starts; None for a plain brace
+    for match in TOKENS.finditer(text):
+        token = match[0]
+        if token == "{":
+            opened.append(None)
+        elif token == "}":
+            start = opened.pop() if opened else None
+            if start is not None and (content := text[start : match.start()].strip()):
+                yield match.end(), content
+        elif token.endswith("{") and len(token) > 2:
+            opened.append(match.end())
+
+
+@lru_cache(maxsize=65536)
+def equal(gold: str, answer: str) -> bool:
+    """Whether Math-Verify holds ``answer`` equal to ``gold``; False where it does not decide in time."""
+    return gold.strip() == answer.strip() or bool(math_worker().ask({"gold": gold, "answer": answer}))

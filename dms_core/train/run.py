@@ -1,0 +1,78 @@
+"""From a recipe to a family of checkpoints, in one process or under torchrun."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from dms_core.checkpoint import load_base, load_tokenizer
+from dms_core.storage import claim
+from dms_core.train.data import PackedRows, prepare
+from dms_core.train.recipe import Recipe
+from dms_core.train.retrofit import CLAIM, retrofit
+from dms_core.train.trainer import checkpoint_dir
+
+
+def run_recipe(recipe: Recipe, out: Path | str, cpu=False, fsdp=False, report=None, load=None, make_data=None) -> dict:
+    """Train as the recipe says; an interrupted run goes on.  Every process of torchrun calls this.
+
+    out: directory for checkpoints and documents; it belongs to one recipe.  cpu: use no GPU, the default where there is
+    none.  fsdp: shard model and teacher over the processes.  report: is given some lines about what is about to run, on
+    the first process.  load: ``load(recipe)`` gives model and tokenizer, in place of ``load_model_and_tokenizer``;
+    make_data: ``make_data(recipe, tokenizer, out)`` gives data set and facts, in place of ``make_packed_rows``.
+
+    Returns {"out", "steps", "checkpoints": {CR: directory}, "documents": facts}.  Raises ValueError where the batch
+    does not divide over the processes, ``out`` holds another run, or model or data are out of reach.
+    """
+    out, settings = Path(out), recipe.retrofit
+    processes, first = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)) == 0
+    settings.split(processes)  # before anything is loaded
+    if first:
+        claim(out, recipe.to_dict(), CLAIM)
+    cpu = cpu or not torch.cuda.is_available()
+    arguments = {"use_cpu": True} if cpu else {"bf16": True}
+    arguments |= {"ddp_backend": "gloo"} if cpu and processes > 1 else {}
+    arguments |= {"fsdp": True} if fsdp else {}
+    model, tokenizer = (load or load_model_and_tokenizer)(recipe)
+    data, facts = (make_data or make_packed_rows)(recipe, tokenizer, out)
+    if first and report:
+        report(summary_lines(recipe, processes, facts))
+    arguments |= {"facts": recipe.own(), "train_sampling_strategy": "sequential"}
+    retrofit(model, tokenizer, data, recipe.dms, settings, out, **arguments)
+    saves = settings.schedule.saves().items()
+    kept = {f"{cr:g}": str(checkpoint_dir(out, cr)) for step, cr in saves if step <= settings.steps}
+    return {"out": str(out), "steps": settings.steps, "checkpoints": kept, "documents": facts}
+
+
+def load_model_and_tokenizer(recipe: Recipe):
+    """Model (fp32, or bf16 if its weights stay frozen) and tokenizer of a hub id or directory."""
+    tokenizer = load_tokenizer(recipe.model)
+    # frozen weights need no more precision; the gates are in fp32 by themselves
+    dtype = torch.bfloat16 if recipe.retrofit.train == "gates" else torch.float32
+    return load_base(recipe.model, dtype=dtype), tokenizer
+
+
+def make_packed_rows(recipe: Recipe, tokenizer, out: Path) -> tuple[PackedRows, dict]:
+    """Packed rows for every step, and facts about the documents, which are kept in ``out``/documents."""
+    settings = recipe.retrofit
+    size = settings.steps * settings.batch
+    store = prepare(recipe.data, tokenizer, recipe.context, size * recipe.context, out / "documents", settings.seed)
+    return PackedRows(store, recipe.context, size, settings.seed), store.facts
+
+
+def summary_lines(recipe: Recipe, processes: int, facts: dict) -> list[str]:
+    """What is about to run, as text."""
+    settings = recipe.retrofit
+    at_once, times = settings.split(processes)
+    lines = [
+        f"{recipe.name}: {recipe.model}, gate {recipe.dms.gate}, window {recipe.dms.window}, CR {settings.final_cr:g}",
+        f"{settings.steps} steps of {settings.batch} rows of {recipe.context} tokens: {processes} process(es), "
+        f"{at_once} at once, {times} accumulated",
+    ]
+    if facts:
+        lines.append(
+            "{documents} documents of {tokens} tokens from {rows} rows; {cut} cut to the context ({tokens_cut} tokens "
+            "lost), {dropped} without a token to predict dropped, {rejected_rows} rows without an accepted "
+            "generation".format(**facts)
+        )
+    return lines

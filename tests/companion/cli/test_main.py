@@ -1,0 +1,197 @@
+"""The command line: help, lists of values, errors, start-up cost, and JSON against the types that document it."""
+
+import json
+import subprocess
+import sys
+from types import NoneType
+from typing import Literal, get_args, get_origin, is_typeddict
+
+import pytest
+from typer.main import get_command
+
+from companion.cli import results
+from companion.cli.app import app, spread
+from companion.cli.main import main
+from companion.paths import REASONER, RESULTS
+
+COMMANDS = get_command(app)
+NAMES = sorted(COMMANDS.commands)
+PLAN = ["plan", "--model", "qwen-r1-32b", "--batch", "64", "--context", "32768", "--cr", "8"]
+HEAVY = {"torch", "transformers", "numpy", "pandas", "matplotlib", "datasets"}
+
+
+def conforms(value, kind) -> bool:
+    """Does a value have the type, in which a Literal is a word for anything?  A dictionary may have further keys."""
+    if is_typeddict(kind):
+        fields = kind.__annotations__.items()
+        return isinstance(value, dict) and all(n in value and conforms(value[n], of) for n, of in fields)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(conforms(item, *get_args(kind)) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(conforms(item, get_args(kind)[1]) for item in value.values())
+    if get_origin(kind) is Literal or kind is object:
+        return True
+    if kind is float:
+        return value is None or isinstance(value, int | float)  # an empty interval is null
+    return isinstance(value, kind) if kind in (str, bool, NoneType) else any(conforms(value, k) for k in get_args(kind))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], PLAN])
+def test_help_and_plan_import_no_heavy_package(arguments):
+    code = (
+        "import sys; from companion.cli.main import main; status = main(sys.argv[1:]); "
+        f"print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (0, "[]") and done.stdout
+
+
+def test_help_names_every_command_in_a_group_and_its_json(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    panels = [text.index(f"─ {panel} ─") for panel in ("Reproduce", "Retrofit", "Sample and grade", "Measure", "Batch")]
+    assert panels == sorted(panels)
+    assert all(f"│ {name} " in text and f" dms {name} " in text for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_of_a_command_shows_options_and_json(name, capsys):
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--json" in text and f" dms {name} " in text and "\\" not in text
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"),
+    [
+        ("curves --lengths 64 128 --json", "curves --lengths 64 --lengths 128 --json"),
+        ("curves --lengths 64 --lengths 128", "curves --lengths 64 --lengths 128"),
+        ("ablate seeds --seeds -1 2", "ablate seeds --seeds -1 --seeds 2"),
+        ("retrofit --set a=1 b=2 --set c=3", "retrofit --set a=1 --set b=2 --set c=3"),
+        ("fidelity --gates a b --data c", "fidelity --gates a --gates b --data c"),
+        ("tokens --gates a --save --data c", "tokens --gates a --save  --data c"),
+        ("bench train --save out.json", "bench train --save out.json"),
+        ("grade --option a=1 one.jsonl two.jsonl", "grade --option a=1 one.jsonl two.jsonl"),
+        ("notebook a.ipynb b.ipynb -p n -3 -p k [1]", "notebook a.ipynb b.ipynb -p n=-3 -p k=[1]"),
+        ("frob --lengths 1 2", "frob --lengths 1 2"),
+    ],
+)
+def test_options_of_several_values_are_spread(given, parsed):
+    assert spread(COMMANDS, given.split()) == parsed.split(" ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing command"),
+        (["frob"], "No such command 'frob'"),
+        (["bench"], "Missing argument 'KIND'"),
+        (["plan"], "Missing option '--model'"),
+        (["plan", "--model"], "Option '--model' requires an argument"),
+        (["plan", "--model", "x", "--frob"], "No such option: --frob"),
+        (["curves", "--lengths", "x"], "Invalid value for '--lengths'"),
+        (["stage", "--profile", "huge"], "profile 'huge': must be one of ['smoke', 'tiny']"),
+        (
+            [
+                "sample",
+                "--model",
+                str(REASONER),
+                "--task",
+                "programs",
+                "--limit",
+                "1",
+                "--method",
+                "frob",
+                "--length",
+                "4",
+                "--out",
+                "unused",
+            ],
+            "method 'frob': must be one of vanilla, dms, h2o",
+        ),
+        (["grade", "x.jsonl", "--task", "programs", "--option", "seed"], "--option seed: must be NAME=VALUE"),
+        (["converse", "--model", "x", "--out", "y", "--turns", "0"], "--turns 0: must be >= 1"),
+        (["ablate", "delay", "--finished"], "--finished with delay: must be an ablation by short retrofits"),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert not printed.out and printed.err.startswith(f"dms: {message}") and printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (PLAN, results.Plan),
+        (["curves", "--results", str(RESULTS / "tiny")], results.Curves),
+        (["published", "--results", str(RESULTS / "tiny")], results.Published),
+        (["kernels"], results.Kernels),
+        (["retrofit", "--list"], results.Recipes),
+        (["cache-report", "--checkpoint", str(REASONER / "dms-cr8")], results.CacheReport),
+        (["stage"], results.Stages),
+    ],
+)
+def test_json_has_the_documented_type(arguments, kind, capsys):
+    assert main([*arguments, "--json"]) == 0
+    assert conforms(json.loads(capsys.readouterr().out.splitlines()[-1]), kind)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("tiny/seeds.json", results.Seeds),
+        ("delay.json", results.Delay),
+        ("smollm2.json", results.Fidelity),
+        ("smollm2-tokens.json", results.Tokens),
+        ("kernels-cpu.json", results.Bench),
+    ],
+)
+def test_stored_results_have_the_documented_type(file, kind):
+    assert conforms(json.loads((RESULTS / file).read_text()), kind)
+    assert all(conforms(v, results.Ablation) for v in json.loads((RESULTS / "ablations.json").read_text()).values())
+
+
+def test_only_the_first_process_of_torchrun_prints_json(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert main([*PLAN, "--json"]) == 0 and not capsys.readouterr().out
+    monkeypatch.setenv("RANK", "0")
+    assert main([*PLAN, "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["largest_batch"] > 0
+
+
+@pytest.mark.slow
+def test_hub_id_out_of_reach_ends_a_command_at_once_in_one_line(tmp_path):
+    """With no network: the hub's address refuses connections."""
+    task = ["--task", "programs", "--limit", "1", "--method", "vanilla", "--length", "4", "--out", "unused"]
+    (tmp_path / "data.jsonl").write_text('{"messages": []}\n')
+    commands = [
+        ["plan", "--model", "no/such"],
+        ["sample", "--model", "no/such", *task],
+        ["retrofit", "--recipe", "qwen-r1-1.5b", "--model", "no/such", "--out", "run"],
+        ["converse", "--model", "no/such", "--out", "unused.jsonl"],
+        ["fidelity", "--model", "no/such", "--gates", "x", "--data", "data.jsonl"],
+        ["tokens", "--model", "no/such", "--gates", "x", "--data", "data.jsonl"],
+    ]
+    code = (
+        "import json, sys, time, torch, transformers\n"
+        "import companion.experiments.embedded, companion.experiments.fidelity, companion.experiments.sample\n"
+        "from companion.cli.main import main\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    began = time.perf_counter()\n"
+        "    print(main(command), time.perf_counter() - began, flush=True)\n"
+    )
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PATH": "", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [status for status, _ in rows] == ["2"] * len(commands), done.stderr
+    assert max(float(seconds) for _, seconds in rows) < 3, rows
+    said = [line for line in done.stderr.splitlines() if line.startswith("dms: ")]
+    assert len(said) == len(commands) and all("no/such" in line for line in said)
