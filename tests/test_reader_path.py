@@ -1,25 +1,32 @@
 """The way from a hidden state to its slot in the cache: which files it enters, and in which order."""
 
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+import companion
 import dms_core
 import dms_kernels
+from dms_core.budgets.curves import summarise
 from dms_core.cache.dms import DMSCache
 
-HIDDEN_TO_SLOT = [  # "Where things are" in README.md
-    "dms_core/model.py",
-    "dms_core/gate.py",
-    "dms_core/attention.py",
-    "dms_core/cache/dms.py",
-    "dms_kernels/__init__.py",
-    "dms_kernels/rows.py",
-]
+ROOT = Path(__file__).parents[1]
+
+
+def named(title: str) -> list[str]:
+    """The files, in order, of the paragraph of README.md that begins with ``title``; alternatives in brackets aside."""
+    text = (ROOT / "README.md").read_text().partition(f"**{title}**")[2].partition("\n\n")[0]
+    text = re.sub(r"\([^)]*\)", "", text.partition(". Who sees")[0])
+    return re.findall(r"`([a-z_0-9/]+\.(?:py|ipynb))`", text)
+
+
+HIDDEN_TO_SLOT = [file.removeprefix("kernels/") for file in named("From a hidden state to its slot")]
 # What a step only asks for a value or a size: settings, and the parts that every cache shares.
 SHARED = {"dms_core/config.py", "dms_core/cache/base.py", "dms_core/cache/pages.py"}
-ROOTS = [Path(package.__file__).parents[1] for package in (dms_core, dms_kernels)]
+ROOTS = [Path(package.__file__).parents[1] for package in (companion, dms_core, dms_kernels)]
 
 
 def files_entered(function) -> list[str]:
@@ -31,7 +38,7 @@ def files_entered(function) -> list[str]:
         if event == "call" and code.co_name != "<module>":
             file = Path(code.co_filename)
             for root in ROOTS:
-                if root in file.parents and file.relative_to(root).parts[0] in ("dms_core", "dms_kernels"):
+                if root in file.parents and file.relative_to(root).parts[0] in ("companion", "dms_core", "dms_kernels"):
                     entered.setdefault(file.relative_to(root).as_posix())
 
     before = sys.getprofile()
@@ -52,3 +59,28 @@ def test_decode_step_enters_the_named_files_in_order(tiny_model):
     assert [file for file in entered if file in HIDDEN_TO_SLOT] == HIDDEN_TO_SLOT
     before_slot = entered[: entered.index(HIDDEN_TO_SLOT[-1])]
     assert set(before_slot) - SHARED == set(HIDDEN_TO_SLOT[:-1])
+
+
+def test_readme_names_at_most_6_files_from_hidden_state_to_slot_and_9_from_problem_to_page():
+    page = named("From a problem to a page")
+    assert len(HIDDEN_TO_SLOT) == 6 and len(page) == 9
+    assert [file for file in page if not (ROOT / file).is_file()] == []
+
+
+def test_figure_of_a_problem_enters_every_named_file(tmp_path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from companion.experiments import main as job
+    from companion.experiments.profiles import get_profile
+    from companion.figures.curves import draw_curves
+
+    profile = replace(get_profile("smoke"), crs=(), compare_cr=1.0, problems=1, chains=1, lengths=(4,), widths=(1,))
+    run = job.Run(profile, tmp_path, variants={})
+
+    def page():
+        records = [record for method in job.methods(run) for record in job.records(run, method)]
+        draw_curves(summarise(records, [4], [1], 10), tmp_path / "curves.svg")
+
+    path = {file for file in named("From a problem to a page") if file.endswith(".py")}
+    assert path - set(files_entered(page)) == set()
