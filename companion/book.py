@@ -56,6 +56,7 @@ def render_chapters(notebooks: Path, out: Path) -> Path:
 
     Returns its first page.  Raises ValueError without notebooks, and for a directory that is no copy of the book.
     """
+    book = checkout("dms chapters") / "book"  # before anything is deleted
     chapters = [path for path in sorted(notebooks.glob("[0-9]*.ipynb")) if not path.stem.endswith(".running")]
     if not chapters:
         raise ValueError(f"{notebooks}: holds no executed notebooks (NN_name.ipynb)")
@@ -63,7 +64,6 @@ def render_chapters(notebooks: Path, out: Path) -> Path:
     if held - {"_build"} and "_toc.yml" not in held:
         raise ValueError(f"{out}: exists and is no copy of the book; name another directory")
     shutil.rmtree(out, ignore_errors=True)
-    book = checkout("dms chapters") / "book"
     shutil.copytree(book, out, ignore=shutil.ignore_patterns("_build", "notebooks", "__pycache__"))
     (out / "notebooks").mkdir()
     for path in chapters:

@@ -1,6 +1,8 @@
 """What a measurement was made on: recorded beside every result."""
 
+import contextlib
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -13,10 +15,8 @@ def describe() -> dict:
     """Python, package versions, processor, threads, and the accelerator if there is one."""
     versions = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
@@ -30,7 +30,5 @@ def describe() -> dict:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    named = re.search(r"^model name.*?: *(.*\S)", info.read_text() if info.exists() else "", re.MULTILINE)
+    return named[1] if named else platform.processor() or platform.machine()

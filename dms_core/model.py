@@ -210,8 +210,6 @@ def attach(model: PreTrainedModel, config: DMSConfig) -> PreTrainedModel:
     decoder = model.get_decoder()
     if decoder is None or not all(hasattr(x, "self_attn") for x in getattr(decoder, "layers", [None])):
         raise ValueError(f"{type(model).__name__}: no decoder layers with self_attn: cannot intercept its attention")
-    if not getattr(model, "_supports_attention_backend", False) or NAME not in AttentionInterface._global_mapping:
-        raise ValueError(f"{type(model).__name__} does not use transformers' attention interface: cannot intercept it")
     check_attention(decoder, model)
     return install(model, DMS(model, config), NAME)
 
@@ -224,8 +222,10 @@ def install(model: PreTrainedModel, handle: DMS, implementation: str) -> PreTrai
 
 
 def check_attention(decoder: nn.Module, model: PreTrainedModel) -> None:
-    """Raises ValueError for what is not softmax attention over a cache of keys and values per head."""
+    """Raises ValueError for what is not softmax attention over a cache of keys and values per head, or not in reach."""
     name, text = type(model).__name__, model.config.get_text_config()
+    if not getattr(model, "_supports_attention_backend", False) or NAME not in AttentionInterface._global_mapping:
+        raise ValueError(f"{name} does not use transformers' attention interface: cannot intercept it")
     if getattr(text, "kv_lora_rank", None):
         raise ValueError(f"{name}: multi-head latent attention has no keys and values per head; not supported")
     if cap := getattr(text, "attn_logit_softcapping", None):

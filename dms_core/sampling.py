@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dms_core.cache.base import RowCache
 from dms_core.cache.dms import DMSCache
@@ -77,6 +78,14 @@ def pick_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: flo
     cdf = p.cumsum(-1)
     chosen = (cdf <= uniforms[:, None].to(cdf) * cdf[:, -1:]).sum(-1, keepdim=True)
     return token.gather(1, chosen.clamp_max((p > 0).sum(-1, keepdim=True) - 1))[:, 0]
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, padding mask and positions of prompts that end together: (B, T) each, int64."""
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    return ids, mask, (mask.cumsum(1) - 1).clamp_min(0)
 
 
 @torch.inference_mode()  # as a decorator it leaves the caller's mode alone between two chains
@@ -154,11 +163,8 @@ class _Batch:
         return self._take(rows, logits[source])
 
     def _prefill(self, prompts) -> tuple[RowCache, Tensor]:
-        width = max(map(len, prompts))
-        ids = torch.tensor([[self.pad] * (width - len(p)) + list(p) for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        ids, mask, positions = pad_left(prompts, self.pad)
         cache = self.make_cache(self.model, self.config.max_new_tokens)
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
         return cache, self._forward(ids, positions, mask, cache)
 
     def _decode(self) -> Tensor:

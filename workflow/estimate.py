@@ -6,19 +6,17 @@ overlapped perfectly, which is too fast.  Prefill is left out.
 
 from dataclasses import replace
 
-FREE = 0.1  # share of memory that is left to activations
-
 
 def sampling_hours(arch, hardware, gpus: int, task: dict, cr: float, memory_cr: float) -> tuple[float, int]:
     """GPU-hours of one (task, method, CR), and the chains decoded together on ``gpus`` GPUs that split the weights.
 
     memory_cr: what the cache holds less; 1 for a method such as Quest, that reads less but keeps everything.
     """
-    from companion.cost import roofline
+    from companion.cost import planner, roofline
 
     whole = replace(hardware, flops=gpus * hardware.flops, bandwidth=gpus * hardware.bandwidth)
     length, chains = max(task["lengths"]), task["problems"] * task["chains"]
-    room = (1 - FREE) * gpus * hardware.memory - roofline.weight_bytes(arch)
+    room = (1 - planner.RESERVED) * gpus * hardware.memory - roofline.weight_bytes(arch)
     batch = min(int(room // roofline.kv_bytes(arch, 1, length / memory_cr)), chains)
     if batch < 1:
         return float("inf"), 0

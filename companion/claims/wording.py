@@ -23,10 +23,9 @@ def verdict(low: float, high: float, problems: int, better: str = "higher", wors
 def margin(rows: Sequence[dict], a: str, b: str, axis: str, scale: str) -> dict:
     """The margin of ``a`` over ``b`` among ``curves.summarise``'s margins.  ValueError if it was not computed."""
     keys = {"a": a, "b": b, "axis": axis, "scale": scale}
-    for row in rows:
-        if keys.items() <= row.items():
-            return row
-    raise ValueError(f"no margin for {keys}: the records hold other methods")
+    if (found := next((row for row in rows if keys.items() <= row.items()), None)) is None:
+        raise ValueError(f"no margin for {keys}: the records hold other methods")
+    return found
 
 
 def margin_words(row: dict) -> str:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from companion.cli import results
 from companion.cli.app import arg, command, opt
 from companion.paths import RESULTS, RUNS
 from dms_core.storage import update_json, write_json
@@ -21,7 +20,7 @@ FOLLOWED = (
 )
 
 
-@command("Reproduce", "ablate", {"NAME": results.Ablation, "seeds": results.Seeds, "delay": results.Delay})
+@command("Reproduce", "ablate")
 def ablate(
     name: arg(
         str, "window, steps, loss or weights; seeds: the main job's retrofit again; delay: an intervention", "NAME"
@@ -54,9 +53,8 @@ def ablate(
         line = "mean of {seeds}, {a} - {b}, CR {cr:g}: {difference:+.1f} [{low:+.1f}, {high:+.1f}]"
         yield from (line.format(**row) for row in result["means"])
     else:
-        from companion.experiments.ablations import ablation, get_ablation, open_ablations
+        from companion.experiments.ablations import ablation, open_ablations
 
-        get_ablation(name)  # before anything is loaded
         result = ablation(name, open_ablations(runs or RUNS / "ablations"), finished)
         yield from (ABLATED.format(**row) for row in result["rows"])
         line = "accuracy {a} - {b}: {difference:+.1f} [{low:+.1f}, {high:+.1f}]"

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from companion.cli.results import describe
+from companion.cli.results import SHAPES, describe
 
 app = typer.Typer(
     help="The companion's commands.  With --json they print one JSON object on the last line of standard output.",
@@ -47,16 +47,15 @@ Runs = opt(str, "where results are kept and reused", metavar="DIR")
 Seed = opt(int, "of the retrofit's documents and of sampling")
 
 
-def command(panel: str, name: str, printed, passed: Callable[[dict], bool] = lambda result: True) -> Callable:
+def command(panel: str, name: str, passed: Callable[[dict], bool] = lambda result: True) -> Callable:
     """Register a function as the command ``name``; it gets the option --json.
 
     The function returns the result, ready for JSON.  If it is a generator, lines that it yields are printed as they
     come, but not with --json.  A parameter ``as_json`` tells it which.
-    printed: the type of the result, or several by what follows the name.  passed: is the exit status 0?
+    What it prints stands in results.yaml.  passed: is the exit status 0?
     """
-    kinds = printed if isinstance(printed, dict) else {"": printed}
     # an opening bracket before a letter would be markup
-    lines = [f"dms {name} {way}".strip() + f" --json  {describe(kind)}" for way, kind in kinds.items()]
+    lines = [f"dms {key} --json  {describe(shape)}" for key, shape in SHAPES.items() if key.split()[0] == name]
     epilog = re.sub(r"\[(?=[a-z])", r"\\[", "\n".join(lines))
 
     def register(function: Callable) -> Callable:

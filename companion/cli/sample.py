@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from companion.cli import results
 from companion.cli.app import arg, at_least_one, command, opt
 from dms_core.storage import write_json
 
@@ -31,7 +30,7 @@ def parse_options(texts: list[str]) -> dict:
     return options
 
 
-@command(SAMPLE, "sample", results.Sample)
+@command(SAMPLE, "sample")
 def sample(
     model: opt(str, "a directory or a hub id; for dms a retrofitted model"),
     task: Task,
@@ -67,7 +66,7 @@ def sample(
     return result
 
 
-@command(SAMPLE, "grade", results.Grade)
+@command(SAMPLE, "grade")
 def grade(
     records: arg(list[Path], "files of records", "RECORDS.jsonl..."),
     task: Task,
@@ -93,7 +92,7 @@ def grade(
     return {"task": problems.name, "files": files}
 
 
-@command(SAMPLE, "eval", results.Eval)
+@command(SAMPLE, "eval")
 def evaluate(
     model: opt(str, "a directory or hub id: retrofitted by us or the authors, or plain"),
     tasks: opt(str, "names of the harness's tasks, separated by commas"),
@@ -138,7 +137,7 @@ def eval_lines(result: dict):
         yield f"KV reads {kv['kv_reads']:.0f} a generation and KV head{ratio} than dense; {peak}"
 
 
-@command(SAMPLE, "summarise", results.Summary)
+@command(SAMPLE, "summarise")
 def summarise(
     records: arg(list[Path], "directories (searched throughout) or JSONL files", "RECORDS..."),
     lengths: opt(list[int], "L, generated tokens", metavar="L..."),

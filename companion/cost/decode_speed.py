@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache
 
+from dms_core.sampling import pad_left
+
 
 @torch.inference_mode()
 def decode_speed(model, prompts: Sequence[Sequence[int]], pad: int, tokens: int = 32) -> dict:
@@ -14,11 +16,8 @@ def decode_speed(model, prompts: Sequence[Sequence[int]], pad: int, tokens: int 
 
     The rate is that of the median step, of all rows together.
     """
-    cache, width = DynamicCache(), max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)  # (B, T)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    seconds = []
+    ids, mask, positions = (x.to(model.device) for x in pad_left(prompts, pad))
+    cache, seconds = DynamicCache(), []
     for _ in range(tokens + 1):
         began = time.perf_counter()
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)

@@ -109,7 +109,6 @@ def compare_dmc(
     tokenizer, cr = load_tokenizer(), TINY.recipe.retrofit.rests[0][0]
     chosen = (problems, chains, seed, runs, tokenizer)
     held = TraceDataset(tokenizer, documents, 1, "validation", seed)
-    held = [held[i] for i in range(documents)]
     base = attach(load_base(REASONER), DMS)
     result = {
         "options": {**options, "chains": chains, "seed": seed},

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dms_core.cache.dms import DMSCache
@@ -15,7 +16,7 @@ from dms_core.train.retrofit import pad_collate
 
 
 @torch.inference_mode()
-def held_out(model, teacher, documents: Sequence[dict], pad: int, batch: int = 32) -> dict:
+def held_out(model, teacher, documents: Sequence[dict] | Dataset, pad: int, batch: int = 32) -> dict:
     """Hard decisions on whole documents (input_ids, labels).
 
     Returns ``cr_decisions`` = 1 / (1 - evicted fraction), ``cr_live`` (window included: tokens over live items at
@@ -24,7 +25,7 @@ def held_out(model, teacher, documents: Sequence[dict], pad: int, batch: int = 3
     """
     collate, window = pad_collate(pad), model.dms.config.window
     kept, live, tokens, labelled, kl, same = 0.0, 0.0, 0, 0, 0.0, 0
-    ordered = sorted(documents, key=lambda document: len(document["input_ids"]))
+    ordered = sorted((documents[i] for i in range(len(documents))), key=lambda document: len(document["input_ids"]))
     for start in tqdm(range(0, len(ordered), batch), desc="held-out", mininterval=2):
         inputs = {name: x.to(model.device) for name, x in collate(ordered[start : start + batch]).items()}
         labels, mask = inputs.pop("labels"), inputs["attention_mask"].bool()

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from companion.experiments.embedded import train_recipe
 from companion.experiments.heldout import held_out as measure
 from companion.experiments.profiles import Profile, get_profile
+from companion.experiments.sample import load_tokenizer
 from companion.paths import REASONER
 from companion.provenance import describe
 from companion.records import Method, records_file, sample_records
@@ -70,10 +70,7 @@ class Run:
 
     @cached_property
     def tokenizer(self):
-        tokenizer = AutoTokenizer.from_pretrained(self.base)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+        return load_tokenizer(self.base)
 
     @cached_property
     def base_weights(self) -> str:
@@ -119,7 +116,6 @@ def held_out(run: Run, name: str, cr: float) -> dict:
     file = checkpoint(run, name, cr) / f"held_out-{run.profile.held_out}.json"
     if not file.exists():
         documents = TraceDataset(run.tokenizer, run.profile.held_out, 1, "validation", run.seed)
-        documents = [documents[i] for i in range(len(documents))]
         model = load_model(checkpoint(run, name, cr))
         write_json(file, measure(model, load_base(run.base), documents, run.tokenizer.pad_token_id))
     return read_json(file)

@@ -33,7 +33,7 @@ def benchmark_run(
         raise ValueError(f"lengths {list(lengths)}, chains {chains}: must be one or more lengths, all >= 1")
     if not checkpoints:
         raise ValueError(f"checkpoints {list(checkpoints)}: must be one or more retrofits of the model")
-    base, retrofits = _fetch(model), {}
+    base, retrofits = local_directory(model), {}
     for name in checkpoints:
         directory = local_directory(name)
         cr = read_settings(directory).get("cr")
@@ -75,14 +75,3 @@ def open_run(
             print(f"{error}\nThe embedded model takes the place, as asked for by fallback.", file=sys.stderr)
             run_dir = Path(run_dir) / "embedded"
     return Run(embedded, run_dir, seed=seed)
-
-
-def _fetch(model: str) -> Path:
-    """A directory with the model.  Raises ValueError that says what would be downloaded."""
-    try:
-        return local_directory(model)
-    except ValueError:
-        raise ValueError(
-            f"model {model!r}: no such directory, and its configuration, tokenizer and safetensors weights cannot be "
-            "fetched from the Hugging Face hub"
-        ) from None

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from companion.experiments.profiles import get_profile
 from companion.records import Method, records_file, sample_records
 from companion.tasks import Task, get_task, task_class
 from companion.tasks.grading import canonical, grade_file
 from companion.tasks.sandbox import sandbox
+from dms_core import checkpoint
 from dms_core.baselines import BASELINES, get_baseline
 from dms_core.budgets.curves import summarise
 from dms_core.checkpoint import fingerprint, load_base, load_model, read_settings
@@ -46,9 +46,9 @@ def load_dense(name: str):
     return load_base(directory, dtype=torch.bfloat16).to(best_device()), load_tokenizer(directory)
 
 
-def load_tokenizer(directory: Path):
+def load_tokenizer(name: Path | str):
     """A tokenizer that can pad."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = checkpoint.load_tokenizer(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

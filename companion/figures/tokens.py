@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from seaborn.utils import relative_luminance
 
 from companion.experiments.heldout import kept_tokens
 from dms_core.train.data import encode_conversation
@@ -90,15 +91,10 @@ def tokens_html(shown: dict, layer: int | None = None, head: int | None = None) 
 
 def colours(share: float) -> tuple[str, str]:
     """Background and text for a share in [0, 1]; the text is the one of black and white that stands out more."""
-    background = [round(low + share * (high - low)) for low, high in zip(_LOW, _HIGH, strict=True)]
-    bright = luminance(background) > 0.179  # where (bright + 0.05) / 0.05 = 1.05 / (bright + 0.05)
-    return "#{:02x}{:02x}{:02x}".format(*background), "#000000" if bright else "#ffffff"
-
-
-def luminance(rgb: Sequence[int]) -> float:
-    """Relative luminance of WCAG 2, in [0, 1]."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (x / 255 for x in rgb)]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    mixed = [round(low + share * (high - low)) for low, high in zip(_LOW, _HIGH, strict=True)]
+    background = "#{:02x}{:02x}{:02x}".format(*mixed)
+    bright = relative_luminance(background) > 0.179  # where (bright + 0.05) / 0.05 = 1.05 / (bright + 0.05)
+    return background, "#000000" if bright else "#ffffff"
 
 
 def _token(text: str, count: int, rows: int, special: bool) -> str:

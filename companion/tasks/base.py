@@ -10,6 +10,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from companion.tasks.templates import fill
+
 
 @dataclass(frozen=True)
 class TaskProblem:
@@ -23,11 +25,12 @@ class TaskProblem:
 
 
 class Task:
-    """A benchmark: subclasses set the class attributes, ``problems``, ``messages``, ``candidates`` and ``correct``."""
+    """A benchmark: subclasses set the class attributes, ``problems`` and ``candidates``, most of them ``correct``."""
 
     name = ""
     version = 1  # of templates and extraction; part of the name of a file of records
     aggregate = "vote"  # W chains vote; "any": one correct chain is enough (pass@all)
+    system: str | None = None  # the template of the system message
     keeps_text = True  # records hold what chains wrote
     grades_later = False  # grading takes long: `correct` stays None until `grading.grade`
     problems: Sequence[TaskProblem] = ()
@@ -37,7 +40,8 @@ class Task:
 
     def messages(self, problem: TaskProblem) -> list[dict]:
         """The conversation that the model continues: [{"role", "content"}, ...]."""
-        return [{"role": "user", "content": problem.question}]
+        system = [{"role": "system", "content": fill(self.system)}] if self.system else []
+        return [*system, {"role": "user", "content": problem.question}]
 
     def prompt_ids(self, tokenizer, problem: TaskProblem) -> list[int]:
         """Token ids of the prompt: by the family's chat template, or the bare text where there is none."""
@@ -52,8 +56,8 @@ class Task:
         raise NotImplementedError
 
     def correct(self, answer: str, problem: TaskProblem) -> bool:
-        """Whether the grader accepts ``answer``."""
-        raise NotImplementedError
+        """Whether the grader accepts ``answer``; without one of its own, whether it is the gold answer."""
+        return answer == problem.gold
 
     @classmethod
     def same(cls, one: str, other: str) -> bool:

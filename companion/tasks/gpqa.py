@@ -38,6 +38,3 @@ class GPQADiamond(Task):
     def candidates(self, text: str) -> Iterator[tuple[int, str]]:
         """Letters after "answer:", "answer is" or in a box, in the formats that models give them."""
         return ((match.end(), match[1]) for match in ANSWER.finditer(text))
-
-    def correct(self, answer: str, problem: TaskProblem) -> bool:
-        return answer == problem.gold

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from companion.tasks.base import Task, TaskProblem
 from companion.tasks.sandbox import sandbox
 from companion.tasks.sandbox.worker import gym_worker
-from companion.tasks.templates import fill
 
 ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
@@ -17,6 +16,8 @@ class ReasoningGym(Task):
     config: further settings of that dataset.  unsafe: score without a sandbox where there is none: some scorers
     evaluate the answer as an expression.
     """
+
+    system = "TAGGED_SYSTEM"
 
     def __init__(
         self, source=None, dataset="chain_sum", size: int = 100, seed: int = 0, config: dict | None = None, unsafe=False
@@ -42,9 +43,6 @@ class ReasoningGym(Task):
             entry, secret = data[i], {"dataset": dataset, "options": options, "index": i}
             problem = TaskProblem(f"{dataset}/{seed}/{i}", entry["question"], str(entry["answer"]), secret=secret)
             self.problems.append(problem)
-
-    def messages(self, problem: TaskProblem) -> list[dict]:
-        return [{"role": "system", "content": fill("TAGGED_SYSTEM")}, {"role": "user", "content": problem.question}]
 
     def candidates(self, text: str) -> Iterator[tuple[int, str]]:
         return ((match.end(), match[1].strip()) for match in ANSWER.finditer(text) if match[1].strip())

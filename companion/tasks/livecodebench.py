@@ -35,6 +35,7 @@ class LiveCodeBench(Task):
     """
 
     name = "livecodebench"
+    system = "CODE_SYSTEM"
     aggregate = "any"
     grades_later = True
     data = HubData("livecodebench/code_generation_lite", FIELDS, split="test", files=FILES)
@@ -49,9 +50,6 @@ class LiveCodeBench(Task):
         if not self.problems:
             days = sorted(day for day, _ in rows)
             raise ValueError(f"no problem from {start} to {end}; those given are from {days[0]} to {days[-1]}")
-
-    def messages(self, problem: TaskProblem) -> list[dict]:
-        return [{"role": "system", "content": fill("CODE_SYSTEM")}, {"role": "user", "content": problem.question}]
 
     def candidates(self, text: str) -> Iterator[tuple[int, str]]:
         """Programs between two lines with a fence, each from an opening one to the next."""

@@ -39,9 +39,6 @@ class ProgramTraces(Task):
         if (answer := extract_answer(text)) is not None:
             yield text.index(ANSWER_MARK) + 2, answer
 
-    def correct(self, answer: str, problem: TaskProblem) -> bool:
-        return answer == problem.gold
-
 
 class TraceDataset(Dataset):
     """``size`` correct traces of one split, from the evaluation mix; labels cover the trace, not the prompt.

@@ -7,6 +7,7 @@ A row's slots depend on its own tokens alone, so what is evicted does not depend
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -189,7 +190,9 @@ class BaselineLayer(DenseLayer):
         lengths = valid.sum(1)
         fresh = (self.seen == 0) & (lengths > 0)
         self.budget = torch.where(fresh, self.method.budget(lengths, self.max_new_tokens), self.budget)
-        self._reserve(int(self._slots(lengths, fresh).max()) + 1)
+        grown = self.held + lengths + fresh * self.max_new_tokens  # a prompt brings room for its chain
+        slots = grown if self.keeps_all else self.budget + 1
+        self._reserve(int(slots.max()) + 1)  # and the bin
         dense = lengths if self.keeps_all else torch.minimum(lengths, (self.budget - self.held).clamp_min(0))
         out = torch.zeros_like(q)
         if first := int(dense.max()):
@@ -200,10 +203,6 @@ class BaselineLayer(DenseLayer):
             step = self._step(q[:, :, t : t + 1], k[:, :, t], v[:, :, t], active, scale, counts=False)
             out[:, :, t] = torch.where(active[:, None, None], step[:, :, 0], out[:, :, t])
         return take(out, torch.argsort(order, dim=2).expand(-1, q.shape[1], -1)) if padded else out
-
-    def _slots(self, new: Tensor, fresh: Tensor) -> Tensor:
-        """Slots that rows need for ``new`` (B,) tokens, their prompts if they are ``fresh``, the bin apart: (B,)."""
-        return self.held + new + fresh * self.max_new_tokens if self.keeps_all else self.budget + 1
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, dense: Tensor, fresh: Tensor, scale: float) -> Tensor:
         """The first ``dense`` (B,) new tokens of each row, all of which stay: shapes as in attend."""
@@ -244,11 +243,9 @@ class BaselineCache(RowCache):
             raise ValueError(f"max_new_tokens {max_new_tokens}: must be >= 0")
         self.model, self.config = model, (method, max_new_tokens)
         dms = prepared(model)
-        layers = [method.layer(method, max_new_tokens, index) for index in range(dms.layers)]
-        for index, window in enumerate(dms.sliding):
-            if window is not None:
-                layers[index] = sliding_layer(dms.config, window, page=16)
-        super().__init__(layers)
+        makes = partial(method.layer, method, max_new_tokens)
+        windows = enumerate(dms.sliding)
+        super().__init__([makes(i) if n is None else sliding_layer(dms.config, n, page=16) for i, n in windows])
 
     def _new(self) -> "BaselineCache":
         return BaselineCache(self.config[0], self.model, self.config[1])

@@ -114,8 +114,8 @@ class DMC(DMS):
         if self.neuron_factor > 0:  # a warm-up comes before any merging
             z = torch.full_like(z, float("-inf"))
         self.step.logits[index] = z
-        if self.step.cache is not None:
-            self.step.cache.layers[index].ensure(k.transpose(1, 2))
+        if self.step.cache is not None and not self.step.cache.layers[index].is_initialized:  # update() comes later
+            self.step.cache.layers[index].lazy_initialization(k.transpose(1, 2))
         self.plans[index] = self._plan(index, z, self.weights[index])
         return self._merge(index, 0, self.silence(k))
 
@@ -207,8 +207,6 @@ def attach_dmc(model: PreTrainedModel, config: DMCConfig, reset: bool = False) -
     attentions = [getattr(layer, "self_attn", None) for layer in getattr(decoder, "layers", [None])]
     if not all(hasattr(a, f"{kind}_proj") for a in attentions for kind in "qkv"):
         raise ValueError(f"{name}: DMC needs attention layers with q_proj, k_proj and v_proj")
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(f"{name} does not use transformers' attention interface: cannot intercept it")
     if slide := [index for index, a in enumerate(attentions) if sliding_window(a, model) is not None]:
         raise ValueError(f"{name}: layers {slide} have a sliding window: DMC needs full attention in all layers")
     check_attention(decoder, model)

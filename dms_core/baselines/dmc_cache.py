@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dms_core.baselines.base import DenseLayer
-from dms_core.cache.base import RowCache, take
+from dms_core.cache.base import RowCache, take, tokens_first
 
 GROW = 64  # entries by which storage grows
 
@@ -47,11 +47,6 @@ class DMCLayer(DenseLayer):
         size = (self.batch, self.heads, 2, self.like.shape[-1] + 1)
         self.open = self.keys.new_zeros(size, dtype=torch.float)  # sums of the open entry: of keys, of values
         self.bound = 0  # no row has more entries; known without asking the device
-
-    def ensure(self, keys: Tensor) -> None:
-        """The hooks come before ``update``, with the new keys (B, H, T, D)."""
-        if not self.is_initialized:
-            self.lazy_initialization(keys)
 
     @property
     def live(self) -> Tensor:
@@ -111,7 +106,7 @@ class DMCLayer(DenseLayer):
         kept = torch.cat([past, stays], 2)
         self.length = kept.sum(2)
         self.bound = int(self.length.max())
-        order = torch.argsort((~kept).to(torch.int8), dim=2, stable=True)[..., : self.bound]
+        order = tokens_first(kept)[..., : self.bound]
         self.keys, self.values = take(k, order), take(v, order)
         self.seen = self.seen + valid.sum(1)
         return out

@@ -174,8 +174,8 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def tokens_first(valid: Tensor) -> Tensor:
-    """An order of the columns of ``valid`` (B, T) that puts tokens first and padding behind them: (B, T)."""
-    return torch.argsort((~valid).to(torch.int8), dim=1, stable=True)
+    """An order of the columns of ``valid`` (..., T) that puts tokens first and padding behind them: (..., T)."""
+    return torch.argsort((~valid).to(torch.int8), dim=-1, stable=True)
 
 
 def prepared(model):

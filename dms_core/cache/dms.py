@@ -126,7 +126,7 @@ class DMSLayer(RowLayer):
         outside.scatter_(2, torch.where(exists, slot, held), False)
         outside = outside[..., :held]
         count = outside.sum(2)
-        order = torch.argsort((~outside).to(torch.int8), dim=2, stable=True)[..., : int(count.max())]
+        order = tokens_first(outside)[..., : int(count.max())]
         return Past(take(k, order), take(v, order), count, take(k, slot), take(v, slot), self.count)
 
     def _every_row(self) -> Tensor:

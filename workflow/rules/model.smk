@@ -26,7 +26,7 @@ def chains(task, method, cr):
     return f"{RUN}/{task}/{method}-cr{cr:g}-{key(*facts)}"
 
 
-def grids(task):
+def chain_directories(task):
     return [chains(task, method, cr) for method, crs in S["methods"].items() for cr in crs]
 
 
@@ -81,11 +81,11 @@ rule sample:
 
 rule curves:
     input:
-        lambda w: [f"{directory}/done" for directory in grids(w.task)],
+        lambda w: [f"{directory}/done" for directory in chain_directories(w.task)],
     output:
         f"{RUN}/{{task}}/curves.json",
     params:
-        records=lambda w: grids(w.task),
+        records=lambda w: chain_directories(w.task),
         lengths=lambda w: TASKS[w.task]["lengths"],
         widths=lambda w: TASKS[w.task]["widths"],
         names=lambda w: shlex.join(

@@ -50,7 +50,10 @@ def test_without_a_model_the_profile_runs(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"model": "no/such-model", "task": "programs"}, "weights cannot be fetched"),
+        (
+            {"model": "no/such-model", "task": "programs"},
+            "'no/such-model': neither a directory nor a hub id",
+        ),
         ({"model": str(REASONER), "task": "aime24"}, "cannot fetch dataset HuggingFaceH4/aime_2024"),
     ],
 )

@@ -7,10 +7,11 @@ import re
 
 import numpy as np
 import pytest
+from seaborn.utils import relative_luminance
 
 from companion.cli.main import main
 from companion.experiments.heldout import kept_tokens
-from companion.figures.tokens import colours, example, kept_rows, kinds, luminance, summary, tokens_html
+from companion.figures.tokens import colours, example, kept_rows, kinds, summary, tokens_html
 from companion.paths import REASONER
 from companion.tasks.reasoner import load_tokenizer
 from dms_core.checkpoint import load_model
@@ -54,12 +55,12 @@ def test_special_tokens_alone_have_a_border():
 
 @pytest.mark.parametrize("share", np.linspace(0, 1, 41))
 def test_text_has_wcag_aa_contrast_to_its_background(share):
-    pair = [luminance(bytes.fromhex(colour[1:])) for colour in colours(share)]
+    pair = [relative_luminance(colour) for colour in colours(share)]
     assert (max(pair) + 0.05) / (min(pair) + 0.05) >= 4.5  # WCAG 2 AA
 
 
 def test_more_rows_make_a_darker_background():
-    shades = [luminance(bytes.fromhex(colours(share)[0][1:])) for share in np.linspace(0, 1, 31)]
+    shades = [relative_luminance(colours(share)[0]) for share in np.linspace(0, 1, 31)]
     assert all(a > b for a, b in itertools.pairwise(shades))
 
 
