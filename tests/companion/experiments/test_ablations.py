@@ -116,3 +116,9 @@ def test_a_variant_is_trained_measured_and_then_read(tmp_path):
     stamp = facts_file(run, "reverse-kl").stat().st_mtime_ns
     assert measure(open_ablations(tmp_path, QUICK), "reverse-kl") == facts
     assert facts_file(run, "reverse-kl").stat().st_mtime_ns == stamp
+
+
+def test_methods_of_an_ablation_run_have_a_variant_or_are_the_dense_model(tmp_path):
+    run = open_ablations(tmp_path, QUICK)
+    names = {method.name for method in job.methods(run)}
+    assert names == {"vanilla", "dms"} and names - {"vanilla"} <= set(run.variants)
