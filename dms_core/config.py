@@ -1,5 +1,7 @@
 """One frozen configuration of the method."""
 
+import math
+import numbers
 from dataclasses import asdict, dataclass, fields
 
 
@@ -30,11 +32,10 @@ class DMSConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {allowed}")
-        if not isinstance(self.window, int) or self.window < 0:
-            raise ValueError(f"window {self.window!r}: must be an integer >= 0")
-        for name in ("scale", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)}: must be > 0")
+        check_numbers(self, "window", whole=True, least=0)
+        check_numbers(self, "neuron", whole=True)
+        check_numbers(self, "scale", "temperature", above=0)
+        check_numbers(self, "offset")
 
     @property
     def lag(self) -> int:
@@ -50,6 +51,25 @@ class DMSConfig:
         if unknown := set(values) - known:
             raise ValueError(f"unknown DMS settings {sorted(unknown)}: allowed are {sorted(known)}")
         return cls(**values)
+
+
+def check_numbers(
+    config: object, *names: str, whole: bool = False, least: float = -math.inf, above: float = -math.inf
+) -> None:
+    """Raises ValueError for a field that is no finite number (``whole``: no integer) or out of its bounds.
+
+    A field that is None is left out.
+    """
+    kind, words = (numbers.Integral, "an integer") if whole else (numbers.Real, "a finite number")
+    bound = f" >= {least}" if least > -math.inf else f" > {above}" if above > -math.inf else ""
+    for name in names:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"{name} {value!r}: must be {words}{bound}")
+        if not (value >= least and value > above):
+            raise ValueError(f"{name} {value}: must be{bound}")
 
 
 def target_fraction(cr: float) -> float:

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dms_core.cache.base import RowCache
 from dms_core.cache.dms import DMSCache
+from dms_core.config import check_numbers
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,10 @@ class SamplingConfig:
     page: int = 8  # tokens a cache page
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch", "stride", "page"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be >= 1")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature {self.temperature}: must be >= 0")
+        check_numbers(self, "max_new_tokens", "batch", "stride", "page", whole=True, least=1)
+        check_numbers(self, "seed", whole=True, least=0)
+        check_numbers(self, "temperature", least=0)
+        check_numbers(self, "top_p")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p}: must lie in (0, 1]")
 

@@ -4,6 +4,7 @@ A JSONL file has one writer; readers may come while it writes, or after it was k
 has no end, and only the next writer cuts it off.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable
@@ -63,7 +64,10 @@ def write_jsonl(file: Path | str, values: Iterable[dict]) -> None:
 
 
 class JsonlWriter:
-    """Appends to a JSONL file, each line at once on disk: ``with JsonlWriter(file) as log: log.write(value)``."""
+    """Appends to a JSONL file, each line at once on disk: ``with JsonlWriter(file) as log: log.write(value)``.
+
+    Raises ValueError where another process has the file open for writing.
+    """
 
     def __init__(self, file: Path | str) -> None:
         self.path = Path(file)
@@ -71,6 +75,11 @@ class JsonlWriter:
     def __enter__(self) -> "JsonlWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("ab+")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.close()
+            raise ValueError(f"{self.path}: another process is writing it; wait for that one or stop it") from None
         self.file.seek(0)
         self.file.truncate(self.file.read().rfind(b"\n") + 1)  # what an interruption left of a line
         return self

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +14,8 @@ import typer
 from companion.cli.results import SHAPES, describe
 
 app = typer.Typer(
-    help="The companion's commands.  With --json they print one JSON object on the last line of standard output.",
+    help="The companion's commands.  With --json they print one JSON object on the last line of standard output, which "
+    "the help of each describes.",
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
@@ -43,7 +45,7 @@ def arg(kind, text: str, metavar: str):
 
 Json = opt(bool, "print the result as JSON, last", "--json")
 Profile = opt(str, "smoke or tiny")
-Runs = opt(str, "where results are kept and reused", metavar="DIR")
+Runs = opt(Path, "where results are kept and reused", metavar="DIR")
 Seed = opt(int, "of the retrofit's documents and of sampling")
 
 

@@ -5,7 +5,7 @@ import sys
 from typer import TyperException
 from typer.main import get_command
 
-from companion.cli import ablate, batch, measure, reproduce, retrofit, sample  # noqa: F401
+from companion.cli import batch, measure, reproduce, retrofit, sample, studies  # noqa: F401
 from companion.cli.app import PANELS, app, spread
 
 GROUPS = {  # of pyproject.toml, by a package that may be missing
@@ -22,7 +22,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status, 2 after one line on standard error for bad input."""
     app.registered_commands.sort(key=lambda command: PANELS.index(command.rich_help_panel))
     commands = get_command(app)
-    commands.epilog = "\n".join(["JSON on standard output:", *(c.epilog for c in app.registered_commands)])
     words = spread(commands, sys.argv[1:] if arguments is None else list(arguments))
     try:
         return commands.main(words, prog_name="dms", standalone_mode=False) or 0
@@ -33,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         message = f"{package} is not installed: pip install 'dms-companion[{GROUPS[package]}]'"
     except (ValueError, TyperException) as error:
         message = error.format_message() if isinstance(error, TyperException) else error
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error
     print("dms:", message, file=sys.stderr)
     return 2
 

@@ -24,9 +24,10 @@ def reproduce(
 
     checkout("dms reproduce")
     from companion.book import reproduce
+    from companion.experiments.profiles import get_profile
 
-    if fresh:
-        shutil.rmtree(runs / profile, ignore_errors=True)
+    if fresh and (runs / get_profile(profile).name).exists():
+        shutil.rmtree(runs / profile)
     result = reproduce(profile, runs, seed)
     print(f"{result['seconds']:.0f} s; read {result['book']}", file=sys.stderr)
     return result
@@ -43,6 +44,8 @@ def curves(
     directory = directory or next((path for path in FINISHED if (path / "curves.json").exists()), FINISHED[-1])
     if (directory / "curves.json").exists() and not (lengths or widths):
         summary = read_json(directory / "curves.json")
+        if not {"points", "margins", "paired"} <= set(summary):
+            raise ValueError(f"{directory / 'curves.json'}: must hold points, margins and paired")
     else:
         from companion.experiments.sample import summarise_directory
 

@@ -113,11 +113,11 @@ def evaluate(
         from companion.tasks import lm_eval as harness
     except ImportError as error:
         raise ValueError(str(error)) from None
-    from companion.experiments.sample import best_device
+    from companion.experiments.sample import checked_device
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     manager = harness.find_tasks(names, include)
-    lm = harness.DMSLM(model, tokenizer, not gates_off, device=device or best_device(), batch_size=batch_size)
+    lm = harness.DMSLM(model, tokenizer, not gates_off, device=checked_device(device), batch_size=batch_size)
     options = {"num_fewshot": num_fewshot, "apply_chat_template": apply_chat_template}
     result = {"model": model, **harness.evaluate(lm, names, manager, limit, **options)}
     yield from eval_lines(result)

@@ -4,6 +4,7 @@ The roofline model of the paper's appendix I, with a device's memory and, for th
 their retrofit took.  A built-in model needs neither torch nor transformers.
 """
 
+import math
 from pathlib import Path
 
 from companion.cost import roofline
@@ -54,8 +55,8 @@ def plan(model: str, batch: int, context: int, cr: float, device: str = "h100") 
     if device not in DEVICES:
         raise ValueError(f"device {device!r}: must be one of {sorted(DEVICES)}")
     for name, value in (("batch", batch), ("context", context), ("cr", cr)):
-        if not value >= 1:
-            raise ValueError(f"{name} {value}: must be >= 1")
+        if not 1 <= value < math.inf:
+            raise ValueError(f"{name} {value}: must be >= 1" + " and finite" * (value > 1))
     arch, hardware = find_architecture(model), DEVICES[device]
     held, weights, one = context / cr, roofline.weight_bytes(arch), roofline.kv_bytes(arch, 1, context / cr)
     operations, read = roofline.flops(arch, batch, held), roofline.reads(arch, batch, held)

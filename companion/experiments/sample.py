@@ -5,6 +5,7 @@ report, and which file belongs to which method.
 """
 
 import inspect
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from companion.tasks.sandbox import sandbox
 from dms_core import checkpoint
 from dms_core.baselines import BASELINES, get_baseline
 from dms_core.budgets.curves import summarise
+from dms_core.budgets.voting import RECORD_KEYS
 from dms_core.checkpoint import fingerprint, load_base, load_model, read_settings
 from dms_core.config import DMSConfig
 from dms_core.hub_files import local_directory
@@ -36,14 +38,27 @@ def load_task(name: str, source: Path | None, limit: int | None, options: dict, 
     return get_task(name, source, limit, **options)
 
 
-def best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def checked_device(name: str | None = None) -> str:
+    """``name``; for None a GPU where there is one.  Raises ValueError for a device that this machine lacks."""
+    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    known = ["cpu", *["cuda"] * bool(cards), *cards]
+    if name is not None and name not in known:
+        raise ValueError(f"device {name!r}: must be one of {', '.join(known)} on this machine")
+    return name or ("cuda" if cards else "cpu")
+
+
+def checked_dtype(name: str) -> str:
+    """Raises ValueError for what is neither "auto" nor a floating dtype of torch."""
+    kind = getattr(torch, name, None)
+    if name != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise ValueError(f"dtype {name!r}: must be auto, float32, bfloat16 or float16")
+    return name
 
 
 def load_dense(name: str):
     """A model in bf16, on a GPU where there is one, and its tokenizer, of a directory or hub id."""
     directory = local_directory(name)
-    return load_base(directory, dtype=torch.bfloat16).to(best_device()), load_tokenizer(directory)
+    return load_base(directory, dtype=torch.bfloat16).to(checked_device()), load_tokenizer(directory)
 
 
 def load_tokenizer(name: Path | str):
@@ -79,8 +94,14 @@ def sample_benchmark(
     """
     if method not in ("vanilla", "dms", *BASELINES):
         raise ValueError(f"method {method!r}: must be one of vanilla, dms, {', '.join(sorted(BASELINES))}")
-    if method in BASELINES and not cr:
+    if method in BASELINES and cr is None:
         raise ValueError(f"--method {method}: needs --cr, the compression ratio of its budget")
+    if cr is not None and not 1 <= cr < math.inf:
+        raise ValueError(f"cr {cr}: must be a finite number >= 1")
+    for name, values in {"lengths": lengths, "widths": widths, "chains": [chains], "workers": [workers]}.items():
+        if values and min(values) < 1:
+            raise ValueError(f"{name} {', '.join(map(str, values))}: must be >= 1")
+    device, dtype = checked_device(device), checked_dtype(dtype)
     longest = config.max_new_tokens
     lengths = list(lengths) or sorted({max(1, longest // 4), max(1, longest // 2), longest})
     widths = list(widths) or [w for w in (1, 2, 4, 8, 16, 32) if w <= chains]
@@ -94,7 +115,7 @@ def sample_benchmark(
         loaded = load_model(directory, dtype=dtype)
     else:
         loaded = attach(load_base(directory, dtype=dtype), DMSConfig())  # gates stay off
-    loaded, tokenizer, chosen = loaded.to(device or best_device()), load_tokenizer(directory), Method(method, float(cr))
+    loaded, tokenizer, chosen = loaded.to(device), load_tokenizer(directory), Method(method, float(cr))
     name = records_file(loaded, fingerprint(directory), tokenizer, task, chosen, config, baseline)
     note["records"][str(chosen)], file = name, out / "records" / name
     write_json(out / SIDECAR, note)
@@ -125,14 +146,22 @@ def summarise_directory(directory: Path, lengths: Sequence[int] | None, widths: 
     """
     if (directory / SIDECAR).exists():
         note = read_json(directory / SIDECAR)
+        if not {"task", "lengths", "widths", "records"} <= set(note):
+            raise ValueError(f"{directory / SIDECAR}: must hold task, lengths, widths and records")
         files = [directory / "records" / name for name in note["records"].values()]
     else:
         profile = get_profile("tiny")
         note = {"task": "programs", "lengths": profile.lengths, "widths": profile.widths}
         files = sorted([*directory.glob("*.jsonl"), *directory.glob("records/*.jsonl")])
     if not files:
-        raise ValueError(f"{directory}: neither curves.json nor records/*.jsonl; run dms reproduce or dms sample first")
+        raise ValueError(f"{directory}: no records/*.jsonl for curves; dms reproduce and dms sample write them")
     return summarise_files(files, lengths or note["lengths"], widths or note["widths"], note["task"])
+
+
+def _checked(record: dict, file: Path) -> dict:
+    if not isinstance(record, dict) or not set(RECORD_KEYS) <= set(record):
+        raise ValueError(f"{file}: holds {str(record)[:60]}, no chain record; each must have {', '.join(RECORD_KEYS)}")
+    return record
 
 
 def summarise_files(
@@ -146,7 +175,7 @@ def summarise_files(
     files = [file for path in paths for file in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])]
     if missing := [str(file) for file in files if not file.exists()]:
         raise ValueError(f"no such records: {', '.join(missing)}")
-    records = canonical(record for file in files for record in read_jsonl(file))
+    records = canonical(_checked(record, file) for file in files for record in read_jsonl(file))
     tasks = sorted({record.get("task", task) for record in records}) or [task]
     if len(tasks) > 1:
         raise ValueError(f"records of {len(tasks)} tasks, {', '.join(tasks)}: must be of one")

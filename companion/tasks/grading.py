@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from companion.tasks import Task, task_class
-from dms_core.storage import read_jsonl, write_jsonl
+from dms_core.storage import JsonlWriter, read_jsonl, write_jsonl
 
 
 def grade(records: Iterable[dict], task: Task, workers: int = 1, missing: bool = False) -> list[dict]:
@@ -30,9 +30,13 @@ def grade(records: Iterable[dict], task: Task, workers: int = 1, missing: bool =
 
 
 def grade_file(file: Path, task: Task, workers: int = 1, missing: bool = False) -> list[dict]:
-    """``grade`` the records of a file in place; it is replaced as a whole."""
-    records = grade(read_jsonl(file), task, workers, missing)
-    write_jsonl(file, records)
+    """``grade`` the records of a file in place; it is replaced as a whole.
+
+    Raises ValueError while another process is writing it.
+    """
+    with JsonlWriter(file):
+        records = grade(read_jsonl(file), task, workers, missing)
+        write_jsonl(file, records)
     return records
 
 

@@ -13,7 +13,7 @@ from typing import get_args, get_origin, get_type_hints
 import dacite
 import yaml
 
-from dms_core.config import DMSConfig
+from dms_core.config import DMSConfig, check_numbers
 from dms_core.train.schedule import Schedule
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -57,16 +57,16 @@ class RetrofitConfig:
         for name, allowed in (("direction", DIRECTIONS), ("train", ("all", "gates")), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {allowed}")
-        for name in ("lr", "gate_lr", "weight_decay", "aux_weight", "clip", "neuron_warmup"):
-            if (value := getattr(self, name)) is not None and not value >= 0:
-                raise ValueError(f"{name} {value}: must be >= 0")
+        check_numbers(self, "lr", "gate_lr", "weight_decay", "aux_weight", "clip", least=0)
+        check_numbers(self, "neuron_warmup", "seed", whole=True, least=0)
+        check_numbers(self, "warmup", whole=True)  # its bound and those of the ratios are the schedule's
+        check_numbers(self, "final_cr", "stop_cr")
+        check_numbers(self, "batch", "device_batch", "chunk", "save_steps", "steps_per_unit", whole=True, least=1)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {list(self.betas)}: must be >= 0 and < 1")
         if self.stop_cr is not None and self.stop_cr not in self.schedule.saves().values():
             raise ValueError(f"stop_cr {self.stop_cr}: must be one of {sorted(self.schedule.saves().values())}")
-        for name in ("batch", "device_batch", "chunk", "save_steps", "steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} {value}: must be >= 1")
+        check_numbers(self, "steps", whole=True, least=1)
 
     @property
     def schedule(self) -> Schedule:
@@ -105,8 +105,7 @@ class Recipe:
     retrofit: RetrofitConfig
 
     def __post_init__(self) -> None:
-        if self.context < 2:
-            raise ValueError(f"context {self.context}: must be >= 2 tokens")
+        check_numbers(self, "context", whole=True, least=2)
 
     def changed(self, name: str | None = None, dms: dict | None = None, retrofit: dict | None = None) -> "Recipe":
         """The recipe with another name, and with some fields of its parts changed."""

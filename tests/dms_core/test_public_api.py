@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,23 @@ def test_docstring_has_an_example_that_runs(name, names, tmp_path, monkeypatch):
         said = []
         result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
         assert not result.failed, "".join(said)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: dms_core.DMSConfig(window=True), "window True: must be an integer >= 0"),
+        (lambda: dms_core.DMSConfig(window=-1), "window -1: must be >= 0"),
+        (lambda: dms_core.DMSConfig(scale="a"), "scale 'a': must be a finite number > 0"),
+        (lambda: dms_core.DMSConfig(scale=float("inf")), "scale inf: must be a finite number"),
+        (lambda: dms_core.DMSConfig(offset=float("nan")), "offset nan: must be a finite number"),
+        (lambda: dms_core.RetrofitConfig(batch=2.5), "batch 2.5: must be an integer >= 1"),
+        (lambda: dms_core.RetrofitConfig(lr=float("inf")), "lr inf: must be a finite number"),
+        (lambda: dms_core.RetrofitConfig(lr="x"), "lr 'x': must be a finite number >= 0"),
+        (lambda: dms_core.SamplingConfig("8"), "max_new_tokens '8': must be an integer >= 1"),
+        (lambda: dms_core.SamplingConfig(8, top_p=1.5), "top_p 1.5: must lie in"),
+    ],
+)
+def test_bad_setting_is_named_with_what_is_allowed(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()

@@ -132,7 +132,7 @@ def test_uniform_at_the_edge_picks_a_nucleus_token():
         ({"stride": 0}, "stride 0: must be >= 1"),
         ({"page": -1}, "page -1: must be >= 1"),
         ({"temperature": -0.1}, "temperature -0.1: must be >= 0"),
-        ({"temperature": float("nan")}, "temperature nan: must be >= 0"),
+        ({"temperature": float("nan")}, "temperature nan: must be a finite number >= 0"),
         ({"top_p": 0.0}, r"top_p 0.0: must lie in \(0, 1\]"),
         ({"top_p": 1.5}, r"top_p 1.5: must lie in \(0, 1\]"),
     ],

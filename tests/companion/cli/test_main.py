@@ -14,6 +14,8 @@ from companion.paths import REASONER, RESULTS
 
 COMMANDS = get_command(app)
 NAMES = sorted(COMMANDS.commands)
+CHECKPOINT = str(REASONER / "dms-cr8")
+SAMPLE = ["sample", "--model", CHECKPOINT, "--task", "programs", "--method", "dms", "--length", "8", "--out", "out"]
 PLAN = ["plan", "--model", "qwen-r1-32b", "--batch", "64", "--context", "32768", "--cr", "8"]
 HEAVY = {"torch", "transformers", "numpy", "pandas", "matplotlib", "datasets"}
 
@@ -49,12 +51,12 @@ def test_help_and_plan_import_no_heavy_package(arguments):
     assert (done.returncode, done.stderr.strip()) == (0, "[]") and done.stdout
 
 
-def test_help_names_every_command_in_a_group_and_its_json(capsys):
+def test_help_names_every_command_in_a_group(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     panels = [text.index(f"─ {panel} ─") for panel in ("Reproduce", "Retrofit", "Sample and grade", "Measure", "Batch")]
     assert panels == sorted(panels)
-    assert all(f"│ {name} " in text and f" dms {name} " in text for name in NAMES)
+    assert all(f"│ {name} " in text for name in NAMES) and text.index("│ reproduce ") < text.index("│ ablate ")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -214,3 +216,50 @@ def test_hub_id_out_of_reach_ends_a_command_at_once_in_one_line(tmp_path):
     assert max(float(seconds) for _, seconds in rows) < 3, rows
     said = [line for line in done.stderr.splitlines() if line.startswith("dms: ")]
     assert len(said) == len(commands) and all("no/such" in line for line in said)
+
+
+@pytest.mark.parametrize("profile", ["../victim", "", "/"])
+def test_fresh_deletes_nothing_for_an_unknown_profile(profile, tmp_path, capsys):
+    victim = tmp_path / "victim" / "kept.txt"
+    victim.parent.mkdir()
+    victim.write_text("kept")
+    (tmp_path / "runs").mkdir()
+    assert main(["reproduce", "--profile", profile, "--runs", str(tmp_path / "runs"), "--fresh"]) == 2
+    assert "must be one of ['smoke', 'tiny']" in capsys.readouterr().err and victim.read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "--model", "llama-3.1-8b", "--cr", "inf"], "cr inf: must be >= 1 and finite"),
+        (["curves", "--results", str(RESULTS / "tiny"), "--figure", "nowhere/x.png"], "nowhere/x.png: No such file"),
+        (["published", "--markdown", "nowhere/x.md"], "nowhere/x.md: No such file"),
+        ([*SAMPLE, "--cr", "-5"], "cr -5.0: must be a finite number >= 1"),
+        ([*SAMPLE, "--cr", "nan"], "cr nan: must be a finite number >= 1"),
+        ([*SAMPLE, "--lengths", "0", "-4"], "lengths 0, -4: must be >= 1"),
+        ([*SAMPLE, "--workers", "0"], "workers 0: must be >= 1"),
+        ([*SAMPLE, "--device", "tpu"], "device 'tpu': must be one of cpu"),
+        ([*SAMPLE, "--dtype", "float99"], "dtype 'float99': must be auto"),
+    ],
+)
+def test_bad_value_ends_in_one_line_before_anything_is_written(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("dms: ") and message in error and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("records/dms-cr8-x.jsonl", '{"a": 1}\n', "no chain record; each must have method, cr"),
+        ("curves.json", "{}", "must hold points, margins and paired"),
+        ("run.json", "{}", "must hold task, lengths, widths and records"),
+    ],
+)
+def test_curves_of_damaged_files_name_the_file(file, content, message, tmp_path, capsys):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(content)
+    assert main(["curves", "--results", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert file in error and message in error

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from companion.cli import ablate as cli_ablate
+from companion.cli import studies
 from companion.cli.main import main
 from companion.experiments import main as job
 from companion.experiments.ablations import (
@@ -94,7 +94,7 @@ def test_interval_covers_the_mean_and_shrinks_to_it_without_spread():
 
 
 def test_saving_keeps_other_entries(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli_ablate, "RESULTS", tmp_path)
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
     (tmp_path / "ablations.json").write_text('{"loss": 1}')
     assert main(["ablate", "window", "--finished", "--save", "--runs", str(tmp_path / "runs"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])

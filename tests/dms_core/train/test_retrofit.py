@@ -149,7 +149,7 @@ def test_steps_end_with_the_checkpoint_of_stop_cr():
         ({"save_steps": 0}, "save_steps 0: must be >= 1"),
         ({"lr": -1.0}, "lr -1.0: must be >= 0"),
         ({"gate_lr": -1.0}, "gate_lr -1.0: must be >= 0"),
-        ({"gate_lr": float("nan")}, "gate_lr nan: must be >= 0"),
+        ({"gate_lr": float("nan")}, "gate_lr nan: must be a finite number >= 0"),
         ({"warmup": -1}, "warmup -1, rests"),
         ({"optimizer": "sgd"}, "optimizer 'sgd': must be one of"),
         ({"stop_cr": 2.5}, r"stop_cr 2.5: must be one of \[2.0, 3.0"),
