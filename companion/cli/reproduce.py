@@ -142,6 +142,9 @@ def cache_report(
         checkpoint = job.checkpoint(job.Run.of("tiny", RUNS), "dms", cr)
         checkpoint = checkpoint if (checkpoint / "dms.json").exists() else None
     checkpoint = checkpoint or REASONER / f"dms-cr{cr:g}"
+    if not checkpoint.is_dir():
+        stored = ", ".join(sorted(path.name.removeprefix("dms-cr") for path in REASONER.glob("dms-cr*")))
+        raise ValueError(f"{checkpoint}: no such directory; --cr must be one of {stored} where --checkpoint names none")
     problems = [make_problem("test", 0, i, (14, 14)) for i in range(200)]
     longest = max(problems, key=lambda p: len(p.prompt) + len(p.trace))
     report = heldout.cache_report(load_model(checkpoint), load_tokenizer(checkpoint), longest.prompt, cr)

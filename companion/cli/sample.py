@@ -47,9 +47,9 @@ def sample(
     lengths: opt(list[int], "budgets of the curves (default: L/4 .. L)", metavar="L...") = (),
     widths: opt(list[int], "widths of the curves (default: 1, 2, 4 ..)", metavar="W...") = (),
     batch: opt(int, "rows decoded together") = 64,
-    temperature: float = 0.6,
-    top_p: float = 0.95,
-    seed: int = 0,
+    temperature: opt(float, "0: the likeliest token") = 0.6,
+    top_p: opt(float, "share of the probability that is sampled from") = 0.95,
+    seed: opt(int, "of the chains' random streams") = 0,
     device: opt(str, "cpu or cuda (default: cuda where there is one)") = None,
     dtype: opt(str, "float32, bfloat16, ...; auto: as saved") = "auto",
 ):

@@ -234,6 +234,7 @@ def test_fresh_deletes_nothing_for_an_unknown_profile(profile, tmp_path, capsys)
         (["plan", "--model", "llama-3.1-8b", "--cr", "inf"], "cr inf: must be >= 1 and finite"),
         (["curves", "--results", str(RESULTS / "tiny"), "--figure", "nowhere/x.png"], "nowhere/x.png: No such file"),
         (["published", "--markdown", "nowhere/x.md"], "nowhere/x.md: No such file"),
+        (["cache-report", "--cr", "7"], "--cr must be one of 4, 8"),
         ([*SAMPLE, "--cr", "-5"], "cr -5.0: must be a finite number >= 1"),
         ([*SAMPLE, "--cr", "nan"], "cr nan: must be a finite number >= 1"),
         ([*SAMPLE, "--lengths", "0", "-4"], "lengths 0, -4: must be >= 1"),
