@@ -77,6 +77,8 @@ class JsonlWriter:
         self.file = self.path.open("ab+")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(self.file.fileno()), self.path.stat()):
+                raise BlockingIOError  # replaced since it was opened
         except BlockingIOError:
             self.file.close()
             raise ValueError(f"{self.path}: another process is writing it; wait for that one or stop it") from None
