@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from companion.cli.app import Profile, Seed, arg, command, opt
-from companion.paths import RUNS
+from companion.paths import RUNS, checkout
 from dms_core.storage import write_json
 
 BATCH = "Batch"
@@ -61,6 +61,7 @@ def chapters(
     out: arg(Path, "directory for sources and pages; what it holds is replaced", "OUT"),
 ):
     """render the book from executed notebooks, in a directory of its own"""
+    checkout("dms chapters")  # before packages that only the book needs
     from companion.book import render_chapters
 
     page = render_chapters(notebooks, out)

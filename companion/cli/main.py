@@ -11,6 +11,7 @@ from companion.cli.app import PANELS, app, spread
 GROUPS = {  # of pyproject.toml, by a package that may be missing
     "matplotlib": "book",
     "seaborn": "book",
+    "nbformat": "book",
     "papermill": "book",
     "gguf": "smollm2",
     "math_verify": "eval",
