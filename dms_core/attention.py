@@ -27,6 +27,7 @@ class Step:
     valid: Tensor  # (B, T): not padding
     segment_ids: Tensor | None  # (B, T): packed documents, padding -1; None for one document a row
     soft: bool  # sampled decisions with gradients (training), or hard ones
+    full: bool = False  # a prefill without padding: what every layer would else ask the device
     logits: dict[int, Tensor] = field(default_factory=dict)  # layer -> z (B, H, T)
     evicted: dict[int, Tensor] = field(default_factory=dict)  # layer -> decisions about each token (B, H, T)
 
@@ -44,19 +45,21 @@ def dms_attention(module, query, key, value, attention_mask, scaling=None, **kwa
     z = step.logits.get(layer)
     if z is not None and config.gate == "neuron":
         query = dms.silence_neuron(query, key.shape[1])
+    # Of a model that lies on several devices (device_map), each layer takes them to its own.
+    valid, segments = (x if x is None else x.to(key.device) for x in (step.valid, step.segment_ids))
     if step.cache is not None:
         evict = hard_decisions(z) if z is not None else key.new_full(key.shape[:3], bool(sliding), dtype=torch.bool)
-        out = step.cache.layers[layer].attend(query, key, value, evict, step.valid, scale)
+        out = step.cache.layers[layer].attend(query, key, value, evict, None if step.full else valid, scale)
     else:
         if sliding is None:
-            log_keep, window = _log_keep(dms, layer, z, key), config.window
+            log_keep, window = _log_keep(dms, layer, z, key, segments), config.window
         else:  # a sliding window is one that every token leaves marked
             log_keep, window = torch.full_like(key[..., 0], float("-inf")), sliding - 1
-        out = train_attention(query, key, value, log_keep, window, step.segment_ids, scale)
+        out = train_attention(query, key, value, log_keep, window, segments, scale)
     return out.transpose(1, 2), None
 
 
-def _log_keep(dms, layer: int, z: Tensor | None, key: Tensor) -> Tensor:
+def _log_keep(dms, layer: int, z: Tensor | None, key: Tensor, segments: Tensor | None) -> Tensor:
     """beta (B, H, T) at the token it is about; the decisions are left in ``step.evicted`` for the losses."""
     step, config = dms.step, dms.config
     if z is None:
@@ -68,8 +71,8 @@ def _log_keep(dms, layer: int, z: Tensor | None, key: Tensor) -> Tensor:
         evicted = hard_decisions(z)
         log_keep = torch.zeros_like(z).masked_fill(evicted, float("-inf"))
     fill = 0.0 if step.soft else False
-    step.evicted[layer] = align_decisions(evicted, config.lag, step.segment_ids, fill)
-    return align_decisions(log_keep, config.lag, step.segment_ids, 0.0)
+    step.evicted[layer] = align_decisions(evicted, config.lag, segments, fill)
+    return align_decisions(log_keep, config.lag, segments, 0.0)
 
 
 AttentionInterface.register(NAME, dms_attention)

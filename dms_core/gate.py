@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dms_core.config import DMSConfig
+from dms_kernels import gate_logits as fused
 
 
 class AdapterGate(nn.Module):
@@ -31,6 +32,12 @@ class AdapterGate(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):  # .float(): sharded weights come in the model's dtype
             normed = F.rms_norm(hidden.float(), hidden.shape[-1:], self.norm.weight.float(), self.norm.eps)
             return F.linear(normed, self.proj.weight.float()).transpose(1, 2)
+
+    def logits(self, hidden: Tensor, config: DMSConfig) -> Tensor:
+        """``gate_logits`` of what the gate reads; in a decode step as one operation."""
+        if hidden.shape[1] > 1 or torch.is_grad_enabled() or config.granularity == "layer":
+            return gate_logits(self(hidden), config)
+        return fused(hidden, self.norm.weight, self.proj.weight, self.norm.eps, config.scale, config.offset)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterGate":
         """Move with the model, but keep the dtype."""
@@ -77,9 +84,7 @@ def soft_decisions(z: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor
 
 
 def hard_decisions(z: Tensor) -> Tensor:
-    """Evict iff z > 0.  Raises ValueError for NaN on a CPU; other devices do not wait (see DMS.check_logits)."""
-    if z.device.type == "cpu":
-        check_finite(z.isnan().any())
+    """Evict iff z > 0.  NaN is looked for after the step, without waiting for the device (DMS.check_logits)."""
     return z > 0
 
 

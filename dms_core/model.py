@@ -20,9 +20,9 @@ from dms_core.cache.base import RowCache
 from dms_core.cache.dms import DMSCache
 from dms_core.config import DMSConfig
 from dms_core.gate import AdapterGate, check_finite, gate_logits, read_neuron
+from dms_core.parallel import split_of
 
 NEVER = -1e9  # a gate's logit at which no noise evicts
-CHECK_EVERY = 16  # decode steps between two checks of the logits that wait for the device
 
 
 class DMS:
@@ -36,18 +36,21 @@ class DMS:
         self.neuron_factor = 0.0  # 1 - t / n_t during the neuron gate's warm-up
         self.evicting = True  # False in that warm-up: the gates are silent, the neuron fades out
         self.noise_keys: Tensor | None = None  # (B,) of noise.row_keys; None: noise from torch's global generator
-        self.nan_seen: Tensor | bool = False  # NaN logits in the steps since the last check
-        self.unchecked = 0  # how many steps these are
+        self.nan_seen: dict[torch.device, Tensor] = {}  # (1,) bool: NaN logits in the steps since the last check
         decoder = model.get_decoder()
         self.parameters = tuple(inspect.signature(decoder.forward).parameters)
         self.attentions = [layer.self_attn for layer in decoder.layers]
         self.layers = len(self.attentions)
         self.sliding = [sliding_window(attention, model) for attention in self.attentions]  # tokens, None: full
         text = model.config.get_text_config()
-        self.heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        self.split = split_of(model)
+        self.heads = self.split.count(heads)  # KV heads on this process
         self.head_dim = getattr(self.attentions[0], "head_dim", None) or text.hidden_size // text.num_attention_heads
-        if text.num_attention_heads % self.heads:
-            raise ValueError(f"{text.num_attention_heads} query heads over {self.heads} KV heads: must divide")
+        if text.num_attention_heads % heads:
+            raise ValueError(f"{text.num_attention_heads} query heads over {heads} KV heads: must divide")
+        if self.split.parts > 1 and (config.gate, config.granularity) == ("neuron", "layer"):
+            raise ValueError("granularity 'layer' with gate 'neuron': the first head is on one process; use 'adapter'")
         if not -self.head_dim <= config.neuron < self.head_dim:
             raise ValueError(f"neuron {config.neuron}: must lie in -{self.head_dim}..{self.head_dim - 1}")
         if config.gate == "neuron" and not all(hasattr(a, "q_proj") for a in self.attentions):
@@ -65,12 +68,13 @@ class DMS:
         if self.sliding[index] is not None:
             return
         if self.config.gate == "adapter":
-            gate = AdapterGate(text.hidden_size, self.heads, getattr(text, "rms_norm_eps", 1e-6))
+            gate = AdapterGate(text.hidden_size, self.heads * self.split.parts, getattr(text, "rms_norm_eps", 1e-6))
             attention.dms_gate = gate.to(next(attention.parameters()).device)
 
             def read_residual(module, args, kwargs):
                 hidden = args[0] if args else kwargs["hidden_states"]
-                self._put(index, lambda: attention.dms_gate(hidden))
+                hidden = hidden.to(gate.norm.weight.device)  # the first layer on another device, under a device_map
+                self._put(index, lambda: self.split.take(attention.dms_gate.logits(hidden, self.config)))
 
             self.hooks.append(layer.register_forward_pre_hook(read_residual, with_kwargs=True))
         else:
@@ -82,16 +86,16 @@ class DMS:
                 if heads_first:
                     q = q.transpose(1, 2)
                 x, q = read_neuron(q, self.heads, self.config.neuron, self.neuron_factor)
-                self._put(index, lambda: x)
+                self._put(index, lambda: gate_logits(x, self.config))
                 return q.transpose(1, 2) if heads_first else q.view_as(output)
 
             source = getattr(attention, "q_norm", None) or attention.q_proj
             heads_first = source is not attention.q_proj and text.model_type.startswith("gemma3")  # (B, Hq, T, D)
             self.hooks.append(source.register_forward_hook(take_neuron))
 
-    def _put(self, index: int, gate) -> None:
+    def _put(self, index: int, logits) -> None:
         if self.enabled:
-            z = gate_logits(gate(), self.config)
+            z = logits()
             self.step.logits[index] = z if self.evicting else torch.full_like(z, NEVER)
 
     def _begin(self, module, args, kwargs):
@@ -102,6 +106,11 @@ class DMS:
         batch, tokens = inputs.shape[:2]
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         padded = mask is not None
+        original = not self.enabled and self._is_original(kwargs)
+        self._choose(self.attention_before if original else self.implementation)
+        if original:
+            self.step = None
+            return None
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             given = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
             raise ValueError(f"attention_mask of {given}: DMS needs the (batch, tokens) padding mask")
@@ -110,8 +119,26 @@ class DMS:
         valid = mask[:, -tokens:].bool()
         cache = self._cache(kwargs)
         segments = None if cache is not None else _segments(valid, position_ids, padded)
-        self.step = Step(cache, valid, segments, soft=module.training and self.enabled)
+        full = cache is not None and tokens > 1 and bool(valid.all())
+        if cache is not None and tokens == 1 and cache.make_room():
+            self.check_logits()
+        self.step = Step(cache, valid, segments, soft=module.training and self.enabled, full=full)
         return (), kwargs
+
+    def _is_original(self, kwargs: dict) -> bool:
+        """Gates off: whether the call runs as if they had never been attached, with the model's own attention.
+
+        Not with a cache that counts, nor for packed documents with a mask, which transformers would not keep apart.
+        """
+        past = kwargs.get("past_key_values")
+        packed = kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is not None
+        return not isinstance(past, RowCache) and (past is not None or kwargs.get("use_cache") is True or not packed)
+
+    def _choose(self, implementation: str) -> None:
+        """The attention of the forward pass to come; transformers looks it up in the configuration."""
+        text = self.model.config.get_text_config()
+        if text._attn_implementation != implementation:
+            text._attn_implementation = implementation
 
     def _cache(self, kwargs: dict) -> RowCache | None:
         """The call's cache: the one given, a new one where one is expected, or none."""
@@ -130,28 +157,36 @@ class DMS:
             kwargs["past_key_values"] = past
         return past
 
-    def new_cache(self, page: int = 16) -> RowCache:
-        """An empty cache for this model, ``page`` tokens a page."""
+    def new_cache(self, page: int | None = None) -> RowCache:
+        """An empty cache for this model, ``page`` tokens a page: by default 64 on CUDA, else 16."""
+        page = page or (64 if self.model.device.type == "cuda" else 16)
         return DMSCache(self.config, self.layers, page, self.sliding)
 
     def _end(self, module, args, output) -> None:
         """After the decoder ran: note NaN logits, and look at the notes where that delays nobody."""
         step = self.step
-        if step.soft or not step.logits:
+        if step is None or step.soft or not step.logits:
             return
-        logits = torch.cat([z.flatten().to(step.valid.device) for z in step.logits.values()])
-        self.nan_seen = logits.isnan().any() | self.nan_seen
-        self.unchecked += 1
-        if step.cache is None or step.valid.shape[1] > 1 or self.unchecked >= CHECK_EVERY:
+        logits = list(step.logits.values())
+        if len({z.device for z in logits}) > 1:
+            logits = [z.to(logits[0].device) for z in logits]
+        found = torch.cat([z.flatten() for z in logits]).isnan().any()[None]
+        if found.device not in self.nan_seen:
+            with torch.inference_mode(False):  # so that it can be changed in any mode
+                self.nan_seen[found.device] = torch.zeros(1, dtype=torch.bool, device=found.device)
+        self.nan_seen[found.device].logical_or_(found)  # in place, as a captured step does it
+        if step.cache is None or logits[0].shape[2] > 1:
             self.check_logits()
 
     def check_logits(self) -> None:
         """Raises ValueError for NaN logits in the steps since the last check; waits for the device.
 
-        Called by itself after each prefill, each full forward and every ``CHECK_EVERY``-th decode step.
+        Called by itself after each prefill and each full forward, and whenever the cache makes room for decode steps.
         """
-        seen, self.nan_seen, self.unchecked = self.nan_seen, False, 0
-        check_finite(seen)
+        for seen in self.nan_seen.values():
+            if seen:
+                seen.zero_()
+                check_finite(True)
 
     def silence_neuron(self, query: Tensor, heads: int) -> Tensor:
         """The gate's neuron again, after RoPE has mixed its partner into it: (B, Hq, T, D)."""
@@ -163,7 +198,10 @@ class DMS:
 
     @contextlib.contextmanager
     def disabled(self):
-        """Inside, the model is the original one: no gate is read and nothing is evicted."""
+        """Inside, the model is the original one: no gate is read, nothing is evicted, and its own attention runs.
+
+        A DMSCache or a baseline's cache still counts; then the ``dms`` attention serves it.
+        """
         before, self.enabled = self.enabled, False
         try:
             yield
@@ -216,7 +254,8 @@ def attach(model: PreTrainedModel, config: DMSConfig) -> PreTrainedModel:
 
 def install(model: PreTrainedModel, handle: DMS, implementation: str) -> PreTrainedModel:
     """Make ``handle`` the model's, and ``implementation`` its attention."""
-    handle.attention_before, model.dms = model.config._attn_implementation, handle
+    handle.attention_before, handle.implementation = model.config._attn_implementation, implementation
+    model.dms = handle
     model.set_attn_implementation(implementation)
     return model
 

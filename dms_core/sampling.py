@@ -18,6 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from dms_core.cache.base import RowCache
 from dms_core.cache.dms import DMSCache
 from dms_core.config import check_numbers
+from dms_core.graphs import StepGraph, why_no_graph
+
+HEAD = 1024  # tokens, of a vocabulary, that are sorted where these are enough
+LOOK = 16  # decode steps between two looks at which chains have ended, where looking waits for the device
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class SamplingConfig:
     batch: int = 64  # rows decoded together
     seed: int = 0
     stride: int = 16  # generated tokens between two entries of a chain's live and reads
-    page: int = 8  # tokens a cache page
+    page: int | None = None  # tokens a cache page; None: 64 on CUDA, else 8
 
     def __post_init__(self) -> None:
         check_numbers(self, "max_new_tokens", "batch", "stride", "page", whole=True, least=1)
@@ -72,12 +76,26 @@ def pick_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: flo
     """One token a row by inverse CDF over the nucleus.  logits (S, V), uniforms (S,); returns (S,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, token = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    p, token = _likeliest((logits.float() / temperature).softmax(-1), top_p)
     before = p.cumsum(-1) - p
     p = torch.where(before < top_p, p, 0.0)
     cdf = p.cumsum(-1)
     chosen = (cdf <= uniforms[:, None].to(cdf) * cdf[:, -1:]).sum(-1, keepdim=True)
     return token.gather(1, chosen.clamp_max((p > 0).sum(-1, keepdim=True) - 1))[:, 0]
+
+
+def _likeliest(p: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Probabilities p (S, V) from the largest on, of equals the first, and their tokens; at least the nucleus.
+
+    On a CPU a large vocabulary is not sorted whole where the nucleus ends before the HEAD-th probability.
+    """
+    if p.device.type == "cpu" and p.shape[1] > HEAD:
+        head, token = p.topk(HEAD)
+        if bool((torch.where(head > head[:, -1:], head, 0.0).sum(-1) >= top_p + 1e-5).all()):
+            token = token.sort(-1).values
+            head, order = p.gather(1, token).sort(dim=-1, descending=True, stable=True)
+            return head, token.gather(1, order)
+    return p.sort(dim=-1, descending=True, stable=True)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,110 +132,147 @@ def sample_chains(
 
 
 class _Batch:
-    """The rows under way: per row its job, position, tokens so far and log."""
+    """The rows under way.  What a step changes lies on the model's device; the host knows each row's job."""
+
+    PER_ROW = ("made", "position", "active", "stepped", "last", "tokens", "uniforms", "live", "reads")
 
     def __init__(self, model, tokenizer, prompts, jobs, config: SamplingConfig, make_cache) -> None:
         self.model, self.prompts, self.queue, self.config = model, prompts, jobs[::-1], config
         self.pad, self.eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-        self.size = min(config.batch, len(jobs))
-        self.make_cache = make_cache or (lambda model, _: DMSCache.for_model(model, config.page))
+        size = min(config.batch, len(jobs))
+        page = config.page or (64 if model.device.type == "cuda" else 8)
+        self.make_cache = make_cache or (lambda model, _: DMSCache.for_model(model, page))
         self.cache: RowCache | None = None
-        self.jobs: list[tuple[int, int] | None] = [None] * self.size
-        self.made = torch.zeros(self.size, dtype=torch.long)  # generated tokens
-        self.position = torch.zeros(self.size, dtype=torch.long)
-        self.active = torch.zeros(self.size, dtype=torch.bool)
-        self.tokens = torch.zeros(self.size, config.max_new_tokens, dtype=torch.long)
-        self.uniforms = torch.zeros(self.size, config.max_new_tokens, dtype=torch.float64)
+        self.device, self.look = model.device, 1 if model.device.type == "cpu" else LOOK
+        self.jobs: list[tuple[int, int] | None] = [None] * size
+        self.since = [0] * size  # the step in which the row's chain began
+        self.step = self.shrunk = 0
+        on = {"device": self.device}
+        self.made = torch.zeros(size, dtype=torch.long, **on)  # generated tokens
+        self.position = torch.zeros(size, dtype=torch.long, **on)
+        self.active, self.stepped = (torch.zeros(size, dtype=torch.bool, **on) for _ in range(2))
+        self.last = torch.zeros(size, 1, dtype=torch.long, **on)
+        # One column more than tokens: rows that are not active write there, and it is not read.
+        self.tokens = torch.zeros(size, config.max_new_tokens + 1, dtype=torch.long, **on)
+        self.uniforms = torch.zeros(size, config.max_new_tokens + 1, **on)
         entries = config.max_new_tokens // config.stride + 1
-        self.live, self.reads = (torch.zeros(self.size, entries) for _ in range(2))
+        self.live, self.reads = (torch.zeros(size, entries, **on) for _ in range(2))
 
     def run(self) -> Iterator[Chain]:
-        while self.queue or self.active.any():
-            idle = int((~self.active).sum())
-            if self.queue and (idle > self.size // 8 or idle >= len(self.queue)):
-                yield from self._finish(self._admit())
-            elif not self.queue and 2 * idle >= len(self.active) > 8:
-                self._shrink()
-            if self.active.any():
-                yield from self._finish(self._decode())
+        while self.queue or any(self.jobs):
+            idle = [row for row, job in enumerate(self.jobs) if job is None]
+            if self.queue and (len(idle) > len(self.jobs) // 8 or len(idle) >= len(self.queue)):
+                self._admit(idle[: len(self.queue)])
+            else:
+                if not self.queue and 2 * len(idle) >= len(self.jobs) > 8:
+                    self._shrink()
+                for _ in range(min(self.look, self.config.max_new_tokens - min(self._ages()))):
+                    self._decode()
+            yield from self._finish()
 
-    def _admit(self) -> Tensor:
-        """Prefill prompts for the idle rows, each distinct prompt once, and sample their first tokens."""
-        rows = (~self.active).nonzero()[:, 0][: len(self.queue)]
+    def _admit(self, rows: list[int]) -> None:
+        """Prefill prompts for idle rows, each distinct prompt once, and sample their first tokens."""
         jobs = [self.queue.pop() for _ in rows]
         distinct = list(dict.fromkeys(problem for problem, _ in jobs))
         prefilled, logits = self._prefill([self.prompts[p] for p in distinct])
-        source = torch.tensor([distinct.index(problem) for problem, _ in jobs])
         if self.cache is None:
-            self.cache = prefilled.empty_like(self.size)
-        at = rows.to(self.model.device)
-        self.cache.put_rows(at, prefilled, source.to(self.model.device))
+            self.cache = prefilled.empty_like(len(self.jobs))
+            self.graph = StepGraph(
+                self._advance,
+                moved=lambda: self.cache.moves + self.shrunk,
+                ran=self.cache.count_step,
+                why_not=why_no_graph(self.model, self.cache),
+            )
+        at = torch.tensor(rows, device=self.device)
+        source = torch.tensor([distinct.index(problem) for problem, _ in jobs], device=self.device)
+        self.cache.put_rows(at, prefilled, source)
         self.cache.name_streams(at, torch.tensor([chain_stream(self.config.seed, *job) for job in jobs]))
-        for row, job in zip(rows.tolist(), jobs, strict=True):
-            self.jobs[row] = job
-            self.uniforms[row] = torch.from_numpy(chain_uniforms(self.config.seed, *job, self.config.max_new_tokens))
-            self.position[row] = len(self.prompts[job[0]])
-        self.made[rows] = 0
-        self.active[rows] = True
-        self._log(rows)
-        return self._take(rows, logits[source])
+        for row, job in zip(rows, jobs, strict=True):
+            self.jobs[row], self.since[row] = job, self.step
+        draws = np.stack([chain_uniforms(self.config.seed, *job, self.config.max_new_tokens) for job in jobs])
+        self.uniforms[at, :-1] = torch.from_numpy(draws).to(self.uniforms)
+        self.position[at] = torch.tensor([len(self.prompts[problem]) for problem, _ in jobs], device=self.device)
+        self.made[at] = 0
+        self._log(torch.zeros_like(self.active).index_fill_(0, at, True))
+        token = self._pick(logits[source], self.uniforms[at, 0])
+        self.last[at], self.tokens[at, 0] = token[:, None], token
+        self.made[at] = 1
+        self.active[at] = (token != self.eos) & (self.config.max_new_tokens > 1)
+        if self.config.stride == 1:
+            self._log(torch.zeros_like(self.active).index_fill_(0, at, True))
 
     def _prefill(self, prompts) -> tuple[RowCache, Tensor]:
-        ids, mask, positions = pad_left(prompts, self.pad)
+        ids, mask, positions = (x.to(self.device) for x in pad_left(prompts, self.pad))
         cache = self.make_cache(self.model, self.config.max_new_tokens)
         return cache, self._forward(ids, positions, mask, cache)
 
-    def _decode(self) -> Tensor:
-        """Feed every active row its last token and sample the next one."""
-        last = self.tokens.gather(1, (self.made - 1).clamp_min(0)[:, None])
-        logits = self._forward(last, self.position[:, None], self.active[:, None], self.cache)
+    def _decode(self) -> None:
+        """Feed every active row its last token and sample the next one; waits for the device to make room alone."""
+        if self.cache.make_room():
+            self.model.dms.check_logits()
+        self.graph.run()
+        self.step += 1
+        if any(age % self.config.stride == 0 for age in self._ages()):
+            self._log(self.stepped & (self.made % self.config.stride == 0))
+
+    def _advance(self) -> None:
+        """The step on the device, of static shapes."""
+        self.stepped.copy_(self.active)
+        logits = self._forward(self.last, self.position[:, None], self.active[:, None], self.cache)
+        at = self.made[:, None]
+        token = self._pick(logits, self.uniforms.gather(1, at)[:, 0])
+        self.last.copy_(token[:, None])
+        self.tokens.scatter_(1, at, self.last)
         self.position += self.active
-        rows = self.active.nonzero()[:, 0]
-        return self._take(rows, logits[rows])
+        self.made += self.active
+        self.active &= (token != self.eos) & (self.made < self.config.max_new_tokens)
+
+    def _ages(self) -> set[int]:
+        """Tokens that the chains under way have made, if they go on."""
+        return {self.step - since + 1 for job, since in zip(self.jobs, self.since, strict=True) if job}
+
+    def _pick(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        token = pick_tokens(logits, uniforms, self.config.temperature, self.config.top_p)
+        return self.model.dms.split.agree(token)
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: RowCache) -> Tensor:
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
-        inputs = {name: x.to(self.model.device) for name, x in inputs.items()}
-        return self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].cpu()
-
-    def _take(self, rows: Tensor, logits: Tensor) -> Tensor:
-        """Sample for ``rows``; returns the rows whose chain has ended."""
-        uniforms = self.uniforms[rows, self.made[rows]]
-        token = pick_tokens(logits, uniforms, self.config.temperature, self.config.top_p)
-        self.tokens[rows, self.made[rows]] = token
-        self.made[rows] += 1
-        self._log(rows[self.made[rows] % self.config.stride == 0])
-        return rows[(token == self.eos) | (self.made[rows] == self.config.max_new_tokens)]
+        return self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def _log(self, rows: Tensor) -> None:
-        if len(rows):
-            at = self.made[rows] // self.config.stride
-            self.live[rows, at], self.reads[rows, at] = self._budget(rows)
+        """Enter the budget so far of ``rows`` (B,) bool."""
+        at = (self.made // self.config.stride)[:, None]
+        for log, now in zip((self.live, self.reads), self._budget(), strict=True):
+            log.scatter_(1, at, torch.where(rows[:, None], now[:, None], log.gather(1, at)))
 
-    def _budget(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Live items and reads so far per KV head, means over layers and heads: (N,) each."""
-        return tuple(x.float().mean((0, 2)).cpu()[rows] for x in (self.cache.live_tokens(), self.cache.kv_reads()))
+    def _budget(self) -> tuple[Tensor, Tensor]:
+        """Live items and reads so far per KV head, means over layers and heads: (B,) each."""
+        return tuple(map(self.model.dms.split.mean, (self.cache.live_tokens(), self.cache.kv_reads())))
 
-    def _finish(self, rows: Tensor) -> Iterator[Chain]:
-        if not len(rows):
+    def _finish(self) -> Iterator[Chain]:
+        """The chains that have ended since the last look, which waits for the device."""
+        ended = [row for row, on in enumerate(self.active.tolist()) if self.jobs[row] and not on]
+        if not ended:
             return
         self.model.dms.check_logits()
-        for row, *end in zip(rows.tolist(), *self._budget(rows), strict=True):
-            made = int(self.made[row])
-            tokens = self.tokens[row, :made].tolist()
+        rows = torch.tensor(ended, device=self.device)
+        state = [x[rows].tolist() for x in (self.made, self.tokens, self.live, self.reads, *self._budget())]
+        for row, made, tokens, live, reads, *end in zip(ended, *state, strict=True):
+            tokens, entries = tokens[:made], made // self.config.stride + 1
             finished = tokens[-1] == self.eos
             problem, chain = self.jobs[row]
-            logs = (log[row, : made // self.config.stride + 1].tolist() for log in (self.live, self.reads))
-            live, reads = ([*log, float(last)] for log, last in zip(logs, end, strict=True))
+            live, reads = ([*log[:entries], last] for log, last in zip((live, reads), end, strict=True))
             tokens = tokens[:-1] if finished else tokens
             yield Chain(problem, chain, tokens, finished, len(self.prompts[problem]), live, reads)
-        self.active[rows] = False
-        self.cache.reset_rows(rows.to(self.model.device))
+            self.jobs[row] = None
+        self.cache.reset_rows(rows)
 
     def _shrink(self) -> None:
         """Nothing is queued: go on with the active rows alone."""
-        rows = self.active.nonzero()[:, 0]
-        self.cache.batch_select_indices(rows.to(self.model.device))
-        self.jobs = [self.jobs[row] for row in rows.tolist()]
-        for name in ("made", "position", "active", "tokens", "uniforms", "live", "reads"):
-            setattr(self, name, getattr(self, name)[rows])
+        rows = [row for row, job in enumerate(self.jobs) if job]
+        self.jobs, self.since = ([x[row] for row in rows] for x in (self.jobs, self.since))
+        self.shrunk += 1
+        at = torch.tensor(rows, device=self.device)
+        self.cache.batch_select_indices(at)
+        for name in self.PER_ROW:
+            setattr(self, name, getattr(self, name)[at])

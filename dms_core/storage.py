@@ -7,6 +7,7 @@ has no end, and only the next writer cuts it off.
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def write_text(file: Path | str, text: str) -> None:
     """Replace ``file`` as a whole; its directory is made."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")  # hosts of a cluster may share a process id
     part.write_text(text, encoding="utf-8")
     os.replace(part, file)
 
@@ -92,6 +93,16 @@ class JsonlWriter:
 
     def __exit__(self, *error) -> None:
         self.file.close()
+
+
+def is_written(file: Path | str) -> bool:
+    """Does another process have this JSONL file open for writing?"""
+    with Path(file).open("rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def claim(directory: Path | str, facts: dict, name: str) -> None:

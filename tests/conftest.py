@@ -4,12 +4,8 @@ from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
-
-if not torch.cuda.is_available():  # before anything imports triton: its kernels then run on the CPU
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -30,6 +26,20 @@ REMEDIES = {
     "is not installed|could not import": "make setup",
 }
 VOCABULARY = 40
+
+
+def pytest_configure(config):
+    """Only ``-m gpu`` uses a card.  Otherwise it is hidden, and Triton's kernels run in its interpreter on the CPU.
+
+    Nothing may have asked torch for a card, or imported triton, before; worker processes inherit what is set here.
+    """
+    if not wants_card(config.getoption("markexpr")):
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+
+
+def wants_card(expression: str) -> bool:
+    """Whether ``-m EXPRESSION`` selects tests that are marked ``gpu``."""
+    return bool(re.search(r"\bgpu\b", re.sub(r"\bnot\s+gpu\b", "", expression)))
 
 
 def pytest_addoption(parser):
@@ -59,7 +69,7 @@ def pytest_terminal_summary(terminalreporter):
     """At the very end a line for each kind of skipped tests: how many, why, and how to have them run."""
     yield
     skipped = terminalreporter.stats.get("skipped", [])
-    reasons = [str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped]
+    reasons = [str(report.longrepr[2]).removeprefix("Skipped: ").splitlines()[0] for report in skipped]
     for kind, remedy in REMEDIES.items():
         if found := [reason for reason in reasons if re.search(kind, reason)]:
             reasons = [reason for reason in reasons if reason not in found]

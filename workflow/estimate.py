@@ -7,17 +7,20 @@ overlapped perfectly, which is too fast.  Prefill is left out.
 from dataclasses import replace
 
 
-def sampling_hours(arch, hardware, gpus: int, task: dict, cr: float, memory_cr: float) -> tuple[float, int]:
+def sampling_hours(
+    arch, hardware, gpus: int, task: dict, cr: float, memory_cr: float, shards: int = 1
+) -> tuple[float, int]:
     """GPU-hours of one (task, method, CR), and the chains decoded together on ``gpus`` GPUs that split the weights.
 
     memory_cr: what the cache holds less; 1 for a method such as Quest, that reads less but keeps everything.
+    shards: jobs that share the chains.
     """
     from companion.cost import planner, roofline
 
     whole = replace(hardware, flops=gpus * hardware.flops, bandwidth=gpus * hardware.bandwidth)
     length, chains = max(task["lengths"]), task["problems"] * task["chains"]
     room = (1 - planner.RESERVED) * gpus * hardware.memory - roofline.weight_bytes(arch)
-    batch = min(int(room // roofline.kv_bytes(arch, 1, length / memory_cr)), chains)
+    batch = min(int(room // roofline.kv_bytes(arch, 1, length / memory_cr)), -(-chains // shards))
     if batch < 1:
         return float("inf"), 0
     seconds = roofline.latency(arch, batch, length / 2 / cr, whole)  # a chain holds half its length on average
@@ -35,7 +38,9 @@ def lines(settings: dict, device: str = "h100") -> list[str]:
     arch = Architecture(**name) if isinstance(name, dict) else find_architecture(name)
     gpus = settings["resources"].get("sample", {}).get("gpus", 1)
     trained = [cr for method in ("dms", "dms-immediate") for cr in settings["methods"].get(method, [])]
-    text, total = [f"{settings['model']} on {device}, chains on {gpus} GPU{'s' * (gpus > 1)} each"], 0.0
+    shards = settings["shards"]
+    jobs = f"{shards} job{'s' * (shards > 1)} of {gpus} GPU{'s' * (gpus > 1)} each"
+    text, total = [f"{settings['model']} on {device}, chains in {jobs}"], 0.0
     if str(name) in RETROFIT_HOURS and trained:
         total = RETROFIT_HOURS[name] * (max(trained) - 1)
         text.append(f"{'retrofit to CR ' + format(max(trained), 'g'):32} {total:10.0f} GPU-hours (paper, Table 3)")
@@ -44,7 +49,8 @@ def lines(settings: dict, device: str = "h100") -> list[str]:
     for task, facts in settings["tasks"].items():
         for method, crs in settings["methods"].items():
             for cr in crs:
-                hours, batch = sampling_hours(arch, DEVICES[device], gpus, facts, cr, 1 if method == "quest" else cr)
+                held = 1 if method == "quest" else cr
+                hours, batch = sampling_hours(arch, DEVICES[device], gpus, facts, cr, held, shards)
                 total += hours
                 what = f"{hours:10.1f} GPU-hours, {batch} at once" if batch else "does not fit: more GPUs"
                 text.append(f"{f'{task}, {method}, CR {cr:g}':32} {what}")

@@ -17,6 +17,8 @@ MODEL = {
     "recipe": None,  # of `dms retrofit`
     "data": None,  # what `dms retrofit` trains on; None: what the recipe says
     "launch": None,  # starts `dms retrofit` on many GPUs, in place of `dms`
+    "launch_sample": None,  # starts `dms sample` on GPUs that split the model, in place of `dms`
+    "shards": 1,  # jobs that share the chains of one (task, method, CR), each with the resources of `sample`
     "architecture": None,  # for estimates: a name that `dms plan` knows, or sizes; None: the model's config.json
     "published_as": None,  # the model's name in data/published, None if it is not there
     "methods": None,  # {name: [compression ratios]}
@@ -45,6 +47,8 @@ def settings(config: dict) -> dict:
         needed = [key for key in ("name", "recipe", "methods", "tasks") if not filled[key]]
         if needed:
             raise ValueError(f"a configuration with `model` also needs {', '.join(needed)}")
+        if not isinstance(filled["shards"], int) or filled["shards"] < 1:
+            raise ValueError(f"shards {filled['shards']}: must be a whole number >= 1")
         filled["tasks"] = {name: _filled(f"task {name}", task, TASK) for name, task in filled["tasks"].items()}
     for rule, values in filled["resources"].items():
         _filled(f"resources of {rule}", values, dict.fromkeys(RESOURCES))

@@ -46,6 +46,7 @@ def arg(kind, text: str, metavar: str):
 Json = opt(bool, "print the result as JSON, last", "--json")
 Profile = opt(str, "smoke or tiny")
 Runs = opt(Path, "where results are kept and reused", metavar="DIR")
+Device = opt(str, "cpu, cuda, cuda:1, ... (default: cuda where there is one)")
 Seed = opt(int, "of the retrofit's documents and of sampling")
 
 

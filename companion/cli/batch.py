@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from companion.cli.app import Profile, Seed, arg, command, opt
+from companion.cli.app import Device, Profile, Seed, arg, command, opt
 from companion.paths import RUNS, checkout
 from dms_core.storage import write_json
 
@@ -17,12 +17,13 @@ def stage(
     seed: Seed = 0,
     code: opt(str, "first delete what other sources made of the stage", metavar="DIGEST") = "",
     out: opt(Path, "also write the result to this JSON file") = None,
+    device: Device = None,
 ):
     """one stage of the main job, such as records-dms-cr4; no name lists them"""
     from companion.experiments import main as job
     from companion.experiments.profiles import get_profile
 
-    run = job.Run(get_profile(profile), run_dir or RUNS / profile, seed=seed)
+    run = job.Run(get_profile(profile), run_dir or RUNS / profile, seed=seed, device=device)
     if name is None:
         names = job.stage_names(run)
         yield "\n".join(names)

@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from companion.cli.app import arg, at_least_one, command, opt
+from companion.cli.app import Device, arg, at_least_one, command, opt
 from companion.paths import RESULTS
 from dms_core.storage import read_json, read_jsonl, write_json, write_text
 
@@ -33,20 +33,27 @@ def plan(
 
 @command(MEASURE, "bench")
 def bench(
-    kind: arg(str, "prefill, train, decode or cache", "KIND"),
-    device: opt(str, "cpu or cuda") = "cpu",
+    kind: arg(str, "prefill, train, decode, cache or sampling", "KIND"),
+    device: Device = None,
     case: opt(list[str], "only this case; may be given repeatedly", metavar="NAME") = None,
     repeats: opt(int, "timed rounds (default: what some seconds allow)") = None,
     quick: opt(bool, "tiny shapes, to see that it runs", "--quick") = False,
     save: opt(str, "merge into data/results/kernels-DEVICE.json, or into FILE", metavar="[FILE]") = None,
 ):
-    """time an operation of dms_kernels against what one would use otherwise"""
+    """time an operation of dms_kernels, or sampling, against what one would use otherwise"""
+    from companion.experiments.sample import checked_device
     from companion.provenance import describe
     from dms_kernels import benchmarks
 
+    device = checked_device(device)
     if quick and save == "":
         raise ValueError("--quick with --save: tiny shapes are not kept among the results; name a file after --save")
-    cases = benchmarks.run(kind, device, case, repeats, quick)
+    if kind == "sampling":
+        from companion.experiments.sampling_speed import measure
+
+        cases = measure(device, case, repeats, quick)
+    else:
+        cases = benchmarks.run(kind, device, case, repeats, quick)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts = {**describe(), "cores": cores}
     name = facts["device"] if device == "cuda" else "cpu"
@@ -150,6 +157,7 @@ def fidelity(
     data: Conversations,
     tokens: opt(int, "of the dense continuation that are compared") = 96,
     longest: opt(int, "tokens of a prompt at most") = 2000,
+    device: Device = None,
     save: opt(str, "default: data/results/smollm2.json", metavar="[FILE]") = None,
 ):
     """a compressed cache beside the dense model: agreement, KL, memory, speed"""
@@ -158,7 +166,7 @@ def fidelity(
     from companion.provenance import describe
 
     conversations = [row["messages"] for row in read_jsonl(data)]
-    result = report(*load_dense(model), gates, conversations, tokens, longest) | {"environment": describe()}
+    result = report(*load_dense(model, device), gates, conversations, tokens, longest) | {"environment": describe()}
     if save is not None:
         write_json(save or RESULTS / "smollm2.json", result)
     line = (
@@ -178,6 +186,7 @@ def tokens(
     index: opt(int, "the conversation that is shown") = 0,
     limit: opt(int, "tokens of it that are shown") = 400,
     documents: opt(int, "conversations, whole, that are summarised") = 4,
+    device: Device = None,
     save: opt(str, "default: data/results/smollm2-tokens.json", metavar="[FILE]") = None,
 ):
     """which tokens of held-out conversations stay in the cache, and of what kind"""
@@ -192,7 +201,7 @@ def tokens(
     from companion.provenance import describe
     from dms_core.checkpoint import load_gates, read_settings
 
-    dense, tokenizer = load_dense(model)
+    dense, tokenizer = load_dense(model, device)
     dense = load_gates(dense, gates)
     several = tqdm(conversations[:documents], desc="conversations")
     result = {

@@ -1,9 +1,10 @@
 """The embedded model: its main job, what came of it beside the paper, and the studies."""
 
+import os
 import sys
 from pathlib import Path
 
-from companion.cli.app import Profile, Runs, Seed, command, opt
+from companion.cli.app import Device, Profile, Runs, Seed, command, opt
 from companion.paths import REASONER, RESULTS, RUNS, checkout
 from dms_core.storage import read_json
 
@@ -18,11 +19,13 @@ def reproduce(
     runs: Runs = RUNS,
     seed: Seed = 0,
     fresh: opt(bool, "forget earlier results of this profile first", "--fresh") = False,
+    device: Device = None,
 ):
     """retrofit the embedded model, compute the curves, render the book"""
     import shutil
 
     checkout("dms reproduce")
+    choose_card(device)
     from companion.book import reproduce
     from companion.experiments.profiles import get_profile
 
@@ -31,6 +34,17 @@ def reproduce(
     result = reproduce(profile, runs, seed)
     print(f"{result['seconds']:.0f} s; read {result['book']}", file=sys.stderr)
     return result
+
+
+def choose_card(device: str | None) -> None:
+    """The notebooks' processes, like this one, see no card (cpu), or one alone (cuda:1)."""
+    from companion.experiments.sample import checked_device
+
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif device and (number := checked_device(device).partition(":")[2]):
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[int(number)] if seen else number
 
 
 @command(REPRODUCE, "curves")
@@ -62,11 +76,11 @@ def curves(
 
 
 @command(REPRODUCE, "grid")
-def grid(profile: Profile = "tiny", runs: Runs = RUNS, seed: Seed = 0):
+def grid(profile: Profile = "tiny", runs: Runs = RUNS, seed: Seed = 0, device: Device = None):
     """DMS, the dense model and training-free baselines on the same problems"""
     from companion.experiments import main as job
 
-    summary = job.grid(job.Run.of(profile, runs, seed))
+    summary = job.grid(job.Run.of(profile, runs, seed, device))
     largest = max(point["L"] for point in summary["points"])
     line = "{method} CR {cr:g}: {accuracy:.1f} [{low:.1f}, {high:.1f}], reads {reads:.0f}, peak {peak:.0f}"
     for point in summary["points"]:
@@ -130,14 +144,17 @@ def ledger(
 def cache_report(
     cr: opt(float, "compression ratio of the checkpoint") = 8.0,
     checkpoint: opt(Path, "a retrofitted model (default: runs/tiny, else data/reasoner)") = None,
+    device: Device = None,
 ):
     """bytes held after one long generation by the embedded model"""
     from companion.experiments import heldout
     from companion.experiments import main as job
+    from companion.experiments.sample import checked_device
     from companion.tasks.programs import make_problem
     from companion.tasks.reasoner import load_tokenizer
     from dms_core.checkpoint import load_model
 
+    place = checked_device(device)
     if checkpoint is None and (RUNS / "tiny").exists():
         checkpoint = job.checkpoint(job.Run.of("tiny", RUNS), "dms", cr)
         checkpoint = checkpoint if (checkpoint / "dms.json").exists() else None
@@ -147,7 +164,7 @@ def cache_report(
         raise ValueError(f"{checkpoint}: no such directory; --cr must be one of {stored} where --checkpoint names none")
     problems = [make_problem("test", 0, i, (14, 14)) for i in range(200)]
     longest = max(problems, key=lambda p: len(p.prompt) + len(p.trace))
-    report = heldout.cache_report(load_model(checkpoint), load_tokenizer(checkpoint), longest.prompt, cr)
+    report = heldout.cache_report(load_model(checkpoint).to(place), load_tokenizer(checkpoint), longest.prompt, cr)
     line = "{tokens} tokens: {bytes_held} of {bytes_dense} bytes held, {ratio_excluding_window:.2f}x smaller outside"
     yield f"{line} the window".format(**report)
     return report

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from companion.cli.app import at_least_one, command, opt
+from companion.cli.app import Device, at_least_one, command, opt
 from dms_core.storage import read_jsonl
 
 RETROFIT = "Retrofit"
@@ -22,7 +22,7 @@ def retrofit(
     ) = (),
     names: opt(bool, "print the library's recipes and exit", "--list") = False,
     show: opt(bool, "print the recipe, changes included, and exit", "--show") = False,
-    cpu: opt(bool, "use no GPU (the default where there is none)", "--cpu") = False,
+    device: Device = None,
     fsdp: opt(bool, "shard weights over the processes (FSDP2)", "--fsdp") = False,
     as_json: bool = False,
 ):
@@ -45,8 +45,12 @@ def retrofit(
     if out is None:
         raise ValueError("--out missing: must be a directory for the checkpoints")
     from companion.experiments.embedded import train_recipe
+    from companion.experiments.sample import checked_device
 
-    return train_recipe(chosen, out, cpu, fsdp, None if as_json else lambda lines: print(*lines, sep="\n", flush=True))
+    if (place := checked_device(device)) not in ("cpu", "cuda"):
+        raise ValueError(f"--device {place}: must be cpu or cuda; CUDA_VISIBLE_DEVICES says which cards")
+    report = None if as_json else lambda lines: print(*lines, sep="\n", flush=True)
+    return train_recipe(chosen, out, place == "cpu", fsdp, report)
 
 
 @command(RETROFIT, "fetch")
@@ -66,6 +70,7 @@ def converse(
     count: opt(int, "conversations") = 64,
     turns: opt(int, "questions in each") = 10,
     seed: int = 1,
+    device: Device = None,
 ):
     """conversations in which a model answers procedural questions itself"""
     at_least_one(count=count, turns=turns)
@@ -75,7 +80,7 @@ def converse(
     from dms_core.train.data import encode_conversation
     from dms_core.train.self_distill import write_conversations
 
-    dense, tokenizer = load_dense(model)
+    dense, tokenizer = load_dense(model, device)
     write_conversations(out, attach(dense, DMSConfig()), tokenizer, count, turns, seed)
     rows = [encode_conversation(tokenizer, row["messages"]) for row in read_jsonl(out)]
     labelled = sum(sum(marks) for _, marks in rows)

@@ -50,19 +50,22 @@ def sample(
     temperature: opt(float, "0: the likeliest token") = 0.6,
     top_p: opt(float, "share of the probability that is sampled from") = 0.95,
     seed: opt(int, "of the chains' random streams") = 0,
-    device: opt(str, "cpu or cuda (default: cuda where there is one)") = None,
+    device: opt(str, "cpu or cuda (default: cuda where there is one); auto: layers over all cards") = None,
     dtype: opt(str, "float32, bfloat16, ...; auto: as saved") = "auto",
+    shard: opt(str, "the I-th of N parts of the chains, for a card each: 1/4", metavar="I/N") = "1/1",
 ):
-    """chains of a model on a benchmark, graded; goes on where it was interrupted"""
+    """chains of a model on a benchmark, graded; goes on where it was interrupted; under torchrun the model is split"""
     from companion.experiments.sample import load_task, sample_benchmark
+    from companion.records import Shard
     from dms_core.sampling import SamplingConfig
 
     config = SamplingConfig(length, temperature, top_p, batch, seed)
     problems = load_task(task, source, limit, parse_options(option), unsafe)
-    settings = {"device": device, "dtype": dtype, "workers": workers, "unsafe": unsafe}
+    settings = {"device": device, "dtype": dtype, "workers": workers, "unsafe": unsafe, "shard": Shard.parse(shard)}
     result = sample_benchmark(model, problems, method, cr, chains, config, out, lengths, widths, **settings)
     if row := result["pass_at_1"]:
-        yield "{method} CR {cr:g}, L {L}: {accuracy:.1f} % over {problems} problems".format(**row)
+        part = "" if settings["shard"].count == 1 else f"shard {shard} of "
+        yield part + "{method} CR {cr:g}, L {L}: {accuracy:.1f} % over {problems} problems".format(**row)
     return result
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from companion.cli.app import arg, command, opt
+from companion.cli.app import Device, arg, command, opt
 from companion.paths import RESULTS, RUNS
 from dms_core.storage import update_json, write_json
 
@@ -31,6 +31,7 @@ def ablate(
     profile: opt(str, "of seeds: smoke or tiny") = "tiny",
     documents: opt(int, "of delay: validation documents") = 200,
     save: opt(bool, "also store the result in data/results", "--save") = False,
+    device: Device = None,
 ):
     """what a part of the method is worth: retrofits that differ in one thing"""
     if finished and name in ("delay", "seeds"):
@@ -41,21 +42,21 @@ def ablate(
     if name == "delay":
         from companion.experiments.delay import delay
 
-        result = delay(documents=documents)
+        result = delay(documents=documents, device=device)
         yield from (FOLLOWED.format(**row) for row in result["rows"] if row["kind"] == "all")
         yield result["verdict"]
     elif name == "seeds":
         from companion.experiments.profiles import get_profile
         from companion.experiments.seeds import replicate
 
-        result = replicate(get_profile(profile), runs or RUNS / profile, seeds)
+        result = replicate(get_profile(profile), runs or RUNS / profile, seeds, device=device)
         yield from (REPLICATED.format(**row) for row in result["rows"])
         line = "mean of {seeds}, {a} - {b}, CR {cr:g}: {difference:+.1f} [{low:+.1f}, {high:+.1f}]"
         yield from (line.format(**row) for row in result["means"])
     else:
         from companion.experiments.ablations import ablation, open_ablations
 
-        result = ablation(name, open_ablations(runs or RUNS / "ablations"), finished)
+        result = ablation(name, open_ablations(runs or RUNS / "ablations", device=device), finished)
         yield from (ABLATED.format(**row) for row in result["rows"])
         line = "accuracy {a} - {b}: {difference:+.1f} [{low:+.1f}, {high:+.1f}]"
         yield from (line.format(**row) for row in result["pairs"])

@@ -75,11 +75,11 @@ def make_variants(reference: Recipe) -> dict[str, Recipe]:
     return variants | {"no-rest": variants["no-rest"].changed(retrofit={"steps_per_unit": as_long})}
 
 
-def open_ablations(root: Path, profile: Profile | None = None, base: Path = REASONER, seed: int = 0) -> job.Run:
+def open_ablations(root: Path, profile: Profile | None = None, base: Path = REASONER, seed=0, device=None) -> job.Run:
     """The run that holds all variants."""
     profile = profile or ablation_profile()
     variants = make_variants(profile.recipe.changed(retrofit={"seed": seed}))
-    return job.Run(profile, root, base, seed, variants)
+    return job.Run(profile, root, base, seed, variants, device=device)
 
 
 def facts_file(run: job.Run, name: str) -> Path:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from companion.experiments.sample import checked_device
 from companion.paths import REASONER
 from companion.provenance import describe
 from companion.tasks.programs import DIGITS, Problem, make_problem
@@ -169,13 +170,19 @@ def interchange(model, cases: Sequence[Case], window: int) -> list[dict]:
 
 
 def delay(
-    checkpoint: Path | str = REASONER / "dms-cr4", base: Path | str = REASONER, documents=200, seed=0, batch=32
+    checkpoint: Path | str = REASONER / "dms-cr4",
+    base: Path | str = REASONER,
+    documents=200,
+    seed=0,
+    batch=32,
+    device: str | None = None,
 ) -> dict:
     """The experiment on a retrofitted model and the dense one, over the look-ups that both solve in both runs.
 
     Rates and effects are percentages with 95 % bootstrap intervals over look-ups.
     """
-    models = {"dms": load_model(checkpoint), "dense": load_base(base)}
+    place = checked_device(device)
+    models = {"dms": load_model(checkpoint).to(place), "dense": load_base(base).to(place)}
     window = models["dms"].dms.config.window
     cases = find_cases(load_tokenizer(base), documents, 2 * window + 1, seed)
     order = sorted(range(len(cases)), key=lambda i: len(cases[i].ids))

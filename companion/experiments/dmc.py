@@ -21,6 +21,7 @@ from pathlib import Path
 
 from companion.experiments.heldout import held_out
 from companion.experiments.profiles import get_profile
+from companion.experiments.sample import checked_device
 from companion.paths import REASONER, RESULTS, RUNS
 from companion.provenance import describe
 from companion.records import Method, records_file, sample_records
@@ -66,13 +67,13 @@ def shortened(steps: int, batch: int, seed: int) -> RetrofitConfig:
     return TINY.recipe.changed(retrofit={**changes, "seed": seed}).retrofit
 
 
-def train(arm: str, recipe: RetrofitConfig, out: Path, tokenizer) -> dict:
+def train(arm: str, recipe: RetrofitConfig, out: Path, tokenizer, place: str = "cpu") -> dict:
     """Retrofit one arm, or read what was trained; returns its facts."""
     config, put, _ = ARMS[arm]
     if not (out / "retrofit.json").exists():
         data = TraceDataset(tokenizer, recipe.steps * recipe.batch, recipe.batch, seed=recipe.seed)
         began = time.process_time()
-        arguments = {"train_sampling_strategy": "sequential", "use_cpu": True}
+        arguments = {"train_sampling_strategy": "sequential", "use_cpu": place == "cpu"}
         retrofit(load_base(REASONER), tokenizer, data, config, recipe, out, attach=put, **arguments)
         labels = [data[i]["labels"] for i in range(len(data))]
         update_json(
@@ -103,13 +104,15 @@ def compare_dmc(
     seed: int,
     runs: Path,
     out: Path,
+    device: str | None = None,
 ) -> dict:
     """Every arm after each number of steps; written to ``out`` after each."""
     options = {"arms": list(arms), "steps": list(steps), "batch": batch, "documents": documents, "problems": problems}
+    place = checked_device(device)
     tokenizer, cr = load_tokenizer(), TINY.recipe.retrofit.rests[0][0]
     chosen = (problems, chains, seed, runs, tokenizer)
     held = TraceDataset(tokenizer, documents, 1, "validation", seed)
-    base = attach(load_base(REASONER), DMS)
+    base = attach(load_base(REASONER), DMS).to(place)
     result = {
         "options": {**options, "chains": chains, "seed": seed},
         "environment": describe(),
@@ -118,10 +121,10 @@ def compare_dmc(
     }
     for count, arm in ((count, arm) for count in steps for arm in arms):
         directory = runs / f"{arm}-{count}-{batch}"
-        facts = train(arm, shortened(count, batch, seed), directory, tokenizer)
+        facts = train(arm, shortened(count, batch, seed), directory, tokenizer, place)
         kept = checkpoint_dir(directory, cr)
-        model = ARMS[arm][2](kept)
-        measured = held_out(model, load_base(REASONER), held, tokenizer.pad_token_id)
+        model = ARMS[arm][2](kept).to(place)
+        measured = held_out(model, load_base(REASONER).to(place), held, tokenizer.pad_token_id)
         measured["retention"] = [[round(share, 4) for share in layer] for layer in measured["retention"]]
         keys = ("step", "kd", "cr_target", "cr_measured")
         run = {
@@ -149,6 +152,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--runs", type=Path, default=RUNS / "dmc")
     parser.add_argument("--out", type=Path, default=RESULTS / "dmc.json")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     compare_dmc(**vars(parser.parse_args()))
 
 

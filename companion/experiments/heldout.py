@@ -49,9 +49,12 @@ def held_out(model, teacher, documents: Sequence[dict] | Dataset, pad: int, batc
 
 @torch.inference_mode()
 def kept_tokens(model, ids: Sequence[int]) -> Tensor:
-    """Which tokens of one document each head keeps by its decisions, window aside: boolean (layers, KV heads, T)."""
+    """Which tokens of one document each head keeps by its decisions, window aside: boolean (layers, KV heads, T).
+
+    On the CPU, wherever the model is: pictures and tables are made of it.
+    """
     model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
-    return ~torch.cat([e.bool() for e in model.dms.step.evicted.values()])
+    return ~torch.cat([e.bool() for e in model.dms.step.evicted.values()]).cpu()
 
 
 def retention_by_position(kept: Sequence[Tensor], edges: Sequence[int], lag: int, window: int) -> list[dict]:

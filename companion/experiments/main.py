@@ -14,12 +14,11 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from companion.experiments.embedded import train_recipe
 from companion.experiments.heldout import held_out as measure
 from companion.experiments.profiles import Profile, get_profile
-from companion.experiments.sample import load_tokenizer
+from companion.experiments.sample import checked_device, load_tokenizer
 from companion.paths import REASONER
 from companion.provenance import describe
 from companion.records import Method, records_file, sample_records
@@ -52,6 +51,7 @@ class Run:
     checkpoints: dict[float, Path] = field(default_factory=dict)  # retrofits made elsewhere, by compression ratio
     benchmark: Task | None = None  # None: program traces
     label: str = "this book"  # what its curves are called
+    device: str | None = None  # where models train and run; None: a GPU where there is one
 
     def __post_init__(self) -> None:
         for name in ("root", "base"):
@@ -60,13 +60,18 @@ class Run:
             object.__setattr__(self, "variants", main_variants(self.profile, self.seed))
 
     @classmethod
-    def of(cls, profile: str, runs: Path, seed: int = 0) -> "Run":
+    def of(cls, profile: str, runs: Path, seed: int = 0, device: str | None = None) -> "Run":
         """The main job of a profile below ``runs``."""
-        return cls(get_profile(profile), Path(runs) / profile, seed=seed)
+        return cls(get_profile(profile), Path(runs) / profile, seed=seed, device=device)
 
     @cached_property
     def task(self) -> Task:
         return self.benchmark or ProgramTraces(size=self.profile.problems, split="test", seed=self.seed)
+
+    @cached_property
+    def place(self) -> str:
+        """The device.  Raises ValueError for one that this machine lacks."""
+        return checked_device(self.device)
 
     @cached_property
     def tokenizer(self):
@@ -101,7 +106,7 @@ def retrofit(run: Run, name: str = "dms") -> dict:
     out = _retrofit_dir(run, name)
     if not (out / "retrofit.json").exists():
         began = time.time()
-        train_recipe(run.variants[name], out, cpu=True, base=run.base)
+        train_recipe(run.variants[name], out, cpu=run.place == "cpu", base=run.base)
         update_json(out / "retrofit.json", seconds=time.time() - began)
     return read_json(out / "retrofit.json")
 
@@ -116,8 +121,8 @@ def held_out(run: Run, name: str, cr: float) -> dict:
     file = checkpoint(run, name, cr) / f"held_out-{run.profile.held_out}.json"
     if not file.exists():
         documents = TraceDataset(run.tokenizer, run.profile.held_out, 1, "validation", run.seed)
-        model = load_model(checkpoint(run, name, cr))
-        write_json(file, measure(model, load_base(run.base), documents, run.tokenizer.pad_token_id))
+        model, teacher = (x.to(run.place) for x in (load_model(checkpoint(run, name, cr)), load_base(run.base)))
+        write_json(file, measure(model, teacher, documents, run.tokenizer.pad_token_id))
     return read_json(file)
 
 
@@ -176,7 +181,7 @@ def _model(run: Run, method: Method) -> tuple:
             retrofit(run, method.name)
         directory = checkpoint(run, method.name, method.cr)
         model, weights = load_model(directory), fingerprint(directory)
-    return model.to("cuda" if run.benchmark and torch.cuda.is_available() else "cpu"), weights
+    return model.to(run.place), weights
 
 
 # Summaries.
@@ -224,16 +229,18 @@ def _summarised(run: Run, compared: list[Method]) -> dict:
 # Stages by name, for batch runs.
 
 
+def stage_needs(run: Run) -> dict[str, list[str]]:
+    """retrofit-METHOD, records-METHOD-crN, held-out-METHOD-crN and summary, with the stages that each needs."""
+    needs = {f"retrofit-{name}": [] for name in run.variants}
+    trained = {method: [f"retrofit-{method.name}"] * (method.name in run.variants) for method in methods(run)}
+    needs |= {f"records-{method}": needed for method, needed in trained.items()}
+    needs |= {f"held-out-{method}": needed for method, needed in trained.items() if needed}
+    return {**needs, "summary": list(needs)}
+
+
 def stage_names(run: Run) -> list[str]:
-    """retrofit-METHOD, held-out-METHOD-crN, records-METHOD-crN and summary, each after those that it needs."""
-    sampled = methods(run)
-    trained = [method for method in sampled if method.name in run.variants]
-    return [
-        *(f"retrofit-{name}" for name in run.variants),
-        *(f"held-out-{method}" for method in trained),
-        *(f"records-{method}" for method in sampled),
-        "summary",
-    ]
+    """The stages, each after those that it needs."""
+    return list(stage_needs(run))
 
 
 def stage(run: Run, name: str, code: str = "") -> dict:

@@ -1,7 +1,7 @@
 """Chains of one model and method on a benchmark in a directory of their own, and the curves of what such runs wrote.
 
-The directory holds ``records/*.jsonl``, one file a (method, CR), and ``run.json``: the task, the lengths and widths to
-report, and which file belongs to which method.
+The directory holds ``records/*.jsonl``, one file a (method, CR) and shard, and ``run.json``: the task, the lengths and
+widths to report, and which file belongs to which method.
 """
 
 import inspect
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from companion.experiments.profiles import get_profile
-from companion.records import Method, records_file, sample_records
+from companion.records import WHOLE, Method, Shard, record_files, records_file, sample_records
 from companion.tasks import Task, get_task, task_class
 from companion.tasks.grading import canonical, grade_file
 from companion.tasks.sandbox import sandbox
@@ -25,6 +25,7 @@ from dms_core.checkpoint import fingerprint, load_base, load_model, read_setting
 from dms_core.config import DMSConfig
 from dms_core.hub_files import local_directory
 from dms_core.model import attach
+from dms_core.parallel import tensor_parallel
 from dms_core.sampling import SamplingConfig
 from dms_core.storage import read_json, read_jsonl, write_json
 
@@ -55,10 +56,10 @@ def checked_dtype(name: str) -> str:
     return name
 
 
-def load_dense(name: str):
-    """A model in bf16, on a GPU where there is one, and its tokenizer, of a directory or hub id."""
+def load_dense(name: str, device: str | None = None):
+    """A model in bf16 on ``device`` (see checked_device), and its tokenizer, of a directory or hub id."""
     directory = local_directory(name)
-    return load_base(directory, dtype=torch.bfloat16).to(checked_device()), load_tokenizer(directory)
+    return load_base(directory, dtype=torch.bfloat16).to(checked_device(device)), load_tokenizer(directory)
 
 
 def load_tokenizer(name: Path | str):
@@ -84,12 +85,14 @@ def sample_benchmark(
     dtype: str = "auto",
     workers: int = 1,
     unsafe: bool = False,
+    shard: Shard = WHOLE,
 ) -> dict:
-    """Sample chains, or go on where it was interrupted, and grade them.
+    """Sample chains, or go on where it was interrupted, and grade them.  Under torchrun its processes split the model.
 
     model: a directory or hub id, retrofitted for the method ``dms``; cr: None for what that checkpoint says.  lengths,
     widths: budgets of the curves, noted in run.json (default: up to those sampled).  workers: programs graded at once.
-    Returns {"task", "method", "cr", "file", "records", "pass_at_1"}, the last None where nothing is graded.  Raises
+    shard: the part of the chains to sample, to a file of its own.  Returns {"task", "method", "cr", "file", "records",
+    "pass_at_1"} of that part, the last None where nothing is graded and in other processes than the first.  Raises
     ValueError where model, method or ratio are wrong, or ``out`` belongs to another task.
     """
     if method not in ("vanilla", "dms", *BASELINES):
@@ -101,7 +104,7 @@ def sample_benchmark(
     for name, values in {"lengths": lengths, "widths": widths, "chains": [chains], "workers": [workers]}.items():
         if values and min(values) < 1:
             raise ValueError(f"{name} {', '.join(map(str, values))}: must be >= 1")
-    device, dtype = checked_device(device), checked_dtype(dtype)
+    device, dtype = _process_device(device), checked_dtype(dtype)
     longest = config.max_new_tokens
     lengths = list(lengths) or sorted({max(1, longest // 4), max(1, longest // 2), longest})
     widths = list(widths) or [w for w in (1, 2, 4, 8, 16, 32) if w <= chains]
@@ -111,24 +114,44 @@ def sample_benchmark(
     if not cr:
         raise ValueError(f"{model} does not say its compression ratio: give --cr")
     baseline = get_baseline(method)(float(cr)) if method in BASELINES else None
-    if method == "dms":
-        loaded = load_model(directory, dtype=dtype)
-    else:
-        loaded = attach(load_base(directory, dtype=dtype), DMSConfig())  # gates stay off
-    loaded, tokenizer, chosen = loaded.to(device), load_tokenizer(directory), Method(method, float(cr))
+    loaded = _load(directory, method == "dms", device, dtype)
+    tokenizer, chosen, first = load_tokenizer(directory), Method(method, float(cr)), loaded.dms.split.rank == 0
     name = records_file(loaded, fingerprint(directory), tokenizer, task, chosen, config, baseline)
-    note["records"][str(chosen)], file = name, out / "records" / name
-    write_json(out / SIDECAR, note)
-    records = sample_records(loaded, tokenizer, task, chosen, chains, config, file, baseline)
-    if task.grades_later:
+    note["records"][str(chosen)], whole = name, out / "records" / name
+    if first:
+        write_json(out / SIDECAR, note)
+    file = shard.file(whole)
+    records = sample_records(loaded, tokenizer, task, chosen, chains, config, whole, baseline, shard)
+    if task.grades_later and first:
         if not unsafe and (reason := sandbox.why_not()):
             print(f"not graded: {reason}; grade with dms grade {file} --task {task.name}", file=sys.stderr)
         else:
-            records = grade_file(file, task, workers, missing=True)
-    graded = [record for record in records if record["correct"] is not None]
+            files = [file] if shard.count > 1 else record_files(whole)
+            records = [record for part in files for record in grade_file(part, task, workers, missing=True)]
+    graded = [record for record in records if record["correct"] is not None] if first else []
     score = summarise(graded, [longest], [1], 1)["pass_at_1"][0] if graded else None
     facts = {"task": task.name, "method": method, "cr": float(cr), "file": str(file), "records": len(records)}
     return {**facts, "pass_at_1": score}
+
+
+def _process_device(name: str | None) -> str | None:
+    """``checked_device``, or "auto"; None under torchrun, where each process takes the device of its rank."""
+    if not tensor_parallel():
+        return name if name == "auto" else checked_device(name)
+    if name is not None:
+        raise ValueError(f"device {name!r}: must be left out under torchrun")
+    return None
+
+
+def _load(directory: Path, retrofitted: bool, device: str | None, dtype: str):
+    """The model with gates, which only a retrofitted one may use.
+
+    device: None for the part of this process, "auto" for layers spread over the cards.
+    """
+    spread = {"device_map": "auto"} if device == "auto" else tensor_parallel()
+    options = {"dtype": dtype, **spread}
+    model = load_model(directory, **options) if retrofitted else attach(load_base(directory, **options), DMSConfig())
+    return model if spread else model.to(device)
 
 
 def _noted(out: Path, task: Task) -> dict:
@@ -148,7 +171,8 @@ def summarise_directory(directory: Path, lengths: Sequence[int] | None, widths: 
         note = read_json(directory / SIDECAR)
         if not {"task", "lengths", "widths", "records"} <= set(note):
             raise ValueError(f"{directory / SIDECAR}: must hold task, lengths, widths and records")
-        files = [directory / "records" / name for name in note["records"].values()]
+        named = [directory / "records" / name for name in note["records"].values()]
+        files = [file for whole in named for file in record_files(whole) or [whole]]
     else:
         profile = get_profile("tiny")
         note = {"task": "programs", "lengths": profile.lengths, "widths": profile.widths}

@@ -18,14 +18,14 @@ from companion.records import Method
 from dms_core.budgets.bootstrap import nested_mean
 
 
-def replicate(profile: Profile, root: Path | str, seeds: Sequence[int], base: Path = REASONER) -> dict:
+def replicate(profile: Profile, root: Path | str, seeds: Sequence[int], base: Path = REASONER, device=None) -> dict:
     """Train, sample and compare, or read what is there; ready for JSON.
 
     ``rows``: a retrofit and CR each, with its accuracy, the paired difference to the dense model and what it does on
     held-out documents.  ``means``: differences averaged over seeds.  Accuracies in %, differences in points, with 95 %
     intervals: over problems in ``rows``, over seeds and problems in ``means`` (``bootstrap.nested_mean``).
     """
-    run, at = open_replicas(profile, root, seeds, base), profile.compare_cr
+    run, at = open_replicas(profile, root, seeds, base, device), profile.compare_cr
     dense = job.right(run, Method("vanilla", 1.0))
     compared = [*(("dms", cr) for cr in profile.crs), ("dms-immediate", at)]
     shares = {
@@ -56,11 +56,13 @@ def replicate(profile: Profile, root: Path | str, seeds: Sequence[int], base: Pa
     }
 
 
-def open_replicas(profile: Profile, root: Path | str, seeds: Sequence[int], base: Path = REASONER) -> job.Run:
+def open_replicas(
+    profile: Profile, root: Path | str, seeds: Sequence[int], base: Path = REASONER, device=None
+) -> job.Run:
     """The main job's run with one pair of variants, delayed and immediate eviction, for each seed."""
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds {list(seeds)}: must be one or more different integers >= 0")
-    run = job.Run(profile, root, base)
+    run = job.Run(profile, root, base, device=device)
     for seed in set(seeds) - {run.seed}:
         for name, recipe in job.main_variants(profile, seed).items():
             run.variants[_name(name, seed, run.seed)] = recipe

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dms_core.cache.base import RowCache, RowLayer, prepared, take, tokens_first
 from dms_core.cache.dms import sliding_layer
+from dms_core.parallel import WHOLE, Split
 
 BLOCK = 256  # queries whose attention weights are held at once in a prefill
 ROUND = 1e-6  # tokens: a quotient this close below a whole number counts as that number
@@ -113,9 +114,9 @@ class BaselineLayer(DenseLayer):
     evicts_first: ClassVar[bool] = False  # a full row makes room before it attends, not after
     scored: ClassVar[bool] = False  # _after_dense wants the attention that each token received
 
-    def __init__(self, method: Baseline, max_new_tokens: int, index: int) -> None:
+    def __init__(self, method: Baseline, max_new_tokens: int, index: int, split: Split = WHOLE) -> None:
         super().__init__()
-        self.method, self.max_new_tokens, self.index = method, max_new_tokens, index
+        self.method, self.max_new_tokens, self.index, self.split = method, max_new_tokens, index, split
         self.per_row += ["budget", "held"]
 
     def _allocate(self) -> None:
@@ -134,12 +135,14 @@ class BaselineLayer(DenseLayer):
 
     # Storing and attending.
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor, scale: float) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, scale: float) -> Tensor:
         """Store new tokens and attend to what they may see (shapes in DMSLayer.attend); ``evict`` is not used."""
         self.unread = False
+        padded = valid is not None
+        valid = valid if padded else torch.ones_like(q[:, 0, :, 0], dtype=torch.bool)
         if q.shape[2] == 1 and self.capacity:
             return self._step(q, k[:, :, 0], v[:, :, 0], valid[:, 0], scale, counts=True)
-        return self._prefill(q, k, v, valid, scale)
+        return self._prefill(q, k, v, valid, padded, scale)
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, active: Tensor, scale: float, counts: bool) -> Tensor:
         """One token a row: q (B, Hq, 1, D), k and v (B, H, D), active (B,)."""
@@ -181,9 +184,8 @@ class BaselineLayer(DenseLayer):
     def _observe(self, weights: Tensor, count: Tensor, active: Tensor) -> None:
         """After a step: weights (B, H, G, width) over ``count`` (B,) tokens of the rows that are ``active``."""
 
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, scale: float) -> Tensor:
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, padded: bool, scale: float) -> Tensor:
         """Many tokens a row, after any past: densely up to the budget, then step by step."""
-        padded = not bool(valid.all())
         if padded:  # tokens first, padding behind them
             order = tokens_first(valid)[:, None]
             q, k, v = (take(x, order.expand(-1, x.shape[1], -1)) for x in (q, k, v))
@@ -243,7 +245,7 @@ class BaselineCache(RowCache):
             raise ValueError(f"max_new_tokens {max_new_tokens}: must be >= 0")
         self.model, self.config = model, (method, max_new_tokens)
         dms = prepared(model)
-        makes = partial(method.layer, method, max_new_tokens)
+        makes = partial(method.layer, method, max_new_tokens, split=dms.split)
         windows = enumerate(dms.sliding)
         super().__init__([makes(i) if n is None else sliding_layer(dms.config, n, page=16) for i, n in windows])
 

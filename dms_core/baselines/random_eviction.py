@@ -19,7 +19,8 @@ class RandomEvictionLayer(BaselineLayer):
     def _allocate(self) -> None:
         super()._allocate()
         self.stream = self._counter(self.batch)
-        self.head = torch.arange(self.heads, device=self.like.device) + (self.index << 12)
+        first = self.split.rank % self.split.parts * self.heads  # of this process
+        self.head = torch.arange(self.heads, device=self.like.device) + first + (self.index << 12)
         self.per_row.append("stream")
 
     def _place(self) -> Tensor:

@@ -16,7 +16,7 @@ class StreamingLLMLayer(BaselineLayer):
     evicts_first = True
 
     def _place(self) -> Tensor:
-        sinks = torch.minimum(self.budget - 1, self.budget.new_tensor(self.method.sinks))
+        sinks = (self.budget - 1).clamp_max(self.method.sinks)
         turn = sinks + (self.seen - sinks) % (self.budget - sinks)
         return torch.where(self.seen < self.budget, self.seen, turn)[:, None]
 

@@ -34,7 +34,7 @@ class EvictLater(BaselineLayer):
 
 class TOVALayer(EvictLater):
     def _observe(self, weights: Tensor, count: Tensor, active: Tensor) -> None:
-        self._evict(weights.sum((1, 2))[:, None], count, active)
+        self._evict(self.split.sum(weights.sum((1, 2)))[:, None], count, active)
 
 
 class TOVA(Baseline):

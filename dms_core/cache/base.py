@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from dms_core.cache.pages import PagedRows, make_room
+
 
 class RowLayer(CacheLayerMixin):
     """One layer.  A subclass has attend, _allocate, _select, _copy, _empty, and the properties live, count, nbytes."""
+
+    counters = ("reads", "peak")  # (B, H) int64: KV reads so far; most live tokens before the last prefill
+    rows: PagedRows | None = None  # where keys and values lie in pages
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,8 +28,8 @@ class RowLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         self.batch, self.heads = key_states.shape[:2]
         self.like = key_states.new_empty(0, key_states.shape[-1])  # head dimension, dtype and device
-        self.reads = torch.zeros(self.batch, self.heads, dtype=torch.long, device=key_states.device)
-        self.peak = torch.zeros_like(self.reads)  # most live tokens before the last prefill
+        for name in self.counters:
+            setattr(self, name, torch.zeros(self.batch, self.heads, dtype=torch.long, device=key_states.device))
         self._allocate()
         self.is_initialized = True
 
@@ -62,14 +67,16 @@ class RowLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(self.batch, device=self.reads.device).repeat_interleave(repeats))
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch, device=self.like.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if not self.is_initialized:
             return
-        indices = indices.to(self.reads.device)
+        indices = indices.to(self.like.device)
         self._select(indices)
-        self.reads, self.peak = self.reads[indices], self.peak[indices]
+        for name in self.counters:
+            setattr(self, name, getattr(self, name)[indices])
         self.batch = len(indices)
 
     def _count_reads(self, items: Tensor, active: Tensor) -> None:
@@ -84,13 +91,14 @@ class RowLayer(CacheLayerMixin):
     def put(self, indices: Tensor, other: Self, source: Tensor) -> None:
         """Batch rows ``indices`` become copies of rows ``source`` of another layer of the same shape."""
         self._copy(indices, other, source)
-        self.reads[indices], self.peak[indices] = other.reads[source], other.peak[source]
+        for name in self.counters:
+            getattr(self, name)[indices] = getattr(other, name)[source]
 
     def clear(self, indices: Tensor) -> None:
         """Empty batch rows ``indices``."""
         self._empty(indices)
-        for counter in (self.reads, self.peak):
-            counter[indices] = 0
+        for name in self.counters:
+            getattr(self, name)[indices] = 0
 
     def trim(self) -> None:
         """Give memory that is not needed back to the allocator."""
@@ -103,6 +111,7 @@ class RowCache(Cache):
     """
 
     config: object
+    static = False  # whether a decode step has static shapes
 
     def empty_like(self, batch: int) -> Self:
         """An empty cache of ``batch`` rows with this one's settings, heads, dtype and device."""
@@ -116,13 +125,36 @@ class RowCache(Cache):
         if self.config != dms.config:
             raise ValueError(f"a cache made for {self.config}: this model has {dms.config}")
 
+    def make_room(self) -> bool:
+        """Before a step of one token a row: room in all layers, with one wait for the device every some steps.
+
+        Returns whether it looked.  Raises RuntimeError if a row has lost a token since the last look.
+        """
+        pools = [x.rows for x in self.layers if x.is_initialized and x.rows is not None]
+        if all(rows.credit for rows in pools):
+            return False
+        make_room(pools)
+        return True
+
+    @property
+    def moves(self) -> int:
+        """Grows whenever a tensor that a decode step uses is replaced by another: a captured step is then void."""
+        return sum(x.rows.moves for x in self.layers if x.rows is not None)
+
+    def count_step(self, steps: int) -> None:
+        """Bring the host's counters up to date with decode steps that Python did not see (see dms_core.graphs)."""
+        for layer in self.layers:
+            layer.columns, layer.unread = layer.columns + steps, False
+            if layer.rows is not None:
+                layer.rows.credit -= steps
+
     @property
     def batch_size(self) -> int:
         return self.layers[0].batch
 
     def live_tokens(self) -> Tensor:
         """Live tokens now, (layers, B, H)."""
-        return torch.stack([x.live for x in self.layers])
+        return self._of_layers("live")
 
     def tokens_seen(self) -> Tensor:
         """Tokens each batch row has taken in, padding excluded: (B,)."""
@@ -130,11 +162,15 @@ class RowCache(Cache):
 
     def kv_reads(self) -> Tensor:
         """Items attended to, summed over decode steps, (layers, B, H); prefill does not count (section 5.1)."""
-        return torch.stack([x.reads for x in self.layers])
+        return self._of_layers("reads")
 
     def peak_tokens(self) -> Tensor:
         """Most live items after any step so far, (layers, B, H).  Rows only shrink when more is prefilled."""
-        return torch.maximum(self.live_tokens(), torch.stack([x.peak for x in self.layers]))
+        return torch.maximum(self.live_tokens(), self._of_layers("peak"))
+
+    def _of_layers(self, name: str) -> Tensor:
+        """A counter of every layer, (layers, B, H), on the first one's device."""
+        return torch.stack([getattr(x, name).to(self.layers[0].like.device) for x in self.layers])
 
     def bytes_held(self) -> int:
         """Bytes of all key and value tensors, unused room included."""
@@ -147,7 +183,7 @@ class RowCache(Cache):
                 layer.trim()
 
     def fork(self, chains: int) -> None:
-        """Repeat every row ``chains`` times, neighbours together: one prompt, many chains."""
+        """Repeat every row ``chains`` times, neighbours together: one prompt, many chains, which share its pages."""
         if chains < 1:
             raise ValueError(f"chains {chains}: must be >= 1")
         self.batch_repeat_interleave(chains)
@@ -157,12 +193,12 @@ class RowCache(Cache):
         if other.config != self.config or len(other.layers) != len(self.layers):
             raise ValueError(f"rows of a cache with {other.config}: this one has {self.config}; both must be the same")
         for mine, theirs in zip(self.layers, other.layers, strict=True):
-            mine.put(indices, theirs, source)
+            mine.put(indices.to(mine.like.device), theirs, source.to(mine.like.device))
 
     def reset_rows(self, indices: Tensor) -> None:
         """Empty single rows."""
         for layer in self.layers:
-            layer.clear(indices)
+            layer.clear(indices.to(layer.like.device))
 
     def name_streams(self, indices: Tensor, streams: Tensor) -> None:
         """Rows ``indices`` draw from the random streams ``streams`` (int64) from now on; only some methods draw."""

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from dms_core.cache.base import RowCache, RowLayer, prepared, take, tokens_first
-from dms_core.cache.pages import PagedRows
+from dms_core.cache.pages import PagedRows, make_room
 from dms_core.config import DMSConfig
-from dms_kernels import Past, cache_append, decode_attention, prefill_attention
+from dms_kernels import Past, cache_step, prefill_attention
 
 
 class DMSLayer(RowLayer):
     """One layer's rows.  ``attend`` stores the new tokens and answers their queries."""
+
+    counters = ("peak",)
 
     def __init__(self, config: DMSConfig, page: int) -> None:
         super().__init__()
@@ -39,6 +41,11 @@ class DMSLayer(RowLayer):
         return self.rows.length.view(self.batch, self.heads)
 
     @property
+    def reads(self) -> Tensor:
+        """KV reads so far, (B, H)."""
+        return self.rows.reads.view(self.batch, self.heads)
+
+    @property
     def nbytes(self) -> int:
         return self.rows.nbytes
 
@@ -51,35 +58,28 @@ class DMSLayer(RowLayer):
         """Numbers of the (batch, head) rows of some batch rows, in order."""
         return (batch_rows[:, None] * self.heads + torch.arange(self.heads, device=batch_rows.device)).flatten()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor, scale: float) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, scale: float) -> Tensor:
         """Store new tokens and attend to what they may see.
 
         q (B, Hq, T, D); k, v (B, H, T, D); evict (B, H, T): what each new token's gate says, about the token
-        ``lag`` before it; valid (B, T), False for padding and idle rows.  Returns (B, Hq, T, D).
+        ``lag`` before it; valid (B, T), False for padding and idle rows, None: all are tokens.  Returns (B, Hq, T, D).
         """
         self.unread = False
-        if q.shape[2] == 1:
-            self._append(k[:, :, 0], v[:, :, 0], evict[:, :, 0], valid[:, 0])
-            rows = self.rows
-            return decode_attention(q, rows.keys, rows.values, rows.table, rows.length, scale)
-        return self._prefill(q, k, v, evict, valid, scale)
+        if q.shape[2] > 1:
+            return self._prefill(q, k, v, evict, valid, scale)
+        if not self.rows.credit:
+            make_room([self.rows])
+        self.rows.credit -= 1
+        valid = torch.ones_like(evict[:, 0]) if valid is None else valid
+        return cache_step(self.rows, q, k, v, evict, valid, self.config.lag, scale)
 
-    def _append(self, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor) -> None:
-        """One token a row: k, v (B, H, D), evict (B, H), valid (B,)."""
-        active = valid[:, None].expand(-1, self.heads)
-        self.rows.make_room()
-        new = [x.flatten(0, 1) for x in (k, v, evict, active)]
-        cache_append(self.rows, *new, self.config.lag)
-        self._count_reads(self.live, valid)
-
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor, scale: float) -> Tensor:
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, scale: float) -> Tensor:
         """Many tokens a row, after any past: attend, then hold what stays."""
-        padded = not bool(valid.all())
-        if padded:  # tokens first, padding behind them
+        lengths = torch.full_like(self.count, q.shape[2]) if valid is None else valid.sum(1)
+        if valid is not None:  # tokens first, padding behind them
             order = tokens_first(valid)[:, None]
             q, k, v = (take(x, order.expand(-1, x.shape[1], -1)) for x in (q, k, v))
             evict = evict.gather(2, order.expand(-1, self.heads, -1))
-        lengths = valid.sum(1)
         says = torch.cat([self._ring(self.rows.ring_evict), evict], 2)  # what the window's and the new tokens say
         past = self._past()
         about = self._decisions(says, lengths)
@@ -89,7 +89,7 @@ class DMSLayer(RowLayer):
 
         self.peak = torch.maximum(self.peak, self.rows.length.view_as(self.peak))
         count = self.count + lengths
-        self.rows.load(self._every_row(), kept.k.flatten(0, 1), kept.v.flatten(0, 1), kept.length.flatten())
+        self.rows.load(kept.k.flatten(0, 1), kept.v.flatten(0, 1), kept.length.flatten())
         self.rows.seen.copy_(count.repeat_interleave(self.heads))
         steps = torch.arange(self.cells, device=k.device)
         cell = ((count[:, None] + steps) % self.cells)[:, None].expand(-1, self.heads, -1)  # oldest first
@@ -97,7 +97,7 @@ class DMSLayer(RowLayer):
         said = says.gather(2, (lengths[:, None] + steps)[:, None].expand_as(cell))
         for ring, values in ((self.rows.ring_slot, slots.int()), (self.rows.ring_evict, said)):
             ring.view_as(cell).scatter_(2, cell, values)
-        return take(out, torch.argsort(order, dim=2).expand(-1, q.shape[1], -1)) if padded else out
+        return take(out, torch.argsort(order, dim=2).expand(-1, q.shape[1], -1)) if valid is not None else out
 
     def _ring(self, ring: Tensor) -> Tensor:
         """A ring's cells in order of position, oldest first: (B, H, cells)."""
@@ -115,7 +115,7 @@ class DMSLayer(RowLayer):
 
     def _past(self) -> Past | None:
         """What is held, the window's tokens apart."""
-        k, v = (x.unflatten(0, (self.batch, self.heads)) for x in self.rows.read(self._every_row()))
+        k, v = (x.unflatten(0, (self.batch, self.heads)) for x in self.rows.read())
         held = k.shape[2]
         if held == 0:
             return None
@@ -126,11 +126,8 @@ class DMSLayer(RowLayer):
         outside.scatter_(2, torch.where(exists, slot, held), False)
         outside = outside[..., :held]
         count = outside.sum(2)
-        order = tokens_first(outside)[..., : int(count.max())]
+        order = tokens_first(outside)  # their number is not asked for: that would wait for the device
         return Past(take(k, order), take(v, order), count, take(k, slot), take(v, slot), self.count)
-
-    def _every_row(self) -> Tensor:
-        return torch.arange(self.rows.count, device=self.count.device)
 
     # Rows one by one.
 
@@ -161,6 +158,8 @@ class DMSCache(RowCache):
     ([[11, 11], [11, 11]], [[30, 30], [30, 30]])
     """
 
+    static = True
+
     def __init__(self, config: DMSConfig, layers: int, page: int = 16, sliding: Sequence[int | None] = ()) -> None:
         """``sliding``: per layer the tokens of its sliding window, or None; such a layer holds just these."""
         if layers < 1 or page < 1:
@@ -172,7 +171,7 @@ class DMSCache(RowCache):
         self.config, self.sliding, self.page = config, sliding, page
 
     @classmethod
-    def for_model(cls, model, page: int = 16) -> RowCache:
+    def for_model(cls, model, page: int | None = None) -> RowCache:
         """An empty cache for a model with gates, of the class that its method needs."""
         return prepared(model).new_cache(page)
 

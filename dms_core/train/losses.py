@@ -114,9 +114,10 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def _teacher_hidden(self, inputs: dict) -> Tensor:
+        # Padding is behind all that counts: a causal model needs no mask for it and is faster without one, and
+        # transformers keeps packed documents apart by their positions only where there is none.
+        inputs = {name: x for name, x in inputs.items() if name != "attention_mask"}
         if self.teacher is not None:
-            if "position_ids" in inputs:  # packed: without a mask, transformers keeps documents apart by positions
-                inputs = {name: x for name, x in inputs.items() if name != "attention_mask"}  # padding is behind them
             if self.teacher.device != inputs["input_ids"].device:  # the Trainer moves only the student
                 self.teacher.to(inputs["input_ids"].device)
             return self.teacher.get_decoder()(**inputs).last_hidden_state

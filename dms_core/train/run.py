@@ -13,13 +13,16 @@ from dms_core.train.retrofit import CLAIM, retrofit
 from dms_core.train.trainer import checkpoint_dir
 
 
-def run_recipe(recipe: Recipe, out: Path | str, cpu=False, fsdp=False, report=None, load=None, make_data=None) -> dict:
+def run_recipe(
+    recipe: Recipe, out: Path | str, cpu=False, fsdp=False, report=None, load=None, make_data=None, bf16=True
+) -> dict:
     """Train as the recipe says; an interrupted run goes on.  Every process of torchrun calls this.
 
     out: directory for checkpoints and documents; it belongs to one recipe.  cpu: use no GPU, the default where there is
     none.  fsdp: shard model and teacher over the processes.  report: is given some lines about what is about to run, on
     the first process.  load: ``load(recipe)`` gives model and tokenizer, in place of ``load_model_and_tokenizer``;
     make_data: ``make_data(recipe, tokenizer, out)`` gives data set and facts, in place of ``make_packed_rows``.
+    bf16: compute in bf16 on a GPU, by autocast; on a CPU in the weights' own precision.
 
     Returns {"out", "steps", "checkpoints": {CR: directory}, "documents": facts}.  Raises ValueError where the batch
     does not divide over the processes, ``out`` holds another run, or model or data are out of reach.
@@ -30,7 +33,7 @@ def run_recipe(recipe: Recipe, out: Path | str, cpu=False, fsdp=False, report=No
     if first:
         claim(out, recipe.to_dict(), CLAIM)
     cpu = cpu or not torch.cuda.is_available()
-    arguments = {"use_cpu": True} if cpu else {"bf16": True}
+    arguments = {"use_cpu": True} if cpu else {"bf16": bf16}
     arguments |= {"ddp_backend": "gloo"} if cpu and processes > 1 else {}
     arguments |= {"fsdp": True} if fsdp else {}
     model, tokenizer = (load or load_model_and_tokenizer)(recipe)

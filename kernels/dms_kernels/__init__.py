@@ -4,6 +4,8 @@ The facade checks its input once and picks an implementation by device.  ``naive
 oracle; ``cpu`` is stock torch; ``gpu`` is Triton.
 """
 
+from dataclasses import fields
+from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 
@@ -24,8 +26,9 @@ __all__ = [
     "Past",
     "Rows",
     "cache_append",
-    "cache_release",
+    "cache_step",
     "decode_attention",
+    "gate_logits",
     "naive",
     "prefill_attention",
     "train_attention",
@@ -34,17 +37,29 @@ __all__ = [
 EXACT = -40.0  # nats: e^-40 vanishes in fp32 unless the key scores 23 nats above all others
 SHORT = 512  # tokens up to which, on a CPU, the full matrix is faster than the list
 
-MODULES = {  # operation: (elsewhere: stock torch, on CUDA: Triton)
-    "forward": ("cpu.compact", "gpu.forward"),
-    "backward": ("cpu.compact", "gpu.backward"),
-    "decode": ("cpu.decode", "gpu.decode"),
-    "append": ("rows", "gpu.append"),
+MODULES = {  # operation: module for tensors on a CPU, on CUDA, and elsewhere
+    "forward": ("cpu.compact", "gpu.forward", None),
+    "backward": ("cpu.compact", "gpu.backward", None),
+    "decode": ("cpu.step", "gpu.decode", "naive"),
+    "append": ("cpu.step", "gpu.append", "rows"),
+    "step": ("cpu.step", "gpu.decode", "rows"),
+    "gate": ("cpu.step", "gpu.gate", "naive"),
 }
+DEVICES = ("cpu", "cuda")
 
 
+@lru_cache
 def on(device: torch.device, operation: str) -> ModuleType:
-    """The module that holds ``operation`` for tensors on ``device``."""
-    return import_module(f"dms_kernels.{MODULES[operation][device.type == 'cuda']}")
+    """The module that holds ``operation`` for tensors on ``device``.  Raises ValueError where there is none."""
+    module = MODULES[operation][DEVICES.index(device.type) if device.type in DEVICES else len(DEVICES)]
+    if module is None:
+        raise ValueError(f"{operation} through the kept list on {device.type}: must be on cpu or cuda")
+    return import_module(f"dms_kernels.{module}")
+
+
+def by_list(device: torch.device, long: bool) -> bool:
+    """Whether attention goes through the kept list: always on CUDA, where it is ``long`` on a CPU, else never."""
+    return device.type == "cuda" or (device.type == "cpu" and long)
 
 
 def _check_heads(q: Tensor, heads: int) -> None:
@@ -80,11 +95,15 @@ def train_attention(
     if log_keep.shape != k.shape[:3]:
         raise ValueError(f"log_keep of shape {tuple(log_keep.shape)}: must be {tuple(k.shape[:3])}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if q.device.type == "cpu" and q.shape[2] <= SHORT and not return_lse:
+    if not (return_lse or by_list(q.device, q.shape[2] > SHORT)):
         return _dense.train_attention(q, k, v, log_keep, window, segment_ids, scale)
     q, k, v = common_dtype(q, k, v)
     plan = training_plan(log_keep.detach(), segment_ids, window, EXACT)
-    out, lse = CompactAttention.apply(q, k, v, log_keep, plan, scale)
+    if ops.tracing(q):
+        tensors = (plan.band, plan.kept, plan.count, plan.first, plan.last)
+        out, lse = ops.attend(q, k, v, log_keep, *tensors, plan.window, plan.offset, scale)
+    else:
+        out, lse = CompactAttention.apply(q, k, v, log_keep, plan, scale)
     return (out, lse) if return_lse else out
 
 
@@ -120,6 +139,8 @@ def decode_attention(
     """Attention of one token a row over ragged, paged (batch, KV head) rows (shapes in naive.decode_attention)."""
     _check_heads(q, table.shape[0] // q.shape[0])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if ops.tracing(q):
+        return ops.decode(q, keys, values, table, lengths, scale)
     return on(q.device, "decode").decode_attention(q, keys, values, table, lengths, scale)
 
 
@@ -128,6 +149,25 @@ def cache_append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor
     on(k.device, "append").append(rows, k, v, evict, active, lag)
 
 
-def cache_release(rows: Rows, which: Tensor) -> None:
-    """Empty the rows in ``which`` (R,) bool; their pages go back to the pool (see rows.release)."""
-    on(which.device, "append").release(rows, which)
+def cache_step(
+    rows: Rows, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int, scale: float | None = None
+) -> Tensor:
+    """``cache_append``, then ``decode_attention`` of q (B, Hq, 1, D) over what the rows hold: (B, Hq, 1, D)."""
+    _check_heads(q, len(rows.length) // q.shape[0])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if ops.tracing(q):
+        return ops.step(*(getattr(rows, field.name) for field in fields(Rows)), q, k, v, evict, active, lag, scale)
+    return on(q.device, "step").step(rows, q, k, v, evict, active, lag, scale)
+
+
+def gate_logits(hidden: Tensor, norm: Tensor, weight: Tensor, eps: float, scale: float, offset: float) -> Tensor:
+    """The adapter gate's logits scale * (weight . RMSNorm(hidden)) - offset, without gradients, in fp32.
+
+    hidden (B, T, d); norm (d,) and weight (H, d) in fp32; (B, H, T).
+    """
+    if ops.tracing(hidden):
+        return ops.gate(hidden, norm, weight, eps, scale, offset)
+    return on(hidden.device, "gate").gate_logits(hidden, norm, weight, eps, scale, offset)
+
+
+from dms_kernels import ops  # noqa: E402  (it calls `on`)

@@ -5,6 +5,7 @@ Query head h reads KV head h // G.  See METHOD in the book's chapter on delayed 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -75,3 +76,9 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, len
     bias = torch.zeros(live.shape, device=q.device).masked_fill(~live, float("-inf"))[:, :, None, :]
     assert heads % k.shape[1] == 0
     return attend(q, k, v, bias, scale)
+
+
+def gate_logits(hidden: Tensor, norm: Tensor, weight: Tensor, eps: float, scale: float, offset: float) -> Tensor:
+    """See the facade."""
+    normed = F.rms_norm(hidden.float(), hidden.shape[-1:], norm, eps)
+    return (scale * F.linear(normed, weight) - offset).transpose(1, 2)

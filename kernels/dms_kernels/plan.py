@@ -10,6 +10,7 @@ Keys are numbered as they lie in k (B, H, S, D); query t is key ``t + offset``, 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -35,8 +36,7 @@ def make_plan(keep: Tensor, start: Tensor, window: int, capacity: int | None = N
     queries = start.shape[1]
     offset = keys - queries
     device = keep.device
-    upto = torch.zeros(batch, heads, keys + 1, dtype=torch.int32, device=device)  # kept keys before each key
-    torch.cumsum(keep, 2, dtype=torch.int32, out=upto[..., 1:])
+    upto = F.pad(torch.cumsum(keep, 2, dtype=torch.int32), (1, 0))  # kept keys before each key
     count = upto[..., -1]
     capacity = int(count.max()) if capacity is None else capacity
     kept = torch.zeros(batch, heads, capacity + 1, dtype=torch.int32, device=device)  # the last entry is a bin

@@ -54,27 +54,28 @@ def prefill_and_pack(
         k, v = torch.cat([past.k, past.recent_k, k], 2), torch.cat([past.v, past.recent_v, v], 2)
         before = outside + recents
     start = torch.where(seen <= window, before - seen, 0)  # (B,): the first key that exists, or the first of all
-    plan = make_plan(keep, start[:, None].expand(-1, q.shape[2]), window)
-    if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= DENSE:
+    last = before + lengths - 1
+    band = torch.maximum(start, last - window)[:, None, None]  # (B, 1, 1): where the window of the last query begins
+    outside = (keep & (torch.arange(keep.shape[2], device=q.device) < band)).sum(2)  # (B, H): kept before it
+    length = outside + (last[:, None] - band[..., 0] + 1).clamp_min(0)
+    capacity, longest = torch.stack([keep.sum(2).max(), length.max()]).tolist()  # the one wait for the device
+    plan = make_plan(keep, start[:, None].expand(-1, q.shape[2]), window, capacity)
+    if not dms_kernels.by_list(q.device, q.shape[2] * k.shape[2] > DENSE):
         out = dense.masked_attention(q, k, v, visible(plan, k.shape[2]), scale)
     else:
         out = dms_kernels.on(q.device, "forward").forward(q, k, v, plan, None, scale)[0]
-    return out, _pack(plan, k, v, start, before + lengths - 1)
+    return out, Kept(*_pack(plan, k, v, band, outside, longest), length)
 
 
-def _pack(plan: Plan, k: Tensor, v: Tensor, start: Tensor, last: Tensor) -> Kept:
-    """The keys that query ``last`` (B,), a key number, sees: those of the kept list, then the window's."""
-    band = torch.maximum(start, last - plan.window)[:, None]  # (B, 1)
-    entry = torch.arange(plan.kept.shape[2], device=k.device)
-    outside = ((entry < plan.count[..., None]) & (plan.kept < band[..., None])).sum(2)  # (B, H)
-    length = outside + (last[:, None] - band + 1).clamp_min(0)
-    place = torch.arange(int(length.max()), device=k.device) - outside[..., None]  # (B, H, M), from the window's start
-    index = band[..., None] + place
-    if len(entry):
-        listed = plan.kept.gather(2, (place + outside[..., None]).clamp_max(len(entry) - 1))
+def _pack(plan: Plan, k: Tensor, v: Tensor, band: Tensor, outside: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """The first ``outside`` (B, H) keys of the kept list, then those from ``band`` (B, 1, 1) on: (B, H, longest, D)."""
+    place = torch.arange(longest, device=k.device) - outside[..., None]  # from the window's start
+    index = band + place
+    if entries := plan.kept.shape[2]:
+        listed = plan.kept.gather(2, (place + outside[..., None]).clamp_max(entries - 1))
         index = torch.where(place < 0, listed.long(), index)
     index = index.clamp_max(k.shape[2] - 1)[..., None].expand(-1, -1, -1, k.shape[3])
-    return Kept(k.gather(2, index), v.gather(2, index), length)
+    return k.gather(2, index), v.gather(2, index)
 
 
 def visible(plan: Plan, keys: int) -> Tensor:

@@ -4,8 +4,8 @@ A row is one (batch, KV head).  Its live tokens fill the slots 0 .. length - 1 o
 i - (w + 1) leaves the window when the one at position i arrives; if it was marked, the new token takes its slot,
 otherwise the row grows by one (paper, section 3.2).
 
-These functions are the specification of ``gpu.append`` and run on any device.  The caller guarantees capacity:
-after a step no row may need more than ``columns`` pages, nor all rows together more than the pool has.  A row
+``append`` is the specification of ``gpu.append`` and ``cpu.step``, and runs on any device.  The caller guarantees
+capacity: after a step no row may need more than ``columns`` pages, nor all rows together more than the pool has.  A row
 for which this fails takes no token, stays as it was, and sets ``overflow``, which the caller reads.
 """
 
@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dms_kernels.naive import decode_attention
+
 
 @dataclass
 class Rows:
-    """One layer's cache; R rows.  All functions work in place; integer tensors are int32."""
+    """One layer's cache; R rows.  ``append`` works in place; integer tensors are int32."""
 
     keys: Tensor  # (pages, page, D)
     values: Tensor  # (pages, page, D)
@@ -29,6 +31,7 @@ class Rows:
     ring_slot: Tensor  # (R, w + 1): slot of the token at position p, in cell p % (w + 1)
     ring_evict: Tensor  # (R, w + 1) bool: what that token's gate said
     seen: Tensor  # (R,): tokens taken in so far, so the position of the next
+    reads: Tensor  # (R,) int64: tokens attended to, summed over decode steps; a row's first token does not count
     overflow: Tensor  # (1,) bool: some token found no page, once and for all
 
     @classmethod
@@ -52,6 +55,7 @@ class Rows:
             ring_slot=torch.zeros(rows, window + 1, **on),
             ring_evict=torch.zeros(rows, window + 1, **flags),
             seen=torch.zeros(rows, **on),
+            reads=torch.zeros(rows, dtype=torch.int64, device=like.device),
             overflow=torch.zeros(1, **flags),
         )
 
@@ -66,12 +70,16 @@ class Rows:
 
 
 def append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int) -> None:
-    """One token a row: k, v (R, D); ``evict`` (R,) bool, what its gate says about the token ``lag`` before it.
+    """One token a row: k, v (R, D) or (B, H, 1, D); evict (R,) or (B, H, 1) bool, what its gate says about the token
+    ``lag`` before it.
 
-    Rows outside ``active`` (R,) bool keep what they have.  ``lag`` 1: delayed eviction, w: immediate.  With window 0,
-    lag 1 lets the new token itself decide about its predecessor.  Pages are handed out in row order.
+    ``active`` (B,) or (B, 1) bool, R / B neighbouring rows each: the others keep what they have.  ``lag`` 1: delayed
+    eviction, w: immediate.  With window 0, lag 1 lets the new token itself decide about its predecessor.  Pages are
+    handed out in row order.
     """
     cells, page, columns = rows.cells, rows.page, rows.table.shape[1]
+    k, v, evict = k.reshape(-1, k.shape[-1]), v.reshape(-1, v.shape[-1]), evict.flatten()
+    active = active.view(-1, 1).expand(-1, len(k) // len(active)).flatten()
     cell = (rows.seen % cells).long()[:, None]  # (R, 1)
     marked = evict if lag == cells else rows.ring_evict.gather(1, (rows.seen[:, None] + lag).long() % cells)[:, 0]
     reuse = marked & (rows.seen >= cells)
@@ -92,6 +100,7 @@ def append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag:
     rows.free_count -= gets.sum(0, keepdim=True, dtype=torch.int32)
     rows.length += takes & ~reuse
     rows.seen += takes
+    rows.reads += torch.where(takes & (rows.seen > 1), rows.length, 0)
 
     rows.ring_slot.scatter_(1, cell, torch.where(takes[:, None], slot[:, None], rows.ring_slot.gather(1, cell)))
     rows.ring_evict.scatter_(1, cell, torch.where(takes[:, None], evict[:, None], rows.ring_evict.gather(1, cell)))
@@ -110,14 +119,7 @@ def _store(rows: Rows, place: Tensor, takes: Tensor, k: Tensor, v: Tensor) -> No
         flat[place] = torch.where(real, new[source].to(pool.dtype), flat[place])
 
 
-def release(rows: Rows, which: Tensor) -> None:
-    """Empty the rows in ``which`` (R,) bool; their pages go back on the stack, in row order."""
-    columns, pages = rows.table.shape[1], len(rows.free)
-    held = torch.arange(columns, device=which.device) < (rows.owned * which)[:, None]  # (R, columns)
-    rank = held.flatten().cumsum(0) - 1
-    place = torch.where(held.flatten(), rows.free_count + rank, pages).clamp_(0, pages)
-    stack = torch.cat([rows.free, rows.free.new_zeros(1)])  # the last entry is a bin
-    rows.free.copy_(stack.scatter_(0, place, rows.table.flatten())[:pages])
-    rows.free_count += rank[-1:] + 1
-    for counter in (rows.length, rows.owned, rows.seen):
-        counter *= ~which
+def step(rows: Rows, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int, scale: float) -> Tensor:
+    """``append``, then attention of q (B, Hq, 1, D) over what the rows hold: (B, Hq, 1, D)."""
+    append(rows, k, v, evict, active, lag)
+    return decode_attention(q, rows.keys, rows.values, rows.table, rows.length, scale)

@@ -1,18 +1,23 @@
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from companion import records as module
-from companion.records import Method, make_record, records_file, sample_records
+from companion.records import Method, Shard, make_record, records_file, sample_records
 from companion.tasks.program_traces import ProgramTraces
 from companion.tasks.programs import ANSWER_MARK, make_problem
 from companion.tasks.reasoner import make_tokenizer
 from dms_core.budgets.curves import summarise
 from dms_core.budgets.voting import RECORD_KEYS
 from dms_core.sampling import Chain, SamplingConfig
-from dms_core.storage import read_jsonl
+from dms_core.storage import JsonlWriter, read_jsonl
 
+ROOT = Path(__file__).parents[2]
 TOKENIZER = make_tokenizer()
 TASK = ProgramTraces(size=3, split="validation", variables=(1, 3))
 TRACE = make_problem("validation", 0, 0, (1, 3)).trace
@@ -173,3 +178,91 @@ def test_reader_leaves_a_partial_last_line_and_the_writer_cuts_it(model, tmp_pat
 def test_number_of_chains_is_checked(model, tmp_path):
     with pytest.raises(ValueError, match="chains 0: must be >= 1"):
         sample(model, tmp_path, chains=0)
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1/0", "1", "1/4/2", "a/b", "-1/4"])
+def test_a_shard_is_i_of_n(text):
+    with pytest.raises(ValueError, match=r"must be I/N with I in 1\.\.N"):
+        Shard.parse(text)
+
+
+def sample_shard(model, out, text, chains=3, method=DMS):
+    file = out / records_file(model, "weights", TOKENIZER, TASK, method, CONFIG, None)
+    return sample_records(model, TOKENIZER, TASK, method, chains, CONFIG, file, shard=Shard.parse(text))
+
+
+def lines(out) -> list[str]:
+    """Of all files, sorted."""
+    return sorted(line for file in out.iterdir() for line in file.read_text().splitlines())
+
+
+@pytest.mark.parametrize("count", [2, 4, 20])
+def test_shards_together_write_the_records_of_one_process(model, tmp_path, monkeypatch, count):
+    whole = sample(model, tmp_path / "whole", chains=3)
+    calls = count_jobs(monkeypatch)
+    parts = [sample_shard(model, tmp_path / "cut", f"{i}/{count}") for i in range(1, count + 1)]
+    assert sorted(map(len, calls)) == sorted(map(len, parts)) and sum(map(len, calls)) == 9
+    assert max(map(len, calls)) - min(map(len, calls)) <= 1
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    assert sample(model, tmp_path / "cut", chains=3) == whole and calls[-1] == []  # what shards wrote counts
+
+
+def test_a_lost_shard_is_repeated_and_the_others_are_left_alone(model, tmp_path, monkeypatch):
+    sample(model, tmp_path / "whole", chains=3)
+    for text in ("1/3", "2/3", "3/3"):
+        sample_shard(model, tmp_path / "cut", text)
+    (lost,) = (tmp_path / "cut").glob("*.2-of-3.jsonl")
+    lost.write_text(lost.read_text()[:-20])  # it was killed within its last line
+    calls = count_jobs(monkeypatch)
+    for text in ("1/3", "2/3", "3/3"):
+        sample_shard(model, tmp_path / "cut", text)
+    assert list(map(len, calls)) == [0, 1, 0]
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+def test_another_number_of_shards_goes_on_with_what_is_there(model, tmp_path, monkeypatch):
+    sample(model, tmp_path / "whole", chains=3)
+    sample_shard(model, tmp_path / "cut", "2/3")
+    calls = count_jobs(monkeypatch)
+    for text in ("1/2", "2/2"):
+        sample_shard(model, tmp_path / "cut", text)
+    assert sum(map(len, calls)) == 6
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("written, begun", [("1/2", "1/2"), ("1/2", "1/3"), ("1/2", "1/1"), ("1/1", "2/2")])
+def test_a_process_whose_chains_another_one_samples_is_refused(model, tmp_path, written, begun):
+    (tmp_path / "x").mkdir()
+    whole = tmp_path / "x" / records_file(model, "weights", TOKENIZER, TASK, DMS, CONFIG, None)
+    with JsonlWriter(Shard.parse(written).file(whole)), pytest.raises(ValueError, match="another process is writing"):
+        sample_shard(model, tmp_path / "x", begun)
+    assert not any(file.read_text() for file in (tmp_path / "x").iterdir())
+    assert sample_shard(model, tmp_path / "x", begun)
+
+
+def test_shards_of_one_number_may_write_at_once(model, tmp_path):
+    whole = tmp_path / records_file(model, "weights", TOKENIZER, TASK, DMS, CONFIG, None)
+    with JsonlWriter(Shard(1, 2).file(whole)):
+        assert len(sample_shard(model, tmp_path, "2/2")) == 4
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_split_the_model_and_write_the_records_of_one(tmp_path):
+    """One of two shards too; the first process alone writes and speaks."""
+    model = ["--model", str(ROOT / "data/reasoner/dms-cr8"), "--task", "programs", "--limit", "2", "--method", "dms"]
+    command = ["-m", "companion.cli.main", "sample", *model, "--chains", "2", "--length", "96", "--json", "--out"]
+    split = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+
+    def run(*words: str) -> list[dict]:
+        done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    (alone,) = run(*command, str(tmp_path / "one"))
+    (part,) = run(*split, *command, str(tmp_path / "two"), "--shard", "1/2")
+    (rest,) = run(*command, str(tmp_path / "two"), "--shard", "2/2")
+    assert (alone["records"], part["records"], rest["records"]) == (4, 2, 2)
+    assert lines(tmp_path / "one" / "records") == lines(tmp_path / "two" / "records")
+    names = [json.loads((tmp_path / out / "run.json").read_text()) for out in ("one", "two")]
+    assert names[0] == names[1]

@@ -16,8 +16,9 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfi
 
 from dms_core import attention
 from dms_core.cache.dms import DMSCache
+from dms_core.cache.pages import AHEAD
 from dms_core.config import DMSConfig
-from dms_core.model import CHECK_EVERY, attach, detach
+from dms_core.model import attach, detach
 
 
 @every_kind
@@ -255,9 +256,7 @@ def test_unattached_model_rejects_dms_cache(tiny_model):
 
 
 @torch.no_grad()
-def test_deferred_nan_check_raises_within_sixteen_decode_steps(tiny_model, monkeypatch):
-    """As on a GPU: full forward and prefill at once, decode within CHECK_EVERY steps or when asked."""
-    monkeypatch.setattr(attention, "hard_decisions", lambda z: z > 0)
+def test_nan_raises_at_once_or_when_room_for_decode_steps_is_made(tiny_model):
     model, ids = tiny_model(), random_ids(1, 3)
     cache = DMSCache.for_model(model)
     model(ids, past_key_values=cache)
@@ -268,7 +267,7 @@ def test_deferred_nan_check_raises_within_sixteen_decode_steps(tiny_model, monke
         with pytest.raises(ValueError, match="gate logits contain NaN"):
             model(ids, **kwargs)
     with pytest.raises(ValueError, match="gate logits contain NaN"):
-        for _ in range(CHECK_EVERY):
+        for _ in range(AHEAD + 1):
             model(ids[:, :1], past_key_values=cache)
             parameter.copy_(good)  # one step with NaN is enough
     parameter.fill_(float("nan"))

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from companion.tasks.programs import make_problem
 from companion.tasks.reasoner import make_tokenizer
+from dms_core import sampling
 from dms_core.sampling import SamplingConfig, chain_uniforms, pick_tokens, sample_chains
 
 TOKENIZER = make_tokenizer()
@@ -146,3 +147,13 @@ def test_empty_prompt_raises_and_no_job_gives_no_chain(model):
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         list(sample_chains(model, TOKENIZER, [[]], [(0, 0)], SamplingConfig(4)))
     assert list(sample_chains(model, TOKENIZER, PROMPTS, [], SamplingConfig(4))) == []
+
+
+@pytest.mark.parametrize("spread", [0.5, 3.0, 8.0])  # the nucleus of the first has more tokens than are sorted
+def test_a_large_vocabulary_gives_the_tokens_of_a_whole_sort(spread, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    logits = (spread * torch.randn(16, 20_000, generator=g)).bfloat16()  # with many equal ones
+    uniforms = torch.rand(16, generator=g)
+    found = pick_tokens(logits, uniforms, 0.6, 0.95)
+    monkeypatch.setattr(sampling, "HEAD", 20_000)
+    assert torch.equal(found, pick_tokens(logits, uniforms, 0.6, 0.95))

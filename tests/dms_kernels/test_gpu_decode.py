@@ -20,7 +20,7 @@ from dms_kernels import naive, rows
 from dms_kernels.rows import Rows
 
 pytest.importorskip("triton")
-from dms_kernels.gpu import append, decode
+from dms_kernels.gpu import decode, gate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -245,9 +245,8 @@ def test_append_and_decode_together_follow_torch_and_naive(device):
     q, k, v, evict, active = step_inputs(4, 32, 20, device)
     ours, theirs = (Rows.empty(4, 20, 5, 4, 3, k) for _ in range(2))
     for i in range(20):
-        append.append(ours, k[i], v[i], evict[i], active[i], 1)
+        out = decode.step(ours, q[i], k[i], v[i], evict[i], active[i], 1, 0.2)
         rows.append(theirs, k[i], v[i], evict[i], active[i], 1)
-        out = decode.decode_attention(q[i], ours.keys, ours.values, ours.table, ours.length, 0.2, chunk=128)
         expected = naive.decode_attention(q[i], theirs.keys, theirs.values, theirs.table, theirs.length, 0.2)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
@@ -260,8 +259,7 @@ def test_a_cuda_graph_of_append_and_decode_replays_20_steps():
     static = [x[0].clone() for x in (q, k, v, evict, active)]
 
     def step(cache):
-        append.append(cache, *static[1:], 1)
-        return decode.decode_attention(static[0], cache.keys, cache.values, cache.table, cache.length, 0.2)
+        return decode.step(cache, *static, 1, 0.2)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -289,11 +287,8 @@ def test_append_and_decode_pass_without_any_synchronisation():
     for i in range(6):  # the first step compiles
         torch.cuda.set_sync_debug_mode("error" if i else "default")
         try:
-            append.append(cache, k[i], v[i], evict[i], active[i], 1)
+            decode.step(cache, q[i], k[i], v[i], evict[i], active[i], 1, 0.2)
             rows.append(other, k[i], v[i], evict[i], active[i], 1)
-            decode.decode_attention(q[i], cache.keys, cache.values, cache.table, cache.length, 0.2)
-            append.release(cache, ~active[i])
-            rows.release(other, ~active[i])
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(cache.length, other.length)
@@ -301,7 +296,7 @@ def test_append_and_decode_pass_without_any_synchronisation():
 
 MEMCHECK = """
 import torch
-from dms_kernels.gpu import append, decode
+from dms_kernels.gpu import append, decode, gate
 from dms_kernels.rows import Rows
 for width, group, page in ((80, 3, 5), (128, 4, 16), (256, 2, 64)):
     k = torch.randn(6, width, device="cuda", dtype=torch.bfloat16)
@@ -310,7 +305,6 @@ for width, group, page in ((80, 3, 5), (128, 4, 16), (256, 2, 64)):
         append.append(cache, k, k, yes if i % 2 else ~yes, yes, 1)
         q = torch.randn(2, 3 * group, 1, width, device="cuda", dtype=torch.bfloat16)
         decode.decode_attention(q, cache.keys, cache.values, cache.table, cache.length, 0.1)
-    append.release(cache, yes)
 torch.cuda.synchronize()
 """
 
@@ -339,3 +333,14 @@ def test_buffers_depend_on_static_shapes_only():
             torch.empty = empty
         sizes.append(made)
     assert sizes[0] == sizes[1] and (6 * 3, 2, 32) in sizes[0]  # 6 rows of 320 tokens, 128 a chunk
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("heads, width", [(2, 48), (5, 1500)])
+def test_gate_is_a_product_with_the_normed_state(device, heads, width):
+    needs(device)
+    g = torch.Generator().manual_seed(heads)
+    hidden = torch.randn(3, 2, width, generator=g).bfloat16().to(device)
+    norm, weight = torch.rand(width, generator=g).to(device), torch.randn(heads, width, generator=g).to(device)
+    out = gate.gate_logits(hidden, norm, weight, 1e-6, 100.0, 5.0)
+    torch.testing.assert_close(out, naive.gate_logits(hidden, norm, weight, 1e-6, 100.0, 5.0), rtol=1e-4, atol=0.02)

@@ -1,13 +1,27 @@
 """Every implementation behind the facade against ``naive``, the oracle."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import dms_kernels
-from dms_kernels import EXACT, Past, decode_attention, naive, prefill, prefill_attention, train_attention
+from dms_kernels import (
+    EXACT,
+    Past,
+    Rows,
+    decode_attention,
+    gate_logits,
+    naive,
+    prefill,
+    prefill_attention,
+    rows,
+    train_attention,
+)
 from dms_kernels.attention import CompactAttention
+from dms_kernels.cpu import decode as by_torch
 from dms_kernels.cpu import dense
 from dms_kernels.plan import make_plan, training_plan
 
@@ -198,10 +212,48 @@ def test_decode_attention_equals_the_oracle_over_ragged_rows_and_empty_rows_get_
             table[row, column] = order.pop()
     q = torch.randn(batch, heads * group, 1, width, generator=g)
     expected = naive.decode_attention(q, keys, values, table, lengths, width**-0.5)
-    actual = decode_attention(q, keys, values, table, lengths)
-    torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-5)
     empty = (lengths == 0).view(batch, heads, 1).expand(-1, -1, group).flatten(1)
-    assert (actual[empty] == 0).all()
+    for actual in (
+        decode_attention(q, keys, values, table, lengths),
+        by_torch.decode_attention(q, keys, values, table, lengths, width**-0.5),
+    ):
+        torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-5)
+        assert (actual[empty] == 0).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "heads, group, width, page, window, lag", [(2, 2, 16, 4, 3, 1), (1, 3, 32, 8, 5, 5), (2, 4, 64, 16, 0, 1)]
+)
+def test_a_compiled_step_is_append_and_attention(heads, group, width, page, window, lag, threads, monkeypatch):
+    step = pytest.importorskip("dms_kernels.cpu.compiled") and importlib.import_module("dms_kernels.cpu.step")
+    monkeypatch.setattr(step, "ALONE", 0)
+    g = torch.Generator().manual_seed(width)
+    ours, theirs = (Rows.empty(3 * heads, 60 * heads, 30, page, window, torch.empty(0, width)) for _ in range(2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(60):
+            q = 3 * torch.randn(3, heads * group, 1, width, generator=g)
+            k, v = (torch.randn(3, heads, 1, width, generator=g) for _ in range(2))
+            evict, active = torch.rand(3, heads, 1, generator=g) < 0.6, torch.rand(3, 1, generator=g) < 0.8
+            out = step.step(ours, q, k, v, evict, active, lag, 0.3)
+            torch.testing.assert_close(out, rows.step(theirs, q, k, v, evict, active, lag, 0.3), rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+    for name, tensor in vars(theirs).items():
+        assert torch.equal(getattr(ours, name), tensor), name
+
+
+def test_gate_logits_by_machine_code_equal_the_oracle():
+    g = torch.Generator().manual_seed(0)
+    hidden, norm, weight = (
+        torch.randn(3, 2, 48, generator=g),
+        torch.rand(48, generator=g),
+        torch.randn(2, 48, generator=g),
+    )
+    expected = naive.gate_logits(hidden, norm, weight, 1e-6, 100.0, 5.0)
+    torch.testing.assert_close(gate_logits(hidden, norm, weight, 1e-6, 100.0, 5.0), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_decode_attention_over_a_pool_without_pages_is_zero():

@@ -74,8 +74,9 @@ def test_dag_of_a_real_model_has_a_grid_for_every_task_and_ratio(config, tmp_pat
     status, output = snakemake(tmp_path, config, "-n", "-q", "rules")
     facts = yaml.safe_load(config.read_text())
     grids = len(facts["tasks"]) * sum(map(len, facts["methods"].values()))
+    samples = grids * facts.get("shards", 1)
     assert status == 0, output
-    assert jobs(output) | {"sample": grids, "retrofit": 1, "curves": len(facts["tasks"])} == jobs(output)
+    assert jobs(output) | {"sample": samples, "retrofit": 1, "curves": len(facts["tasks"])} == jobs(output)
     assert not any(tmp_path.glob("runs/**/*.json"))
 
 
@@ -109,6 +110,9 @@ def test_settings_refuse_a_configuration_that_is_half_a_model():
         settings.settings({"model": "m", "name": "n", "recipe": "r"})
     with pytest.raises(ValueError, match="either"):
         settings.settings({"model": "m", "profile": "smoke"})
+    model = {"model": "m", "name": "n", "recipe": "r", "methods": {"vanilla": [1]}, "tasks": {"programs": {}}}
+    with pytest.raises(ValueError, match="shards 0: must be"):
+        settings.settings({**model, "shards": 0})
     with pytest.raises(ValueError, match="unknown gpu"):
         settings.settings({"profile": "smoke", "resources": {"default": {"gpu": 1}}})
 
@@ -257,6 +261,35 @@ def test_a_failed_job_is_tried_again_and_others_go_on(tmp_path):
     assert status != 0 and once.exists()
     assert [(tmp_path / target).exists() for target in targets] == [False, True, True]
     assert len(re.findall(r"^(?:local)?rule records:", output, re.M)) == 2, output
+
+
+@pytest.mark.slow
+def test_shards_of_which_one_is_lost_give_the_records_and_curves_of_one_job(tmp_path):
+    """The second of two shards fails the first time, and alone is tried again."""
+    command, lost = tmp_path / "dms", tmp_path / "lost"
+    command.write_text(
+        f'#!/bin/bash\nif [[ "$*" == *"--shard 2/2"* && ! -e {lost} ]]; then touch {lost}; exit 1; fi\n'
+        f'exec {sys.executable} -m companion.cli.main "$@"\n'
+    )
+    command.chmod(0o755)
+    task = {"chains": 2, "lengths": [16, 32], "widths": [1, 2], "options": "--limit 3 --batch 4"}
+    facts = {"model": str(ROOT / "data" / "reasoner"), "recipe": "none", "methods": {"vanilla": [1]}}
+    records, curves = [], []
+    for shards in (1, 2):
+        values = {**facts, "name": f"of-{shards}", "shards": shards, "tasks": {"programs": task}, "dms": str(command)}
+        config = tmp_path / f"{shards}.yaml"
+        config.write_text(yaml.safe_dump(values))
+        status, output = snakemake(tmp_path, config, f"runs/of-{shards}/programs/curves.json")
+        assert status == 0, output
+        assert len(re.findall(r"^(?:local)?rule sample:", output, re.M)) == (1 if shards == 1 else 3), output
+        files = list((tmp_path / "runs" / f"of-{shards}").rglob("records/*.jsonl"))
+        assert len(files) == shards
+        records.append(sorted(line for file in files for line in file.read_text().splitlines()))
+        curves.append(
+            json.loads((tmp_path / "runs" / f"of-{shards}" / "programs" / "curves.json").read_text())["points"]
+        )
+    assert records[0] == records[1] and len(records[0]) == 6
+    assert curves[0] == curves[1]
 
 
 def test_notebook_command_reports_an_unknown_parameter(tmp_path, capsys):

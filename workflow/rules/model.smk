@@ -5,6 +5,7 @@ TASKS = S["tasks"]
 TRAINED = ("dms", "dms-immediate", "dmc")  # methods that need a retrofitted checkpoint; others run the original weights
 CRS = sorted({f"{cr:g}" for method in TRAINED for cr in S["methods"].get(method, [])})
 RETROFIT = f"{RUN}/retrofit-{key(S['model'], S['recipe'], S['data'])}"
+SHARDS = [f"{number}-of-{S['shards']}" for number in range(1, S["shards"] + 1)]
 RUN_PARAMETERS = {}
 FINAL = [
     *expand(f"{RUN}/{{task}}/published.md", task=TASKS),
@@ -58,30 +59,33 @@ rule retrofit:
         "{LAUNCH} retrofit {params.arguments} --out {params.out} > {log} 2>&1 && ls {params.checkpoints} > {output}"
 
 
+# One job a shard: a lost one is repeated alone, and goes on where it stopped.
 rule sample:
     input:
         retrofitted,
     output:
-        touch(f"{RUN}/{{task}}/{{method}}-cr{{cr}}-{{key}}/done"),
+        touch(f"{RUN}/{{task}}/{{method}}-cr{{cr}}-{{key}}/done-{{shard}}"),
     params:
         weights=weights,
         chains=lambda w: TASKS[w.task]["chains"],
         length=lambda w: max(TASKS[w.task]["lengths"]),
         options=lambda w: TASKS[w.task]["options"],
+        shard=lambda w: w.shard.replace("-of-", "/"),
         out=lambda w, output: str(Path(output[0]).parent),
     log:
-        f"{RUN}/logs/sample-{{task}}-{{method}}-cr{{cr}}-{{key}}.txt",
+        f"{RUN}/logs/sample-{{task}}-{{method}}-cr{{cr}}-{{key}}-{{shard}}.txt",
     threads: threads(S, "sample")
     resources:
         **resources(S, "sample"),
     shell:
-        "{DMS} sample --model {params.weights} --task {wildcards.task} --method {wildcards.method} --cr {wildcards.cr}"
-        " --chains {params.chains} --length {params.length} {params.options} --out {params.out} > {log} 2>&1"
+        "{LAUNCH_SAMPLE} sample --model {params.weights} --task {wildcards.task} --method {wildcards.method}"
+        " --cr {wildcards.cr} --chains {params.chains} --length {params.length} {params.options} --shard {params.shard}"
+        " --out {params.out} > {log} 2>&1"
 
 
 rule curves:
     input:
-        lambda w: [f"{directory}/done" for directory in chain_directories(w.task)],
+        lambda w: [f"{directory}/done-{shard}" for directory in chain_directories(w.task) for shard in SHARDS],
     output:
         f"{RUN}/{{task}}/curves.json",
     params:

@@ -1,8 +1,8 @@
-"""``rows.append`` and ``rows.release`` in Triton, bit for bit: two launches each, no waiting for the device.
+"""``rows.append`` in Triton, bit for bit: two launches, no waiting for the device.
 
 The first kernel is one program: it walks over the rows in blocks, does all bookkeeping and hands out pages by a
-prefix sum carried from block to block, so that the result does not depend on scheduling.  The second moves data,
-in parallel.  All shapes are static, so both can be captured in a CUDA graph.
+prefix sum carried from block to block, so that the result does not depend on scheduling; on the way it writes decode's
+plan.  The second moves data, in parallel.  All shapes are static, so both can be captured in a CUDA graph.
 """
 
 from collections.abc import Iterator
@@ -17,26 +17,28 @@ from dms_kernels.rows import Rows
 
 repair()
 
+LONGEST = 512  # tokens of a chunk of decode
 STORED = 4  # rows a program of _store copies
-COPIED = 128  # page numbers _push moves at once
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "cells", "page", "lag"])
+@triton.jit(do_not_specialize=["rows", "share", "columns", "cells", "page", "lag", "chunk"])
 def _allocate(
-    table, length, owned, free, free_count, ring_slot, ring_evict, seen, overflow, evict, active, target,
-    rows, columns, cells, page, lag,
+    table, length, owned, free, free_count, ring_slot, ring_evict, seen, reads, overflow, evict, active, target, first,
+    rows, share, columns, cells, page, lag, chunk,
     SELF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Bookkeeping of one step; target (R,): where in the flat pools the token goes, -1 for nowhere."""
+    """Bookkeeping of one step; target (R,): where in the flat pools the token goes, -1 for nowhere; first (R + 1,):
+    see decode._plan."""
     available = tl.load(free_count)
     wanted = 0
     lost_any = 0
+    chunks = 0
     for start in range(0, rows, BLOCK):
         r = start + tl.arange(0, BLOCK)
         here = r < rows
         now = tl.load(seen + r, here, other=0)
         said = tl.load(evict + r, here, other=0)
-        is_active = tl.load(active + r, here, other=0) != 0
+        is_active = tl.load(active + r // share, here, other=0) != 0
         had = tl.load(length + r, here, other=0)
         pages = tl.load(owned + r, here, other=0)
         ring = r.to(tl.int64) * cells + now % cells
@@ -62,12 +64,19 @@ def _allocate(
         number = tl.where(gets, taken, held).to(tl.int64)
         tl.store(target + r, tl.where(takes, number * page + slot % page, -1), here)
         tl.store(owned + r, pages + 1, gets)
-        tl.store(length + r, had + 1, takes & (reuse == 0))
+        has = had + (takes & (reuse == 0)).to(tl.int32)
+        tl.store(length + r, has, takes)
         tl.store(seen + r, now + 1, takes)
+        counted = takes & (now > 0)
+        tl.store(reads + r, tl.load(reads + r, counted, other=0) + has, counted)
+        count = (has + chunk - 1) // chunk
+        tl.store(first + r, chunks + tl.cumsum(count, 0) - count, here)
+        chunks += tl.sum(count, 0)
         tl.store(ring_slot + ring, slot, takes)
         tl.store(ring_evict + ring, said, takes)
     tl.store(free_count, available - tl.minimum(wanted, available))
     tl.store(overflow, 1, lost_any != 0)
+    tl.store(first + rows, chunks)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -85,80 +94,40 @@ def _store(
     tl.store(values + to, tl.load(v + at * stride_v + d[None, :], live, other=0), live)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _empty(length, owned, seen, free_count, which, start_of, count_of, rows, BLOCK: tl.constexpr):
-    """Empty the rows; start_of and count_of (R,): where on the stack each row's pages go, and how many."""
-    before = tl.load(free_count)
-    for start in range(0, rows, BLOCK):
-        r = start + tl.arange(0, BLOCK)
-        here = r < rows
-        goes = tl.load(which + r, here, other=0) != 0
-        count = tl.load(owned + r, goes, other=0)
-        tl.store(start_of + r, before + tl.cumsum(count, 0) - count, here)
-        tl.store(count_of + r, count, here)
-        before += tl.sum(count, 0)
-        zero = tl.zeros([BLOCK], tl.int32)
-        tl.store(length + r, zero, goes)
-        tl.store(owned + r, zero, goes)
-        tl.store(seen + r, zero, goes)
-    tl.store(free_count, before)
-
-
-@triton.jit(do_not_specialize=["columns"])
-def _push(table, free, start_of, count_of, columns, COPIED: tl.constexpr):
-    row = tl.program_id(0)
-    begin = tl.load(start_of + row)
-    count = tl.load(count_of + row)
-    for first in range(0, count, COPIED):
-        c = first + tl.arange(0, COPIED)
-        number = tl.load(table + row.to(tl.int64) * columns + c, c < count, other=0)
-        tl.store(free + begin + c, number, c < count)
-
-
 def _walk(rows: int) -> dict:
     """How the single program walks over the rows."""
     return {"BLOCK": 128, "num_warps": 4} if rows <= 128 else {"BLOCK": 1024, "num_warps": 8}
 
 
-def append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int) -> None:
-    """See rows.append."""
+def append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int, chunk: int = LONGEST) -> Tensor:
+    """See rows.append.  Returns the plan for decode in chunks of ``chunk`` tokens, (R + 1,) int32."""
     count, width = len(rows.length), k.shape[-1]
-    k, v = (x.to(rows.keys.dtype) for x in (k, v))
+    k, v = (x.to(rows.keys.dtype).reshape(count, width) for x in (k, v))
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     flags = [x.contiguous().view(torch.uint8) for x in (evict, active)]
     target = torch.empty(count, dtype=torch.int64, device=k.device)
+    first = torch.empty(count + 1, dtype=torch.int32, device=k.device)
     with torch.cuda.device_of(k):
         _allocate[(1,)](
             rows.table, rows.length, rows.owned, rows.free, rows.free_count, rows.ring_slot,
-            rows.ring_evict.view(torch.uint8), rows.seen, rows.overflow.view(torch.uint8), *flags, target,
-            count, rows.table.shape[1], rows.cells, rows.page, lag,
+            rows.ring_evict.view(torch.uint8), rows.seen, rows.reads, rows.overflow.view(torch.uint8), *flags, target,
+            first, count, count // len(active), rows.table.shape[1], rows.cells, rows.page, lag, chunk,
             SELF=lag == rows.cells, **_walk(count),
         )  # fmt: skip
         _store[(triton.cdiv(count, STORED),)](
             rows.keys, rows.values, k, v, target, count, k.stride(0), v.stride(0),
             D=width, D_PAD=triton.next_power_of_2(width), STORED=STORED, num_warps=2,
         )  # fmt: skip
-
-
-def release(rows: Rows, which: Tensor) -> None:
-    """See rows.release."""
-    count = len(rows.length)
-    plan = torch.empty(2, count, dtype=torch.int32, device=which.device)
-    with torch.cuda.device_of(which):
-        _empty[(1,)](
-            rows.length, rows.owned, rows.seen, rows.free_count, which.contiguous().view(torch.uint8), *plan, count,
-            **_walk(count),
-        )  # fmt: skip
-        _push[(count,)](rows.table, rows.free, *plan, rows.table.shape[1], COPIED=COPIED, num_warps=1)
+    return first
 
 
 def aot_cases(target: int) -> Iterator[tuple]:
     """(name, kernel, signature, constexprs, options) of what is launched; the same for every ``target``."""
-    ints = ("table", "length", "owned", "free", "free_count", "ring_slot", "seen", "start_of", "count_of")
+    ints = ("table", "length", "owned", "free", "free_count", "ring_slot", "seen", "first")
     types = {
-        **dict.fromkeys(ints, "*i32"), "target": "*i64",
-        **dict.fromkeys(("ring_evict", "overflow", "evict", "active", "which"), "*u8"),
-        **dict.fromkeys(("rows", "columns", "cells", "page", "lag", "stride_k", "stride_v"), "i32"),
+        **dict.fromkeys(ints, "*i32"), "target": "*i64", "reads": "*i64",
+        **dict.fromkeys(("ring_evict", "overflow", "evict", "active"), "*u8"),
+        **dict.fromkeys(("rows", "share", "columns", "cells", "page", "lag", "chunk", "stride_k", "stride_v"), "i32"),
     }  # fmt: skip
 
     def case(name, kernel, warps, constants, **more):
@@ -171,8 +140,6 @@ def aot_cases(target: int) -> Iterator[tuple]:
         for itself in (False, True):
             constants = {"SELF": itself, "BLOCK": block}
             yield case(f"append.allocate rows{block} self{itself:d}", _allocate, warps, constants)
-        yield case(f"append.empty rows{block}", _empty, warps, {"BLOCK": block})
-    yield case("append.push", _push, 1, {"COPIED": COPIED})
     for width in (32, 64, 80, 96, 128, 256):
         for dtype in ("bf16", "fp16", "fp32"):
             pools = dict.fromkeys(("keys", "values", "k", "v"), f"*{dtype}")

@@ -1,6 +1,6 @@
 """One query token a row over ragged, paged rows: split over (row, chunk) pieces, then merged by log-sum-exp.
 
-Row r has ceil(length_r / CHUNK) chunks.  A fixed number of programs walks the list of all chunks of all rows with a
+Row r has ceil(length_r / chunk) chunks.  A fixed number of programs walks the list of all chunks of all rows with a
 stride, so the work is balanced however uneven the rows are, and no shape depends on data (CUDA graphs).  A chunk's
 softmax over its own keys gives a partial output o_c and lse_c, both fp32; out = sum_c 2^(lse_c - m) o_c / sum_c
 2^(lse_c - m), m = max_c lse_c, logits in units of log 2.
@@ -18,24 +18,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dms_kernels.gpu.append import LONGEST, append
 from dms_kernels.gpu.common import LN2, LOG2E
 from dms_kernels.gpu.interpret import repair
+from dms_kernels.rows import Rows
 
 repair()
 
 TILE = 16384  # bytes of keys, and of values, in one tile
-LONGEST, SHORTEST = 512, 128  # chunk lengths, tokens
+SHORTEST = 128  # tokens of a chunk; the longest: append.LONGEST
 MERGED = 4096  # partial values the merge reads at once
 
 
-@triton.jit(do_not_specialize=["rows", "capacity"])
-def _plan(lengths, first, rows, capacity, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "capacity", "chunk"])
+def _plan(lengths, first, rows, capacity, chunk, BLOCK: tl.constexpr):
     """first (R + 1,): chunks before each row; the last is the number of all chunks."""
     before = 0
     for start in range(0, rows, BLOCK):
         r = start + tl.arange(0, BLOCK)
         length = tl.load(lengths + r, r < rows, other=0).to(tl.int32)
-        count = (tl.minimum(tl.maximum(length, 0), capacity) + CHUNK - 1) // CHUNK
+        count = (tl.minimum(tl.maximum(length, 0), capacity) + chunk - 1) // chunk
         tl.store(first + r, before + tl.cumsum(count, 0) - count, r < rows)
         before += tl.sum(count, 0)
     tl.store(first + rows, before)
@@ -62,11 +64,11 @@ def _pages_of(table_row, token, start, live, PAGE: tl.constexpr, BLOCK_N: tl.con
     return tl.load(table_row + token // PAGE, live, other=0).to(tl.int64) * PAGE + token % PAGE
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "group"])
+@triton.jit(do_not_specialize=["rows", "columns", "group", "chunk"])
 def _split(
-    q, keys, values, table, lengths, first, partial, lse, rows, columns, group, scale,
+    q, keys, values, table, lengths, first, partial, lse, rows, columns, group, chunk, scale,
     PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """partial (chunks, G, D), lse (chunks, G), for the chunks p, p + P, p + 2 P, ... of program p of P."""
     g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
@@ -75,8 +77,8 @@ def _split(
     total = tl.load(first + rows)
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
         row = _row_of(first, rows, item).to(tl.int64)
-        begin = (item - tl.load(first + row)) * CHUNK
-        end = tl.minimum(begin + CHUNK, tl.minimum(tl.load(lengths + row).to(tl.int32), columns * PAGE))
+        begin = (item - tl.load(first + row)) * chunk
+        end = tl.minimum(begin + chunk, tl.minimum(tl.load(lengths + row).to(tl.int32), columns * PAGE))
         queries = tl.load(q + (row * group + g[:, None]) * D + d[None, :], real, other=0.0)
         top = tl.full([BLOCK_G], float("-inf"), tl.float32)
         norm = tl.zeros([BLOCK_G], tl.float32)
@@ -131,7 +133,7 @@ def _merge(first, partial, lse, out, out_lse, group, D: tl.constexpr, D_PAD: tl.
 
 def _tiles(group: int, width: int, size: int) -> tuple[dict, dict]:
     """Tile sizes and launch options for a GQA group, a head dimension and an element size in bytes."""
-    padded, half = triton.next_power_of_2(width), size == 2
+    padded, half = max(16, triton.next_power_of_2(width)), size == 2  # 16: the least that tl.dot takes
     rows = min(max(16, triton.next_power_of_2(group)), 32 if half else 16)  # more would spill
     tokens = min(max(16, TILE // (padded * size)), 128 if half else 64)
     # The look-up of the pages takes half of the pipeline's stages: 5 give two tiles of keys and two of values.
@@ -169,40 +171,53 @@ def decode_attention(
     ``programs`` share ``chunk`` tokens at a time, a multiple of 128.  With ``return_lse`` also the log-sum-exp of
     the scores, (B, Hq, 1) fp32, -inf for an empty row.  Nothing waits for the device.
     """
+    rows, capacity = len(table), table.shape[1] * keys.shape[1]
+    programs = programs or _programs(q.device)
+    chunk = chunk or chunk_length(rows, capacity, programs)
+    if chunk % SHORTEST:
+        raise ValueError(f"chunk {chunk}: must be a multiple of {SHORTEST}")
+    first = torch.empty(rows + 1, dtype=torch.int32, device=q.device)
+    with torch.cuda.device_of(q):
+        _plan[(1,)](lengths, first, rows, capacity, chunk, BLOCK=128 if rows <= 128 else 1024, num_warps=4)
+    out, lse = _attend(q, keys, values, table, lengths, first, scale, programs, chunk)
+    return (out, lse) if return_lse else out
+
+
+def step(rows: Rows, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int, scale: float) -> Tensor:
+    """See rows.step; four launches."""
+    programs = _programs(q.device)
+    chunk = chunk_length(len(rows.length), rows.table.shape[1] * rows.page, programs)
+    first = append(rows, k, v, evict, active, lag, chunk)
+    return _attend(q, rows.keys, rows.values, rows.table, rows.length, first, scale, programs, chunk)[0]
+
+
+def _attend(q, keys, values, table, lengths, first, scale, programs: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """Split and merge by the plan ``first`` (R + 1,): out (B, Hq, 1, D) and lse (B, Hq, 1)."""
     batch, heads, _, width = q.shape
     rows, columns = table.shape
     page, group = keys.shape[1], batch * heads // rows
     if not (keys.is_contiguous() and values.is_contiguous()):
         raise ValueError(f"keys and values of strides {keys.stride()} and {values.stride()}: must be contiguous")
-    programs = programs or _programs(q.device)
-    chunk = chunk or chunk_length(rows, columns * page, programs)
-    if chunk % SHORTEST:
-        raise ValueError(f"chunk {chunk}: must be a multiple of {SHORTEST}")
     pieces = rows * triton.cdiv(columns * page, chunk)  # no more chunks than this
-    first = torch.empty(rows + 1, dtype=torch.int32, device=q.device)
     partial = torch.empty(pieces, group, width, dtype=torch.float32, device=q.device)
     lse = torch.empty(pieces, group, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, heads, 1, width, dtype=q.dtype, device=q.device)
     out_lse = torch.empty(batch, heads, 1, dtype=torch.float32, device=q.device)
     tiles, options = _tiles(group, width, q.element_size())
-    table, lengths = table.contiguous(), lengths.contiguous()
     with torch.cuda.device_of(q):
-        block = 128 if rows <= 128 else 1024
-        _plan[(1,)](lengths, first, rows, columns * page, CHUNK=chunk, BLOCK=block, num_warps=4)
         _split[(programs, triton.cdiv(group, tiles["BLOCK_G"]))](
-            q.contiguous(), keys, values, table, lengths, first, partial, lse,
-            rows, columns, group, scale * LOG2E.value,
-            PAGE=page, CHUNK=chunk, **tiles, **options,
+            q.contiguous(), keys, values, table.contiguous(), lengths.contiguous(), first, partial, lse,
+            rows, columns, group, chunk, scale * LOG2E.value, PAGE=page, **tiles, **options,
         )  # fmt: skip
         _merge[(batch * heads,)](first, partial, lse, out, out_lse, group, **_merge_tiles(width), num_warps=4)
-    return (out, out_lse) if return_lse else out
+    return out, out_lse
 
 
 def aot_cases(target: int) -> Iterator[tuple]:
     """(name, kernel, signature, constexprs, options) of what is launched; the same for every ``target``."""
     types = {
         **dict.fromkeys(("first", "table", "lengths"), "*i32"), **dict.fromkeys(("partial", "lse", "out_lse"), "*fp32"),
-        **dict.fromkeys(("rows", "columns", "capacity", "group"), "i32"), "scale": "fp32",
+        **dict.fromkeys(("rows", "columns", "capacity", "group", "chunk"), "i32"), "scale": "fp32",
     }  # fmt: skip
 
     def case(name, kernel, constants, options, **more):
@@ -213,7 +228,7 @@ def aot_cases(target: int) -> Iterator[tuple]:
         tiles, options = _tiles(group, width, 4 if dtype == "fp32" else 2)
         types = {**dict.fromkeys(("q", "keys", "values"), f"*{dtype}"), "table": f"*{index}", "lengths": f"*{index}"}
         name = f"decode.split {dtype} D{width} page{page} G{group}" + (" int64" if index == "i64" else "")
-        return case(name, _split, {"PAGE": page, "CHUNK": LONGEST, **tiles}, options, **types)
+        return case(name, _split, {"PAGE": page, **tiles}, options, **types)
 
     for width in (32, 64, 80, 96, 128, 256):
         for dtype in ("bf16", "fp16", "fp32"):
@@ -225,4 +240,4 @@ def aot_cases(target: int) -> Iterator[tuple]:
     yield split("bf16", 128, 16, 4, "i64")
     yield split("fp32", 256, 64, 4)
     for block in (128, 1024):
-        yield case(f"decode.plan rows{block}", _plan, {"CHUNK": LONGEST, "BLOCK": block}, {"num_warps": 4})
+        yield case(f"decode.plan rows{block}", _plan, {"BLOCK": block}, {"num_warps": 4})

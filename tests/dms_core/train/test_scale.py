@@ -124,7 +124,7 @@ def command(out: Path, processes: int, *changes: str) -> list[str]:
     launch = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     )
-    given = ["--recipe", "reasoner", "--cpu", "--out", str(out), "--set", *SMALL, *changes]
+    given = ["--recipe", "reasoner", "--device", "cpu", "--out", str(out), "--set", *SMALL, *changes]
     return [sys.executable, *launch, "-m", "companion.cli.main", "retrofit", *given]
 
 

@@ -1,0 +1,68 @@
+"""A step of static shapes, replayed as one CUDA graph: without it a GPU waits for Python at small batches.
+
+What the step reads and writes must lie in tensors that stay where they are; when one has moved, as a cache's pool does
+when it grows, the step is captured again.  On other devices the step is simply called.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+
+class StepGraph:
+    """``run()`` does what ``step()`` does, and ``why_not`` says why it is no graph, if it is none.
+
+    ``moved()`` returns a number that changes when a tensor that the step uses was replaced.  ``ran(steps)`` is told of
+    steps that Python has not run, 1 after a replay, or that it ran without effect: -1 after a capture, 0 after a broken
+    one.
+    """
+
+    def __init__(
+        self, step: Callable[[], None], moved: Callable[[], int], ran: Callable[[int], None], why_not: str = ""
+    ) -> None:
+        self.step, self.moved, self.ran, self.why_not = step, moved, ran, why_not
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.captured_at: int | None = None
+
+    def run(self) -> None:
+        now = self.moved()
+        if self.why_not or now != self.captured_at:
+            self.graph = None
+            self.step()  # also compiles and warms up what will be captured
+            self.captured_at = now
+        elif self.graph is None:
+            self._capture()
+        if self.graph is not None:
+            self.graph.replay()
+            self.ran(1)
+
+    def _capture(self) -> None:
+        """Capture the step; a model for which this cannot be done goes on as it is."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.step()
+        except RuntimeError as error:
+            self.why_not = f"capture failed: {str(error).splitlines()[0]}"
+            warnings.warn(f"decoding without a CUDA graph; {self.why_not}", stacklevel=2)
+            torch.cuda.synchronize()
+            self.ran(0)
+            self.step()
+        else:
+            self.ran(-1)
+            self.graph = graph
+
+
+def why_no_graph(model, cache) -> str:
+    """Why decode steps of ``model`` with ``cache`` cannot be captured; empty if they can."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        return f"the model lies on {len(devices)} devices"
+    if next(iter(devices)).type != "cuda":
+        return "not on CUDA"
+    if not cache.static:
+        return f"{type(cache).__name__}: its steps change shapes"
+    if model.dms.split.size > 1:
+        return "the model is spread over processes"
+    return ""

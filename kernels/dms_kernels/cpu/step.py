@@ -1,0 +1,92 @@
+"""What a decode step needs on a CPU: by numba where it is installed and numbers are fp32, else by torch."""
+
+from dataclasses import fields
+from importlib.util import find_spec
+from itertools import pairwise
+from operator import attrgetter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dms_kernels import naive
+from dms_kernels import rows as by_torch
+from dms_kernels.cpu import decode
+from dms_kernels.cpu.pool import run
+from dms_kernels.rows import Rows
+
+COMPILED = find_spec("numba") is not None
+ALONE = 1 << 21  # products that are not worth a second thread
+tensors = attrgetter(*(field.name for field in fields(Rows)))  # in the order of compiled.append's arguments
+
+
+def append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int) -> None:
+    """See rows.append."""
+    if not _fits(rows.keys, k, v):
+        return by_torch.append(rows, k, v, evict, active, lag)
+    from dms_kernels.cpu import compiled
+
+    k, v = (x.view(-1, x.shape[-1]) for x in (k.contiguous(), v.contiguous()))
+    compiled.append(*_numpy(*tensors(rows), k, v, evict.flatten(), active.flatten()), lag)
+
+
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """See naive.decode_attention."""
+    if not _fits(q, keys, values):
+        return decode.decode_attention(q, keys, values, table, lengths, scale)
+    from dms_kernels.cpu import compiled
+
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    heads = (len(table), -1, q.shape[-1])
+    target = out.view(heads).numpy()
+    arrays = *_numpy(q.reshape(heads), keys, values, table, lengths), np.float32(scale * compiled.LOG2E), target
+    run(lambda start, stop: compiled.attend(*arrays, start, stop), _shares(lengths, 2 * q.numel() // len(table)))
+    return out
+
+
+def step(rows: Rows, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int, scale: float) -> Tensor:
+    """``append``, then ``decode_attention``; on one thread they are one call."""
+    if not _fits(rows.keys, q, k, v) or torch.get_num_threads() > 1:
+        append(rows, k, v, evict, active, lag)
+        return decode_attention(q, rows.keys, rows.values, rows.table, rows.length, scale)
+    from dms_kernels.cpu import compiled
+
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    new = [x if x.is_contiguous() else x.contiguous() for x in (k, v, evict, active, q)]  # alive until the call is over
+    (pages, page, width), (count, columns) = rows.keys.shape, rows.table.shape
+    addresses = [x.data_ptr() for x in (*tensors(rows), *new, out)]
+    sizes = count, pages, page, width, columns, rows.cells, q.numel() // (count * width), len(active), lag
+    compiled.step(*addresses, *sizes, scale * compiled.LOG2E)
+    return out
+
+
+def gate_logits(hidden: Tensor, norm: Tensor, weight: Tensor, eps: float, scale: float, offset: float) -> Tensor:
+    """See naive.gate_logits."""
+    if not _fits(hidden, norm, weight):
+        return naive.gate_logits(hidden, norm, weight, eps, scale, offset)
+    from dms_kernels.cpu import compiled
+
+    hidden, norm, weight = (x.contiguous() for x in (hidden, norm, weight))
+    (heads, width), rows = weight.shape, hidden.numel() // hidden.shape[-1]
+    out = torch.empty(*hidden.shape[:2], heads)
+    compiled.gate(*(x.data_ptr() for x in (hidden, norm, weight, out)), rows, heads, width, eps, scale, offset)
+    return out.transpose(1, 2)
+
+
+def _fits(*inputs: Tensor) -> bool:
+    return COMPILED and all(x.dtype == torch.float32 for x in inputs)
+
+
+def _numpy(*inputs: Tensor) -> list[np.ndarray]:
+    return [x.detach().contiguous().numpy() for x in inputs]
+
+
+def _shares(lengths: Tensor, products: int) -> list[tuple[int, int]]:
+    """Ranges of rows with about as many tokens each, a few for every thread; ``products`` a token and row."""
+    threads, total = torch.get_num_threads(), lengths.cumsum(0)
+    if threads == 1 or products * int(total[-1]) < ALONE:
+        return [(0, len(lengths))]
+    parts = 4 * threads
+    ends = np.searchsorted(total.numpy(), [int(total[-1]) * part // parts for part in range(1, parts)])
+    bounds = sorted({0, *map(int, ends), len(lengths)})
+    return list(pairwise(bounds))

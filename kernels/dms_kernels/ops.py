@@ -1,0 +1,112 @@
+"""The operations as torch.library has them, for torch.compile, torch.export and fake tensors.
+
+The facade calls them where a graph is being traced; a plain call goes to the implementation directly, which saves the
+dispatcher's share of a decode step.  ``torch.library.opcheck`` passes on each.
+"""
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.library import custom_op
+
+import dms_kernels
+from dms_kernels.plan import Plan
+from dms_kernels.rows import Rows
+
+
+def tracing(x: Tensor) -> bool:
+    """Whether the call is to be recorded, not run."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+
+
+@custom_op("dms::attend", mutates_args=())
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor | None, band: Tensor, kept: Tensor, count: Tensor, first: Tensor,
+    last: Tensor, window: int, offset: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention by a plan (``plan.Plan``): out (B, Hq, T, D) and lse (B, Hq, T) fp32."""
+    plan = Plan(window, offset, band, kept, count, first, last)
+    return dms_kernels.on(q.device, "forward").forward(q, k, v, plan, log_keep, scale)
+
+
+@attend.register_fake
+def _(q, k, v, log_keep, band, kept, count, first, last, window, offset, scale):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@custom_op("dms::attend_backward", mutates_args=())
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, log_keep: Tensor | None, band: Tensor,
+    kept: Tensor, count: Tensor, first: Tensor, last: Tensor, window: int, offset: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and log_keep; the last is empty where there is none."""
+    plan = Plan(window, offset, band, kept, count, first, last)
+    backward = dms_kernels.on(q.device, "backward").backward
+    *grads, d_keep = backward(grad.contiguous(), q, k, v, out, lse, plan, log_keep, scale)
+    return *(x.contiguous() for x in grads), lse.new_empty(0) if d_keep is None else d_keep
+
+
+@attend_backward.register_fake
+def _(grad, q, k, v, out, lse, log_keep, band, kept, count, first, last, window, offset, scale):
+    d_keep = lse.new_empty(0) if log_keep is None else torch.empty_like(log_keep)
+    return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), d_keep
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, log_keep, band, kept, count, first, last, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, *output, log_keep, band, kept, count, first, last)
+    ctx.set_materialize_grads(True)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx, grad, _):
+    q, k, v, out, lse, log_keep, *plan = ctx.saved_tensors
+    *grads, d_keep = attend_backward(grad, q, k, v, out, lse, log_keep, *plan, *ctx.numbers)
+    return *grads, None if log_keep is None else d_keep, *[None] * 8
+
+
+attend.register_autograd(_gradients, setup_context=_save)
+
+
+@custom_op("dms::decode", mutates_args=())
+def decode(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """See naive.decode_attention."""
+    return dms_kernels.on(q.device, "decode").decode_attention(q, keys, values, table, lengths, scale)
+
+
+@decode.register_fake
+def _(q, keys, values, table, lengths, scale):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@custom_op(
+    "dms::step",
+    mutates_args=(
+        "keys", "values", "table", "length", "owned", "free", "free_count", "ring_slot", "ring_evict", "seen", "reads",
+        "overflow",
+    ),
+)  # fmt: skip
+def step(
+    keys: Tensor, values: Tensor, table: Tensor, length: Tensor, owned: Tensor, free: Tensor, free_count: Tensor,
+    ring_slot: Tensor, ring_evict: Tensor, seen: Tensor, reads: Tensor, overflow: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """See rows.step; the first twelve are the tensors of ``Rows``."""
+    rows = Rows(keys, values, table, length, owned, free, free_count, ring_slot, ring_evict, seen, reads, overflow)
+    return dms_kernels.on(q.device, "step").step(rows, q, k, v, evict, active, lag, scale)
+
+
+@step.register_fake
+def _(*arguments):
+    return torch.empty_like(arguments[12], memory_format=torch.contiguous_format)
+
+
+@custom_op("dms::gate", mutates_args=())
+def gate(hidden: Tensor, norm: Tensor, weight: Tensor, eps: float, scale: float, offset: float) -> Tensor:
+    """See naive.gate_logits."""
+    return dms_kernels.on(hidden.device, "gate").gate_logits(hidden, norm, weight, eps, scale, offset).contiguous()
+
+
+@gate.register_fake
+def _(hidden, norm, weight, eps, scale, offset):
+    return norm.new_empty(hidden.shape[0], weight.shape[0], hidden.shape[1])
