@@ -26,8 +26,9 @@ class StepGraph:
         self.captured_at: int | None = None
 
     def run(self) -> None:
-        now = self.moved()
-        if self.why_not or now != self.captured_at:
+        if self.why_not:
+            return self.step()
+        if (now := self.moved()) != self.captured_at:
             self.graph = None
             self.step()  # also compiles and warms up what will be captured
             self.captured_at = now

@@ -33,6 +33,7 @@ class DMS:
         self.model = model
         self.step: Step | None = None
         self.enabled = True
+        self.original = False  # the forward pass under way runs as if there were no gates
         self.neuron_factor = 0.0  # 1 - t / n_t during the neuron gate's warm-up
         self.evicting = True  # False in that warm-up: the gates are silent, the neuron fades out
         self.noise_keys: Tensor | None = None  # (B,) of noise.row_keys; None: noise from torch's global generator
@@ -107,7 +108,10 @@ class DMS:
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         padded = mask is not None
         original = not self.enabled and self._is_original(kwargs)
-        self._choose(self.attention_before if original else self.implementation)
+        if original != self.original:  # transformers looks the attention of a forward pass up in the configuration
+            self.original = original
+            text = self.model.config.get_text_config()
+            text._attn_implementation = self.attention_before if original else self.implementation
         if original:
             self.step = None
             return None
@@ -116,7 +120,8 @@ class DMS:
             raise ValueError(f"attention_mask of {given}: DMS needs the (batch, tokens) padding mask")
         if mask is None:
             mask = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
-        valid = mask[:, -tokens:].bool()
+        valid = mask[:, -tokens:]
+        valid = valid if valid.dtype == torch.bool else valid.bool()
         cache = self._cache(kwargs)
         segments = None if cache is not None else _segments(valid, position_ids, padded)
         full = cache is not None and tokens > 1 and bool(valid.all())
@@ -133,12 +138,6 @@ class DMS:
         past = kwargs.get("past_key_values")
         packed = kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is not None
         return not isinstance(past, RowCache) and (past is not None or kwargs.get("use_cache") is True or not packed)
-
-    def _choose(self, implementation: str) -> None:
-        """The attention of the forward pass to come; transformers looks it up in the configuration."""
-        text = self.model.config.get_text_config()
-        if text._attn_implementation != implementation:
-            text._attn_implementation = implementation
 
     def _cache(self, kwargs: dict) -> RowCache | None:
         """The call's cache: the one given, a new one where one is expected, or none."""
@@ -167,10 +166,9 @@ class DMS:
         step = self.step
         if step is None or step.soft or not step.logits:
             return
-        logits = list(step.logits.values())
-        if len({z.device for z in logits}) > 1:
-            logits = [z.to(logits[0].device) for z in logits]
-        found = torch.cat([z.flatten() for z in logits]).isnan().any()[None]
+        first = next(iter(step.logits.values()))
+        logits = [z.to(first.device) for z in step.logits.values()]
+        found = torch.cat(logits, 1).isnan().any()
         if found.device not in self.nan_seen:
             with torch.inference_mode(False):  # so that it can be changed in any mode
                 self.nan_seen[found.device] = torch.zeros(1, dtype=torch.bool, device=found.device)

@@ -61,7 +61,7 @@ class RowLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.20
 
     def reset(self) -> None:
-        self.columns, self.unread, self.is_initialized = 0, False, False
+        self.columns, self.unread, self.is_initialized, self.rows = 0, False, False, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -130,9 +130,9 @@ class RowCache(Cache):
 
         Returns whether it looked.  Raises RuntimeError if a row has lost a token since the last look.
         """
-        pools = [x.rows for x in self.layers if x.is_initialized and x.rows is not None]
-        if all(rows.credit for rows in pools):
+        if all(x.rows is None or x.rows.credit for x in self.layers):
             return False
+        pools = [x.rows for x in self.layers if x.rows is not None]
         make_room(pools)
         return True
 
