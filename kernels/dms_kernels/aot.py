@@ -19,18 +19,24 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-MODULES = ("forward", "backward", "decode", "append")  # of dms_kernels.gpu
-SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may have
+MODULES = ("forward", "backward", "decode", "append", "gate")  # of dms_kernels.gpu
+SHARED_LIMIT = {80: 166912, 86: 101376, 90: 232448, 100: 232448}  # bytes a block may have; 86: and 89, 120
+RESERVED = 1024  # bytes of shared memory that every block takes besides; a multiprocessor has SHARED_LIMIT and these
+THREADS, REGISTERS = {80: 2048, 86: 1536, 90: 2048, 100: 2048}, 65536  # of a multiprocessor
+TENSOR_CORES = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}  # name: instruction of PTX
 MISSING = "ahead-of-time compilation needs triton: pip install triton (Linux only)"
 
 
-def report(targets: tuple[int, ...] = (80, 90, 100), jobs: int = 1, only: str | None = None) -> list[dict]:
-    """One dict a kernel, configuration and target, sorted: {"kernel", "target", "registers", "spills", "shared",
-    "limit", "stack", "ok"}, with "error" where it does not compile.
+def report(targets: tuple[int, ...] = tuple(SHARED_LIMIT), jobs: int = 1, only: str | None = None) -> list[dict]:
+    """One dict a kernel, configuration and target, sorted: {"kernel", "target", "launch", "registers", "spills",
+    "shared", "limit", "stack", "blocks", "mma", "waits", "ok"}, with "error" where it does not compile.
 
-    registers a thread; spills: instructions that touch local memory; shared and its limit in bytes a block; stack
-    in bytes a thread.  ``targets``: compute capabilities times ten; ``jobs``: processes; ``only``: a regular
-    expression that the kernel's name must contain.  Raises ValueError for unknown targets, ImportError without triton.
+    launch: constants, warps, stages; registers a thread; spills: instructions that touch local memory; shared and its
+    limit in bytes a block; stack in bytes a thread; blocks: how many a multiprocessor holds at once; mma: which
+    instruction of the tensor cores (wgmma, tcgen05, mma or None); waits: for each loop that waits for pipelined copies,
+    how many may be still under way (0: none, so that their latency shows).  ``targets``: compute capabilities times
+    ten; ``jobs``: processes; ``only``: a regular expression that the kernel's name must contain.  Raises ValueError for
+    unknown targets, ImportError without triton.
     """
     if unknown := set(targets) - set(SHARED_LIMIT):
         raise ValueError(f"target {min(unknown)}: must be one of {', '.join(map(str, SHARED_LIMIT))}")
@@ -92,13 +98,18 @@ def _compile(target, name, kernel, signature, constants, options, attributes=Non
     if attributes is None:
         attributes = {arg: [["tt.divisibility", 16]] for arg, kind in types.items() if kind.startswith("*")}
     attributes = {(names.index(key),) if isinstance(key, str) else key: value for key, value in attributes.items()}
-    result = {"kernel": name, "target": target}
+    launch = {**{name: value for name, value in constants.items() if value is not None}, **options}
+    result = {"kernel": name, "target": target, "launch": launch}
     try:
         source = ASTSource(kernel, types, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=dict(options))
     except Exception as error:
         return {**result, "error": f"{type(error).__name__}: {str(error)[:500]}", "ok": False}
     used = {**_resources(compiled.asm["cubin"]), "shared": compiled.metadata.shared, "limit": SHARED_LIMIT[target]}
+    used |= {"blocks": _blocks(target, used["registers"], 32 * compiled.metadata.num_warps, used["shared"])}
+    ptx = compiled.asm["ptx"]
+    used |= {"mma": next((name for name, code in TENSOR_CORES.items() if code in ptx), None)}
+    used |= {"waits": _waits(compiled.asm["ttgir"])}
     return {**result, **used, "ok": used["spills"] == 0 and used["shared"] <= used["limit"]}
 
 
@@ -118,6 +129,28 @@ def _resources(cubin: bytes) -> dict:
     return {"registers": registers, "spills": spills, "stack": stack}
 
 
+def _blocks(target: int, registers: int, threads: int, shared: int) -> int:
+    """How many blocks a multiprocessor holds at once; registers come in units of 8 a thread."""
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
+    by_shared = (SHARED_LIMIT[target] + RESERVED) // (shared + RESERVED)
+    return min(by_registers, by_shared, THREADS[target] // threads)
+
+
+def _waits(ttgir: str) -> list[int]:
+    """For each loop with waits for asynchronous copies, the least number of groups of copies still under way."""
+    loops, open_loops = [], []  # (indentation, waits)
+    for line in ttgir.splitlines():
+        text, indent = line.strip(), len(line) - len(line.lstrip())
+        if "scf.for " in text:
+            open_loops.append((indent, []))
+            loops.append(open_loops[-1][1])
+        elif open_loops and text.startswith("}") and indent == open_loops[-1][0]:
+            open_loops.pop()
+        elif open_loops and (found := re.search(r"ttg\.async_wait .*num = (\d+)", text)):
+            open_loops[-1][1].append(int(found[1]))
+    return [min(waits) for waits in loops if waits]
+
+
 def _tool(name: str, *arguments) -> str:
     """Output of one of the CUDA tools that come with triton."""
     import triton
@@ -129,7 +162,7 @@ def _tool(name: str, *arguments) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dms_kernels.aot", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
-    parser.add_argument("--targets", type=int, nargs="+", default=list(SHARED_LIMIT), help="80, 90, 100")
+    parser.add_argument("--targets", type=int, nargs="+", default=list(SHARED_LIMIT), help="80, 86, 90, 100")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--only", help="a regular expression that the kernel's name must contain")
     chosen = parser.parse_args(arguments)
@@ -151,6 +184,7 @@ def _line(case: dict) -> str:
     if "error" in case:
         return f"{case['kernel']:40} sm_{case['target']:<4} {case['error'].splitlines()[0]}"
     needs = f"{case['registers']:4} registers {case['spills']:4} spills {case['shared']:7} of {case['limit']} B shared"
+    needs += f" {case['blocks']:2} blocks {case['mma'] or '-':7} waits {case['waits']}"
     return f"{case['kernel']:40} sm_{case['target']:<4} {needs}" + ("" if case["ok"] else "  TOO MUCH")
 
 

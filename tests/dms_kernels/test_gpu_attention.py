@@ -18,7 +18,7 @@ from dms_kernels.plan import document_starts, make_plan, training_plan
 pytest.importorskip("triton")
 import triton
 
-from dms_kernels.gpu import backward, common, forward
+from dms_kernels.gpu import backward, common, forward, keys
 
 NEVER = float("-inf")
 without = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -49,9 +49,9 @@ def bfloat16_rounds_as_on_a_device(monkeypatch):
 class Case:
     """Inputs over S = past + T keys; the T last of S queries are asked."""
 
-    def __init__(self, shape, window, mode, packing, past, spare, strided, seed, device="cpu", size=1.0):
+    def __init__(self, shape, window, mode, packing, past, spare, strided, seed, device="cpu", size=1.0, lengthen=True):
         batch, heads, group, tokens, width = shape
-        if device == "cuda":
+        if device == "cuda" and lengthen:
             tokens, window = LONGER[tokens], WINDOWS[window]
         g = torch.Generator().manual_seed(seed)
         keys = past + tokens
@@ -92,7 +92,7 @@ class Case:
         with pytest.MonkeyPatch.context() as patch:
             poison(patch)
             if tile is not None and self.device == "cpu":
-                for module in (forward, backward):
+                for module in (forward, backward, keys):
                     patch.setattr(module, "config", lambda *_: common.Launch(*tile, 4, 1))
             out, lse = forward.forward(q, k, v, self.plan, log_keep, self.scale)
             grads = backward.backward(grad, q, k, v, out, lse, self.plan, log_keep, self.scale)
@@ -256,7 +256,7 @@ def test_offsets_beyond_2_to_the_31_are_right(device, tmp_path):
         room = torch.from_file(str(tmp_path / "room"), shared=True, size=tokens * stride, dtype=torch.float16)
     else:
         room = torch.empty(tokens * stride, dtype=torch.float16, device=device)
-    case = Case((1, 1, 1, 111, width), 7, "hard", "none", tokens - 111, None, False, 4)
+    case = Case((1, 1, 1, 111, width), 7, "hard", "none", tokens - 111, None, False, 4, device, lengthen=False)
     case.q, case.k, case.v = (
         room.as_strided((1, 1, tokens, width), (0, 0, stride, 1), place * 4096).copy_(x)
         for place, x in enumerate((case.q, case.k, case.v))
@@ -275,9 +275,80 @@ def test_the_same_input_gives_the_same_bits(device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("target", "width", "group"), [(90, 64, 2), (90, 128, 1), (86, 64, 1), (86, 128, 2)])
+def test_shipped_tiles_in_bf16_err_at_most_twice_as_much_as_torch(device, target, width, group, monkeypatch):
+    for module in (forward, backward, keys):
+        monkeypatch.setattr(module, "target_of", lambda _: target)
+    case = Case((1, 1, group, 300, width), 20, "soft", "none", 0, None, False, 6, device, lengthen=False)
+    ours, _ = case.ours(torch.bfloat16)
+    references = case.oracle(torch.bfloat16), case.oracle(torch.bfloat16, plain_attention)
+    for name, actual, exact, plain in zip(NAMES, ours, *references, strict=True):
+        assert (actual.float() - exact).abs().max() <= 2 * (plain.float() - exact).abs().max() + 1e-5, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("parts", "places"), [(1, 1), (2, 4), (5, 2)])
+def test_order_of_programs_and_parts_of_a_block_do_not_matter(device, parts, places, monkeypatch):
+    monkeypatch.setattr(keys, "_parts", lambda *_: parts)
+    for module in (forward, backward, keys):
+        monkeypatch.setattr(module, "section", lambda *_: places)
+    case = Case((3, 2, 1, 63, 16), 7, "mixed", "none", 0, 9, True, 5, device, lengthen=False)
+    for name, actual, expected in zip(NAMES, case.ours(tile=(32, 32))[0], case.oracle(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-4, atol=3e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_section_holds_what_fits_the_cache_and_at_least_a_few_places():
+    assert common.section(1000, common.CACHE // 100) == 100
+    assert common.section(1000, common.CACHE) == common.FEWEST
+    assert common.section(3, common.CACHE) == 3 and common.section(1000, 0) == 1000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's limits")
+def test_interpreter_refuses_a_dot_over_fewer_than_16_columns():
+    case = Case((1, 1, 1, 17, 16), 1, "hard", "none", 0, None, False, 3)
+    with pytest.raises(Exception, match="K >= 16"):
+        case.ours(tile=(16, 8))
+    case.ours(tile=(16, 16))
+
+
+def test_tensors_of_two_devices_are_refused():
+    here, there = torch.zeros(1), torch.zeros(1, device="meta")
+    with common.same_device(here, None, here):
+        pass
+    with pytest.raises(ValueError, match="devices cpu, meta: must be one"):
+        common.same_device(here, None, there)
+    case = Case((1, 1, 1, 17, 16), 1, "hard", "none", 0, None, False, 3)
+    with pytest.raises(ValueError, match="must be one"):
+        forward.forward(case.q, case.k, case.v.to("meta"), case.plan, None, case.scale)
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [
+        ((7, 5), 86),
+        ((8, 0), 80),
+        ((8, 6), 86),
+        ((8, 9), 86),
+        ((9, 0), 90),
+        ((10, 0), 100),
+        ((12, 0), 86),
+        ((13, 0), 86),
+    ],
+)
+def test_unknown_cards_run_the_most_modest_tiles(capability, target, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert common.target_of(torch.device("cuda:0")) == target
+
+
+def test_head_dim_beyond_the_table_is_named():
+    with pytest.raises(ValueError, match="head_dim 320: must be at most 256"):
+        common.config("forward", 320, torch.bfloat16, 90)
+
+
 def test_every_shipped_launch_has_tiles_that_a_dot_accepts():
-    for target in (80, 90, 100):
-        for kind in ("forward", "dq", "dkv"):
+    for target in (80, 86, 90, 100):
+        for kind in ("forward", "dq", "dkv", "dkv_plain"):
             for dtype, head_dim, launch in common.shipped(kind, target):
                 assert min(launch["BLOCK_M"], launch["BLOCK_N"], launch["BLOCK_D"]) >= 16, (kind, dtype, head_dim)
                 assert launch["BLOCK_D"] >= head_dim

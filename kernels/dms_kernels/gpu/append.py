@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dms_kernels.gpu.common import same_device
 from dms_kernels.gpu.interpret import repair
 from dms_kernels.rows import Rows
 
@@ -107,7 +108,7 @@ def append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag:
     flags = [x.contiguous().view(torch.uint8) for x in (evict, active)]
     target = torch.empty(count, dtype=torch.int64, device=k.device)
     first = torch.empty(count + 1, dtype=torch.int32, device=k.device)
-    with torch.cuda.device_of(k):
+    with same_device(rows.keys, rows.table, k, v, *flags):
         _allocate[(1,)](
             rows.table, rows.length, rows.owned, rows.free, rows.free_count, rows.ring_slot,
             rows.ring_evict.view(torch.uint8), rows.seen, rows.reads, rows.overflow.view(torch.uint8), *flags, target,

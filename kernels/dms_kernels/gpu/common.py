@@ -19,6 +19,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 CHUNK = tl.constexpr(32)  # columns
 FLOOR = tl.constexpr(-1e30)  # a running maximum that is finite where nothing was seen yet
 
+CACHE, FEWEST = 1 << 25, 8  # bytes of L2 cache to count on; places taken at a time even if they need more
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -32,29 +33,56 @@ class Launch(NamedTuple):
     stages: int
 
 
-# By kind and target, for head dims up to 64, 80, 96, 128 and 256: the largest tiles that compile without spills.
+# By kind and target, for head dims up to 64, 80, 96, 128 and 256: tiles that compile without spills.
 _HALF = {
-    ("forward", 80): [(128, 64, 8, 3)] * 4 + [(64, 64, 8, 2)],
-    ("forward", 90): [(128, 128, 8, 3)] * 4 + [(128, 64, 8, 2)],
+    ("forward", 80): [(128, 64, 8, 3)] + [(128, 32, 8, 4)] * 3 + [(64, 32, 8, 2)],
+    ("forward", 86): [(128, 64, 8, 3)] + [(128, 32, 8, 3)] * 3 + [(64, 32, 8, 2)],
+    ("forward", 90): [(128, 64, 8, 5)] * 4 + [(128, 64, 8, 2)],
     ("forward", 100): [(128, 64, 8, 3)] + [(128, 32, 8, 3)] * 3 + [(128, 32, 8, 2)],
-    ("dq", 80): [(128, 64, 8, 3)] * 4 + [(64, 64, 8, 2)],
-    ("dq", 90): [(128, 64, 8, 3)] * 4 + [(128, 32, 8, 2)],
+    ("dq", 80): [(128, 64, 8, 3)] + [(64, 64, 8, 3)] * 3 + [(64, 32, 8, 2)],
+    ("dq", 86): [(128, 32, 8, 3)] + [(64, 32, 4, 3)] * 3 + [(32, 32, 8, 2)],
+    ("dq", 90): [(128, 64, 8, 5)] * 4 + [(128, 32, 8, 2)],
     ("dq", 100): [(128, 128, 8, 2)] + [(64, 64, 8, 3)] * 3 + [(128, 32, 8, 2)],
-    ("dkv", 80): [(64, 128, 8, 2)] + [(128, 64, 8, 2)] * 3 + [(64, 64, 8, 2)],
-    ("dkv", 90): [(64, 128, 8, 3)] + [(64, 128, 8, 2)] * 2 + [(64, 128, 8, 3), (64, 32, 8, 3)],
+    ("dkv", 80): [(32, 128, 8, 3)] + [(128, 64, 8, 2)] * 3 + [(64, 32, 8, 2)],
+    ("dkv", 86): [(32, 32, 8, 3)] + [(64, 64, 8, 2)] * 3 + [(32, 32, 8, 2)],
+    ("dkv", 90): [(64, 128, 8, 3)] * 4 + [(64, 32, 8, 3)],
+    ("dkv_plain", 90): [(64, 128, 8, 3)] + [(64, 64, 8, 4)] * 3 + [(64, 32, 8, 3)],  # without a bias
     ("dkv", 100): [(64, 128, 8, 3)] * 4 + [(64, 64, 8, 1)],
 }
 _FULL = {  # fp32 runs without tensor cores; up to 64, 80, 96, 128 and 256
-    "forward": [(64, 32, 8, 2), *[(64, 32, 16, 1)] * 3, (64, 32, 8, 1)],
+    "forward": [(64, 32, 8, 2), *[(32, 32, 4, 1)] * 3, (64, 32, 8, 1)],
     "dq": [(32, 32, 8, 1), (64, 32, 16, 1), (64, 32, 16, 1), (64, 32, 16, 1), (64, 32, 8, 1)],
     "dkv": [(32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 16, 1), (16, 16, 8, 1), (16, 16, 8, 1)],
 }
 
 
 def config(kind: str, head_dim: int, dtype: torch.dtype, target: int) -> Launch:
-    """Launch configuration of ``kind`` (forward, dq or dkv) on sm_``target`` (80, 90 or 100)."""
-    table = _FULL[kind] if dtype == torch.float32 else _HALF[kind, target]
+    """Launch configuration of ``kind`` (forward, dq, dkv, or without a bias dkv_plain) on sm_``target`` (80 to 100)."""
+    if head_dim > HEAD_DIMS[-1]:
+        raise ValueError(f"head_dim {head_dim}: must be at most {HEAD_DIMS[-1]}")
+    plain = kind.removesuffix("_plain")
+    table = _FULL[plain] if dtype == torch.float32 else _HALF.get((kind, target)) or _HALF[plain, target]
     return Launch(*table[bisect_left((64, 80, 96, 128), head_dim)])
+
+
+def target_of(device: torch.device) -> int:
+    """The capability whose configurations a device runs; the most modest, 86, are for 8.6, 8.9, 12 and all others."""
+    if device.type != "cuda":
+        return 90
+    return {(8, 0): 80, (9, 0): 90, (10, 0): 100, (10, 3): 100}.get(torch.cuda.get_device_capability(device), 86)
+
+
+def same_device(*tensors: Tensor | None) -> torch.cuda.device_of:
+    """A guard under which to launch on the device that all tensors share; ValueError if they do not."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(tensor.device != given[0].device for tensor in given):
+        raise ValueError(f"devices {', '.join(sorted({str(x.device) for x in given}))}: must be one")
+    return torch.cuda.device_of(given[0])
+
+
+def section(places: int, size: int) -> int:
+    """How many of the B * H places ``turn`` takes at a time, if what a place's programs read has ``size`` bytes."""
+    return max(min(places, max(CACHE // max(size, 1), FEWEST)), 1)
 
 
 def with_whole_rows(x: Tensor) -> Tensor:
@@ -62,18 +90,13 @@ def with_whole_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def list_bias(plan: Plan, log_keep: Tensor | None) -> Tensor | None:
-    """The bias of each kept-list entry, (B, H, M) fp32 in base 2: contiguous, as a gather in every tile of queries
-    costs registers.  Past ``count`` it means nothing."""
-    if log_keep is None:
-        return None
-    return torch.gather(log_keep, 2, plan.kept.long()).float().mul_(LOG2E.value)
-
-
-def target_of(device: torch.device) -> int:
-    """The compute capability whose configurations a device runs."""
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-    return {9: 90, 10: 100}.get(major, 80)
+def listed(plan: Plan, k: Tensor, v: Tensor, log_keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values of the kept list, (B, H, M, D), and its bias, (B, H, M) fp32 in base 2: gathered once, as every
+    row is then read by many tiles, which need no index.  Past ``count`` they mean nothing."""
+    kept = plan.kept.long()
+    rows = kept[..., None].expand(-1, -1, -1, k.shape[3])
+    bias = None if log_keep is None else log_keep.gather(2, kept).float().mul_(LOG2E.value)
+    return k.gather(2, rows), v.gather(2, rows), bias
 
 
 def blocks(head_dim: int, launch: Launch) -> dict[str, int]:
@@ -128,12 +151,13 @@ def products(x, y, x_rows, y_rows, x_live, y_live, HEAD_DIM: tl.constexpr, BLOCK
 
 @triton.jit
 def load_lanes(base, begin, live, LANES: tl.constexpr, MASKED: tl.constexpr):
-    """Entries begin .. begin + LANES of an array; if MASKED, those not ``live`` are 0.  With a scalar address
-    plus ``arange`` a thread holds one address, not one an element."""
+    """Entries begin .. begin + LANES of an array; if MASKED, those not ``live`` are 0.  As a column and its sum: else
+    the compiler gives the load the layout of its use, in which every thread copies nearly all entries."""
+    entry = tl.arange(0, LANES)[:, None] + tl.arange(0, 1)[None, :]
     if MASKED:
-        return tl.load(base + begin + tl.arange(0, LANES), mask=live, other=0)
+        return tl.sum(tl.load(base + begin + entry, mask=live[:, None], other=0), 1)
     else:
-        return tl.load(base + begin + tl.arange(0, LANES))
+        return tl.sum(tl.load(base + begin + entry), 1)
 
 
 @triton.jit
@@ -174,13 +198,26 @@ def first_above(array, low, high, value, span):
 
 
 @triton.jit
-def query_tile(heads, tokens, group, hidden, BLOCK_M: tl.constexpr):
-    """The query rows of a program of grid (tiles, B * H), long tiles first, the G heads of a token side by side: batch,
-    KV head, query head and token of each row, whether it exists, and the first and last token.  Rows past the end
-    repeat the last token.  ``hidden``: see ``hidden_zero``."""
-    place = tl.program_id(1) + hidden
+def turn(tiles, section, hidden):
+    """Tile and place (of B * H) of a program of a grid of tiles * places: the first tile of ``section`` places, their
+    second, and so on, then the next places.  So the long tiles of many heads start first, and what they read stays in
+    the L2 cache.  ``hidden``: see ``hidden_zero``."""
+    program = tl.program_id(0) + hidden
+    first = program // (tiles * section) * section
+    width = tl.minimum(section, tl.num_programs(0) // tiles - first)
+    rest = program - first * tiles
+    return rest // width, first + rest % width
+
+
+@triton.jit
+def query_tile(heads, tokens, group, section, hidden, BLOCK_M: tl.constexpr):
+    """The query rows of a program, long tiles first (see ``turn``), the G heads of a token side by side: batch, KV
+    head, query head and token of each row, whether it exists, and the first and last token.  Rows past the end repeat
+    the last token."""
+    tiles = tl.cdiv(tokens * group, BLOCK_M)
+    tile, place = turn(tiles, section, hidden)
     batch, head = (place // heads).to(tl.int64), (place % heads).to(tl.int64)
-    begin = (tl.num_programs(0) - 1 - tl.program_id(0) + hidden) * BLOCK_M
+    begin = (tiles - 1 - tile) * BLOCK_M
     row = begin + tl.arange(0, BLOCK_M)
     token = tl.minimum(row // group, tokens - 1)
     start, end = begin // group, tl.minimum((begin + BLOCK_M - 1) // group, tokens - 1)
@@ -205,19 +242,19 @@ def band_range(BAND, token, start, end, offset, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def block_keys(KEPT, step, origin, limit, whole, rest, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """First entry of one block, and entries, key numbers and existence of its keys; masked blocks are those outside
-    [whole, rest)."""
+def block_keys(step, origin, limit, whole, rest, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+    """First entry of one block, its entries and their existence; masked blocks are those outside [whole, rest)."""
     block = step
     if MASKED:
         block = tl.where(step < whole, step, step + rest - whole)
     begin = origin + block * BLOCK_N
     entry = begin + tl.arange(0, BLOCK_N)
-    live = entry < limit
-    key = entry
-    if KEPT is not None:
-        key = load_lanes(KEPT, begin, live, BLOCK_N, MASKED)
-    return begin, entry, key, live
+    return begin, entry, entry < limit
+
+
+def strides_of(*names: str) -> list[str]:
+    """Names of the strides of batch, head and token of tensors."""
+    return [f"stride_{name}{dim}" for name in names for dim in "bht"]
 
 
 def described(

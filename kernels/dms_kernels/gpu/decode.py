@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dms_kernels.gpu.append import LONGEST, append
-from dms_kernels.gpu.common import LN2, LOG2E
+from dms_kernels.gpu.common import LN2, LOG2E, same_device
 from dms_kernels.gpu.interpret import repair
 from dms_kernels.rows import Rows
 
@@ -177,7 +177,7 @@ def decode_attention(
     if chunk % SHORTEST:
         raise ValueError(f"chunk {chunk}: must be a multiple of {SHORTEST}")
     first = torch.empty(rows + 1, dtype=torch.int32, device=q.device)
-    with torch.cuda.device_of(q):
+    with same_device(q, table, lengths):
         _plan[(1,)](lengths, first, rows, capacity, chunk, BLOCK=128 if rows <= 128 else 1024, num_warps=4)
     out, lse = _attend(q, keys, values, table, lengths, first, scale, programs, chunk)
     return (out, lse) if return_lse else out
@@ -204,7 +204,7 @@ def _attend(q, keys, values, table, lengths, first, scale, programs: int, chunk:
     out = torch.empty(batch, heads, 1, width, dtype=q.dtype, device=q.device)
     out_lse = torch.empty(batch, heads, 1, dtype=torch.float32, device=q.device)
     tiles, options = _tiles(group, width, q.element_size())
-    with torch.cuda.device_of(q):
+    with same_device(q, keys, values, table, lengths, first):
         _split[(programs, triton.cdiv(group, tiles["BLOCK_G"]))](
             q.contiguous(), keys, values, table.contiguous(), lengths.contiguous(), first, partial, lse,
             rows, columns, group, chunk, scale * LOG2E.value, PAGE=page, **tiles, **options,

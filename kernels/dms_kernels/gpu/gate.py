@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dms_kernels.gpu.common import same_device
 from dms_kernels.gpu.interpret import repair
 
 repair()
@@ -45,7 +46,7 @@ def gate_logits(hidden: Tensor, norm: Tensor, weight: Tensor, eps: float, scale:
     heads, width = weight.shape
     hidden, norm, weight = (x.contiguous() for x in (hidden, norm, weight))
     out = torch.empty(*hidden.shape[:2], heads, dtype=torch.float32, device=hidden.device)
-    with torch.cuda.device_of(hidden):
+    with same_device(hidden, norm, weight):
         _gate[(out.numel() // heads,)](hidden, norm, weight, out, heads, eps, scale, offset, **_tiles(width, heads))
     return out.transpose(1, 2)
 

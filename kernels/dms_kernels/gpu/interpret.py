@@ -1,7 +1,8 @@
 """Repairs of Triton 3.6's interpreter, so that it computes what a device does.  Compiled kernels are not touched.
 
 A loaded scalar is an array of one element, and NumPy 2.4 refuses ``int`` of it, so a loop could not end at a loaded
-number.  bfloat16 is held as uint16: ``tl.dot`` multiplied those integers, and float32 was cut off, not rounded.
+number.  bfloat16 is held as uint16: ``tl.dot`` multiplied those integers, and float32 was cut off, not rounded.  A dot
+over fewer than 16 columns, which no device takes, passed.
 """
 
 import numpy as np
@@ -37,6 +38,7 @@ def repair() -> None:
     interpreter._patch_lang_tensor = patch_and_allow_loaded_bounds
     builder.create_dot = lambda self, a, b, *args: dot(self, widened(a), widened(b), *args)
     builder.cast_impl = rounding_cast
+    interpreter.interpreter_builder.codegen_fns["min_dot_size"] = lambda left, right: (1, 1, 16)
     builder.repaired = True
 
 
