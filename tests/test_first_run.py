@@ -60,7 +60,8 @@ def test_first_run_without_a_sanitizer_says_so(first_run, tmp_path, monkeypatch)
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize("target", ["gpu-check", "gpu-first-run"])
 def test_gpu_targets_install_nothing_and_use_the_given_python(target):
-    said = subprocess.run(["make", "-n", target, "PYTHON=/some/python"], cwd=ROOT, capture_output=True, text=True)
+    command = ["make", "-n", "--no-print-directory", target, "PYTHON=/some/python"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     lines = said.stdout.splitlines()
     assert len(lines) == 1 and " /some/python " in lines[0] and "pip" not in lines[0]

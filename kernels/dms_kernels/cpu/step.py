@@ -2,7 +2,6 @@
 
 from dataclasses import fields
 from importlib.util import find_spec
-from itertools import pairwise
 from operator import attrgetter
 
 import numpy as np
@@ -12,11 +11,10 @@ from torch import Tensor
 from dms_kernels import naive
 from dms_kernels import rows as by_torch
 from dms_kernels.cpu import decode
-from dms_kernels.cpu.pool import run
 from dms_kernels.rows import Rows
 
 COMPILED = find_spec("numba") is not None
-ALONE = 1 << 21  # products that are not worth a second thread
+ALONE = 1 << 20  # numbers in the keys' pool, up to which a second thread is not worth its start
 tensors = attrgetter(*(field.name for field in fields(Rows)))  # in the order of compiled.append's arguments
 
 
@@ -31,16 +29,16 @@ def append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag:
 
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """See naive.decode_attention."""
-    if not _fits(q, keys, values):
+    """See naive.decode_attention.  Much work goes to torch where it has threads: its own wait actively for the next
+    operation, and would share the cores with any others."""
+    if not _fits(q, keys, values) or (torch.get_num_threads() > 1 and keys.numel() > ALONE):
         return decode.decode_attention(q, keys, values, table, lengths, scale)
     from dms_kernels.cpu import compiled
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     heads = (len(table), -1, q.shape[-1])
-    target = out.view(heads).numpy()
-    arrays = *_numpy(q.reshape(heads), keys, values, table, lengths), np.float32(scale * compiled.LOG2E), target
-    run(lambda start, stop: compiled.attend(*arrays, start, stop), _shares(lengths, 2 * q.numel() // len(table)))
+    arrays = _numpy(q.reshape(heads), keys, values, table, lengths)
+    compiled.attend(*arrays, np.float32(scale * compiled.LOG2E), out.view(heads).numpy(), 0, len(table))
     return out
 
 
@@ -79,14 +77,3 @@ def _fits(*inputs: Tensor) -> bool:
 
 def _numpy(*inputs: Tensor) -> list[np.ndarray]:
     return [x.detach().contiguous().numpy() for x in inputs]
-
-
-def _shares(lengths: Tensor, products: int) -> list[tuple[int, int]]:
-    """Ranges of rows with about as many tokens each, a few for every thread; ``products`` a token and row."""
-    threads, total = torch.get_num_threads(), lengths.cumsum(0)
-    if threads == 1 or products * int(total[-1]) < ALONE:
-        return [(0, len(lengths))]
-    parts = 4 * threads
-    ends = np.searchsorted(total.numpy(), [int(total[-1]) * part // parts for part in range(1, parts)])
-    bounds = sorted({0, *map(int, ends), len(lengths)})
-    return list(pairwise(bounds))
