@@ -40,11 +40,12 @@ class StepGraph:
 
     def _capture(self) -> None:
         """Capture the step; a model for which this cannot be done goes on as it is."""
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.step()
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a broken capture leaves its own behind
             self.why_not = f"capture failed: {str(error).splitlines()[0]}"
             warnings.warn(f"decoding without a CUDA graph; {self.why_not}", stacklevel=2)
             torch.cuda.synchronize()
@@ -60,8 +61,14 @@ def why_no_graph(model, cache) -> str:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         return f"the model lies on {len(devices)} devices"
-    if next(iter(devices)).type != "cuda":
+    device = next(iter(devices))
+    if device.type != "cuda":
         return "not on CUDA"
+    if device.index != torch.cuda.current_device():  # the capture would be of another card's stream
+        return f"{device} is not the current card: torch.cuda.set_device({device.index}) makes it so"
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        return f"rope_type {rope['rope_type']} waits for the device at each step"
     if not cache.static:
         return f"{type(cache).__name__}: its steps change shapes"
     if model.dms.split.size > 1:

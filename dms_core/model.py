@@ -33,7 +33,6 @@ class DMS:
         self.model = model
         self.step: Step | None = None
         self.enabled = True
-        self.original = False  # the forward pass under way runs as if there were no gates
         self.neuron_factor = 0.0  # 1 - t / n_t during the neuron gate's warm-up
         self.evicting = True  # False in that warm-up: the gates are silent, the neuron fades out
         self.noise_keys: Tensor | None = None  # (B,) of noise.row_keys; None: noise from torch's global generator
@@ -43,7 +42,7 @@ class DMS:
         self.attentions = [layer.self_attn for layer in decoder.layers]
         self.layers = len(self.attentions)
         self.sliding = [sliding_window(attention, model) for attention in self.attentions]  # tokens, None: full
-        text = model.config.get_text_config()
+        text = self.text = model.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         self.split = split_of(model)
         self.heads = self.split.count(heads)  # KV heads on this process
@@ -108,10 +107,7 @@ class DMS:
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         padded = mask is not None
         original = not self.enabled and self._is_original(kwargs)
-        if original != self.original:  # transformers looks the attention of a forward pass up in the configuration
-            self.original = original
-            text = self.model.config.get_text_config()
-            text._attn_implementation = self.attention_before if original else self.implementation
+        self._choose(self.attention_before if original else self.implementation)
         if original:
             self.step = None
             return None
@@ -125,10 +121,17 @@ class DMS:
         cache = self._cache(kwargs)
         segments = None if cache is not None else _segments(valid, position_ids, padded)
         full = cache is not None and tokens > 1 and bool(valid.all())
+        if cache is not None and tokens > 1 and cache.get_seq_length() == 0:  # what was noted was another caller's
+            self._forget_notes()
         if cache is not None and tokens == 1 and cache.make_room():
             self.check_logits()
         self.step = Step(cache, valid, segments, soft=module.training and self.enabled, full=full)
         return (), kwargs
+
+    def _choose(self, implementation: str) -> None:
+        """The attention of the forward pass to come, which transformers looks up in the configuration."""
+        if self.text._attn_implementation != implementation:
+            self.text._attn_implementation = implementation
 
     def _is_original(self, kwargs: dict) -> bool:
         """Gates off: whether the call runs as if they had never been attached, with the model's own attention.
@@ -164,6 +167,8 @@ class DMS:
     def _end(self, module, args, output) -> None:
         """After the decoder ran: note NaN logits, and look at the notes where that delays nobody."""
         step = self.step
+        if not self.enabled:
+            self._choose(self.attention_before)
         if step is None or step.soft or not step.logits:
             return
         first = next(iter(step.logits.values()))
@@ -173,18 +178,23 @@ class DMS:
             with torch.inference_mode(False):  # so that it can be changed in any mode
                 self.nan_seen[found.device] = torch.zeros(1, dtype=torch.bool, device=found.device)
         self.nan_seen[found.device].logical_or_(found)  # in place, as a captured step does it
-        if step.cache is None or logits[0].shape[2] > 1:
+        if step.cache is None or first.shape[2] > 1 or first.device.type == "cpu":
             self.check_logits()
 
     def check_logits(self) -> None:
         """Raises ValueError for NaN logits in the steps since the last check; waits for the device.
 
-        Called by itself after each prefill and each full forward, and whenever the cache makes room for decode steps.
+        Called by itself after each prefill and each full forward, and after decode steps on a CPU; elsewhere whenever
+        the cache makes room for some.
         """
         for seen in self.nan_seen.values():
             if seen:
                 seen.zero_()
                 check_finite(True)
+
+    def _forget_notes(self) -> None:
+        for seen in self.nan_seen.values():
+            seen.zero_()
 
     def silence_neuron(self, query: Tensor, heads: int) -> Tensor:
         """The gate's neuron again, after RoPE has mixed its partner into it: (B, Hq, T, D)."""
@@ -200,11 +210,14 @@ class DMS:
 
         A DMSCache or a baseline's cache still counts; then the ``dms`` attention serves it.
         """
-        before, self.enabled = self.enabled, False
+        before = self.enabled, self.step, self.text._attn_implementation
+        self.enabled = False
+        self._choose(self.attention_before)  # generate() may build masks before the decoder is called
         try:
             yield
         finally:
-            self.enabled = before
+            self.enabled, self.step = before[:2]
+            self._choose(before[2])
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """The adapters' parameters; empty for the neuron gate."""

@@ -84,6 +84,8 @@ class PagedRows(Rows):
 
     def _written(self, steps: int) -> Tensor:
         """Pages of several owners to which one of the next ``steps`` appends may write: (R, columns)."""
+        if not len(self.keys):
+            return self._held()
         ages = torch.arange(min(steps, self.cells), device=self.seen.device)
         leaving = self.seen[:, None] + (ages - self.cells)  # positions
         slot = self.ring_slot.gather(1, leaving.long() % self.cells)
@@ -136,11 +138,13 @@ class PagedRows(Rows):
 
     def copy_rows(self, rows: Tensor, other: "PagedRows", source: Tensor) -> None:
         """Rows (N,) become copies of rows ``source`` (N,) of ``other``; copies of one row share their pages."""
+        if other.page != self.page:
+            raise ValueError(f"rows in pages of {other.page} tokens: this cache has pages of {self.page}")
+        taken = {name: getattr(other, name)[source] for name in PER_ROW}  # before rows of our own are released
+        there, columns = other._held()[source], other.table.shape[1]
         self.release(rows)
-        columns = other.table.shape[1]
-        there = other._held()[source]
         needed = torch.zeros(len(other.keys) + 1, dtype=torch.bool, device=rows.device)
-        needed[torch.where(there, other.table[source], len(other.keys)).flatten()] = True
+        needed[torch.where(there, taken["table"], len(other.keys)).flatten()] = True
         needed = needed[:-1].nonzero()[:, 0]
         self._grow(len(needed) - int(self.free_count), columns)
         number = torch.zeros(len(other.keys), dtype=torch.int32, device=rows.device)
@@ -148,8 +152,8 @@ class PagedRows(Rows):
         for pool, theirs in ((self.keys, other.keys), (self.values, other.values)):
             pool[new.long()] = theirs[needed].to(pool.dtype)
         for name in PER_ROW[1:]:
-            getattr(self, name)[rows] = getattr(other, name)[source]
-        self.table[rows, :columns] = torch.where(there, number[other.table[source]], 0) if len(number) else 0
+            getattr(self, name)[rows] = taken[name]
+        self.table[rows, :columns] = torch.where(there, number[taken["table"]], 0) if len(number) else 0
         self.shares, self.credit = True, 0
         self._count_owners()
 

@@ -50,7 +50,7 @@ class RecordedGraph:
 
 
 @contextmanager
-def recording(graph: RecordedGraph):
+def recording(graph: RecordedGraph, **settings):
     with graph.recorder:
         yield
     for storage, content in graph.recorder.before.values():
@@ -58,10 +58,17 @@ def recording(graph: RecordedGraph):
 
 
 @pytest.fixture
-def recorded(monkeypatch):
+def no_card(monkeypatch):
+    """What is asked of CUDA apart from graphs."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
-    monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+
+
+@pytest.fixture
+def recorded(monkeypatch, no_card):
+    monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(sampling, "why_no_graph", lambda model, cache: "")
     monkeypatch.setattr(cpu_step, "COMPILED", False)  # machine code is not recorded
     monkeypatch.setattr(cpu_step.decode, "decode_attention", cpu_step.naive.decode_attention)
@@ -91,15 +98,13 @@ def test_replayed_steps_say_what_called_ones_say_through_growth_refills_and_shri
     assert RecordedGraph.made >= 4
 
 
-def test_a_step_that_cannot_be_captured_goes_on_as_it_is(monkeypatch):
+def test_a_step_that_cannot_be_captured_goes_on_as_it_is(monkeypatch, no_card):
     @contextmanager
-    def refuse(graph):
+    def refuse(graph, **settings):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
         yield
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     done, counted = [], []
     graph = StepGraph(lambda: done.append(1), moved=lambda: 0, ran=counted.append)
     graph.run()

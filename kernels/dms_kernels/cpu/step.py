@@ -66,7 +66,7 @@ def gate_logits(hidden: Tensor, norm: Tensor, weight: Tensor, eps: float, scale:
 
     hidden, norm, weight = (x.contiguous() for x in (hidden, norm, weight))
     (heads, width), rows = weight.shape, hidden.numel() // hidden.shape[-1]
-    out = torch.empty(*hidden.shape[:2], heads)
+    out = hidden.new_empty(*hidden.shape[:2], heads)
     compiled.gate(*(x.data_ptr() for x in (hidden, norm, weight, out)), rows, heads, width, eps, scale, offset)
     return out.transpose(1, 2)
 

@@ -381,3 +381,26 @@ def test_invalid_input_raises(use, message):
     cache = fill(DMSCache(DMSConfig(window=2), layers=2))
     with pytest.raises(ValueError, match=message):
         use(cache)
+
+
+def test_rows_may_change_places_within_a_cache_and_pages_must_be_of_one_size():
+    cache = fill(DMSCache(DMSConfig(window=2), layers=2, page=2))
+    live, (k, _) = cache.live_tokens(), cache.layers[0].rows.read()
+    cache.put_rows(torch.tensor([0, 1]), cache, torch.tensor([1, 0]))
+    assert torch.equal(cache.live_tokens(), live[:, [1, 0]])
+    for row, old in enumerate((2, 3, 0, 1)):
+        count = int(cache.layers[0].rows.length[row])
+        assert torch.equal(cache.layers[0].rows.read()[0][row, :count], k[old, :count])
+    other = fill(DMSCache(DMSConfig(window=2), layers=2, page=4))
+    with pytest.raises(ValueError, match="pages of 2 tokens: this cache has pages of 4"):
+        other.put_rows(torch.tensor([0]), cache, torch.tensor([0]))
+    assert torch.equal(other.live_tokens(), live)
+
+
+def test_an_empty_cache_can_be_forked_and_filled_token_by_token():
+    cache = fill(DMSCache(DMSConfig(window=2), layers=1), batch=1).empty_like(1)
+    cache.fork(2)
+    new, flag = torch.ones(2, 2, 1, WIDTH), torch.zeros(2, 2, 1, dtype=torch.bool)
+    cache.update(new, new, 0)
+    cache.layers[0].attend(new, new, new, flag, torch.ones(2, 1, dtype=torch.bool), 0.5)
+    assert (cache.live_tokens() == 1).all()
