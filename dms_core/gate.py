@@ -86,9 +86,3 @@ def soft_decisions(z: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor
 def hard_decisions(z: Tensor) -> Tensor:
     """Evict iff z > 0.  NaN is looked for after the step, without waiting for the device (DMS.check_logits)."""
     return z > 0
-
-
-def check_finite(nan_seen: Tensor | bool) -> None:
-    """Raises ValueError if some logit was NaN; waits for the device."""
-    if nan_seen:
-        raise ValueError("gate logits contain NaN: must be finite; is the checkpoint damaged?")

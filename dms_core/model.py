@@ -19,7 +19,7 @@ from dms_core.attention import NAME, Step
 from dms_core.cache.base import RowCache
 from dms_core.cache.dms import DMSCache
 from dms_core.config import DMSConfig
-from dms_core.gate import AdapterGate, check_finite, gate_logits, read_neuron
+from dms_core.gate import AdapterGate, gate_logits, read_neuron
 from dms_core.parallel import split_of
 
 NEVER = -1e9  # a gate's logit at which no noise evicts
@@ -190,7 +190,7 @@ class DMS:
         for seen in self.nan_seen.values():
             if seen:
                 seen.zero_()
-                check_finite(True)
+                raise ValueError("gate logits contain NaN: must be finite; is the checkpoint damaged?")
 
     def _forget_notes(self) -> None:
         for seen in self.nan_seen.values():
