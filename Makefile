@@ -47,11 +47,11 @@ GPU_TESTS := tests/dms_kernels/test_append.py tests/dms_kernels/test_gpu_decode.
 OUT ?= runs/gpu
 
 gpu-check:
-	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) -m pytest -q -m gpu $(GPU_TESTS) $(PYTEST)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" $(GPU_PYTHON) -m pytest -q -m gpu $(GPU_TESTS) $(PYTEST)
 
 # The first hour on a new card: step by step, each under its own time limit; what was found stays in $(OUT).
 gpu-first-run:
-	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) kernels/first_run.py $(OUT)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" $(GPU_PYTHON) kernels/first_run.py "$(OUT)"
 
 format: setup
 	$(BIN)/ruff check --fix .

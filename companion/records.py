@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from companion.tasks.base import Task, decode
 from dms_core.baselines import Baseline
+from dms_core.pick import stop_tokens
 from dms_core.sampling import Chain, SamplingConfig, sample_chains
 from dms_core.storage import JsonlWriter, is_written, read_jsonl
 
@@ -64,6 +65,7 @@ class Shard:
 
 
 WHOLE = Shard()
+LATER = {"top_k": (None,), "min_p": (0.0,)}  # settings that came later: at these values names are those of before
 
 
 def record_files(whole: Path) -> list[Path]:
@@ -79,11 +81,14 @@ def records_file(
 
     weights: what tells the model's weights from others', such as ``dms_core.checkpoint.fingerprint``.
     """
-    settings = {k: v for k, v in asdict(config).items() if k not in ("batch", "page")}
+    settings = {k: v for k, v in asdict(config).items() if k not in ("batch", "page") and LATER.get(k) != (v,)}
     dms = None if method.name == "vanilla" or baseline else model.dms.config.to_dict()
     asked = [[problem.id, problem.gold, list(task.prompt_ids(tokenizer, problem))] for problem in task.problems]
     facts = [weights, asdict(method), settings, dms, task.name, task.version, asked]
     facts += [baseline.settings()] if baseline else []
+    facts += [{"template": dict(task.template)}] if task.template else []
+    stop = stop_tokens(model, tokenizer)
+    facts += [stop] if stop != (tokenizer.eos_token_id,) else []
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     return f"{method}-{key}.jsonl"
 

@@ -4,32 +4,18 @@ Per layer: the gate's logits, put down by a hook just before, become biases (tra
 sequence, or decisions that the cache acts on.
 """
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from dms_core.cache.base import RowCache
 from dms_core.gate import hard_decisions, soft_decisions
 from dms_core.noise import keyed_noise, sample_noise
+from dms_core.step import chunks
 from dms_core.visibility import align_decisions
 from dms_kernels import train_attention
 
 NAME = "dms"
-
-
-@dataclass
-class Step:
-    """What one forward pass of the model knows: the cache or the documents, and what the gates said so far."""
-
-    cache: RowCache | None
-    valid: Tensor  # (B, T): not padding
-    segment_ids: Tensor | None  # (B, T): packed documents, padding -1; None for one document a row
-    soft: bool  # sampled decisions with gradients (training), or hard ones
-    full: bool = False  # a prefill without padding: what every layer would else ask the device
-    logits: dict[int, Tensor] = field(default_factory=dict)  # layer -> z (B, H, T)
-    evicted: dict[int, Tensor] = field(default_factory=dict)  # layer -> decisions about each token (B, H, T)
+SINKS = ("s_aux", "sinks")  # what models call a learnt logit per query head, one more term of the normaliser
 
 
 def dms_attention(module, query, key, value, attention_mask, scaling=None, **kwargs) -> tuple[Tensor, None]:
@@ -37,26 +23,29 @@ def dms_attention(module, query, key, value, attention_mask, scaling=None, **kwa
     dms = module.__dict__.get("dms")
     if dms is None or dms.step is None:
         raise ValueError("attention implementation 'dms' needs dms_core.attach(model, config) first")
-    if unknown := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
-        raise ValueError(f"attention with {unknown}: must be plain causal softmax attention")
     step, layer, config = dms.step, module.layer_idx, dms.config
-    sliding = dms.sliding[layer]
+    chunk = dms.layout.attention[layer].chunk
+    local = dms.layout.attention[layer].sliding or chunk  # tokens that a layer without a gate sees at most
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sinks = next((kwargs[name] for name in SINKS if kwargs.get(name) is not None), None)
     z = step.logits.get(layer)
     if z is not None and config.gate == "neuron":
         query = dms.silence_neuron(query, key.shape[1])
     # Of a model that lies on several devices (device_map), each layer takes them to its own.
     valid, segments = (x if x is None else x.to(key.device) for x in (step.valid, step.segment_ids))
     if step.cache is not None:
-        evict = hard_decisions(z) if z is not None else key.new_full(key.shape[:3], bool(sliding), dtype=torch.bool)
-        out = step.cache.layers[layer].attend(query, key, value, evict, None if step.full else valid, scale)
+        evict = hard_decisions(z) if z is not None else key.new_full(key.shape[:3], bool(local), dtype=torch.bool)
+        valid = None if step.full else valid
+        out = step.cache.layers[layer].attend(query, key, value, evict, valid, scale, sinks)
     else:
-        if sliding is None:
+        if local is None:
             log_keep, window = _log_keep(dms, layer, z, key, segments), config.window
         else:  # a sliding window is one that every token leaves marked
-            log_keep, window = torch.full_like(key[..., 0], float("-inf")), sliding - 1
-        out = train_attention(query, key, value, log_keep, window, segments, scale)
-    return out.transpose(1, 2), None
+            log_keep, window = torch.full_like(key[..., 0], float("-inf")), local - 1
+        if chunk:
+            segments = chunks(segments, key, chunk)
+        out = train_attention(query, key, value, log_keep, window, segments, scale, sinks=sinks)
+    return out.transpose(1, 2).contiguous(), None  # some models view it
 
 
 def _log_keep(dms, layer: int, z: Tensor | None, key: Tensor, segments: Tensor | None) -> Tensor:

@@ -132,9 +132,9 @@ def _check_gates(gates: dict[str, torch.Tensor], model: PreTrainedModel, place: 
 def load_model(name: Path | str, **from_pretrained) -> PreTrainedModel:
     """A retrofitted model in eval mode, gates attached, from a directory or the hub.
 
-    Ours, or one of the authors' (nvidia/Qwen3-8B-DMS-8x, Model-Optimizer's student models), told apart by the keys
-    of config.json; of the latter no code is executed, whatever ``trust_remote_code`` says.  While their base loads,
-    transformers reports the adapters' tensors as unexpected: they are read after it.
+    Ours, or one of the authors' (nvidia/Qwen3-8B-DMS-8x, whose licence is non-commercial; Model-Optimizer's student
+    models), told apart by the keys of config.json; of the latter no code is executed, whatever ``trust_remote_code``
+    says.
     Raises ValueError for a name out of reach, and for missing or damaged files.
 
     >>> save_model(attach(model, DMSConfig(window=16)), "cr8")
@@ -147,7 +147,8 @@ def load_model(name: Path | str, **from_pretrained) -> PreTrainedModel:
         if not any(directory.glob("model*.safetensors")):
             how = "load_gates(load_base(NAME OF THE BASE MODEL), directory)"
             raise ValueError(f"{directory}: no model*.safetensors; if it holds adapters alone, use {how}")
-        model = load_base(directory, **{**options, "trust_remote_code": False})
+        with interop.gates_expected():
+            model = load_base(directory, **{**options, "trust_remote_code": False})
         interop.forget_foreign_keys(model)
     else:
         read_settings(directory)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from dms_core.rope import varying_rope
+
 
 class StepGraph:
     """``run()`` does what ``step()`` does, and ``why_not`` says why it is no graph, if it is none.
@@ -66,9 +68,8 @@ def why_no_graph(model, cache) -> str:
         return "not on CUDA"
     if device.index != torch.cuda.current_device():  # the capture would be of another card's stream
         return f"{device} is not the current card: torch.cuda.set_device({device.index}) makes it so"
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        return f"rope_type {rope['rope_type']} waits for the device at each step"
+    if rope := varying_rope(model.config):
+        return f"rope_type {rope[0]} waits for the device at each step"
     if not cache.static:
         return f"{type(cache).__name__}: its steps change shapes"
     if model.dms.split.size > 1:

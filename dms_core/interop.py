@@ -2,8 +2,8 @@
 
 Two kinds, both a transformers model whose config.json has keys ``dms_*``:
 
-- neuron, as in nvidia/Qwen3-8B-DMS-8x (paper appendix C): no parameters of its own; the last neuron of the first
-  query head of each group, after q_norm and before RoPE, is x in z = s * x - b0.
+- neuron, as in nvidia/Qwen3-8B-DMS-8x (paper appendix C; its licence is non-commercial): no parameters of its own;
+  the last neuron of the first query head of each group, after q_norm and before RoPE, is x in z = s * x - b0.
 - adapter, as NVIDIA/Model-Optimizer's experimental/dms trains: ``dms_separate_alpha`` is true, and each
   ``model.layers.N.self_attn`` has ``dms_proj_alpha.weight`` (KV heads, hidden size) and
   ``dms_proj_alpha_norm.weight`` (hidden size,), applied to the residual stream before the layer's input norm.
@@ -15,9 +15,11 @@ token j is read from token j + 1.  z is computed in fp32 here, in the model's dt
 No code of a checkpoint is executed, whatever its ``auto_map`` says, and only safetensors are read.
 """
 
+import contextlib
 import json
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -122,6 +124,17 @@ def read_foreign_gates(directory: Path | str) -> tuple[dict[str, torch.Tensor], 
         gates |= found
         files += [file] if found else []
     return gates, files[0] if len(files) == 1 else Path(directory)
+
+
+@contextlib.contextmanager
+def gates_expected() -> Iterator[None]:
+    """Inside, transformers does not report the adapters' tensors, which are read after the model, as unexpected."""
+    before = PreTrainedModel._keys_to_ignore_on_load_unexpected
+    PreTrainedModel._keys_to_ignore_on_load_unexpected = [*(before or ()), rf"\.{MARK}(_norm)?\."]
+    try:
+        yield
+    finally:
+        PreTrainedModel._keys_to_ignore_on_load_unexpected = before
 
 
 def forget_foreign_keys(model: PreTrainedModel) -> None:

@@ -6,21 +6,27 @@ train mode; with a DMSCache it frees memory; inside ``model.dms.disabled()`` it 
 """
 
 import contextlib
+import copy
 import inspect
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
-from dms_core.attention import NAME, Step
+from dms_core.attention import NAME
 from dms_core.cache.base import RowCache
 from dms_core.cache.dms import DMSCache
+from dms_core.cache.hybrid import other_layers
 from dms_core.config import DMSConfig
 from dms_core.gate import AdapterGate, gate_logits, read_neuron
 from dms_core.parallel import split_of
+from dms_core.probe import Attention, decoder_of, layout_of
+from dms_core.step import NaNWatch, Step, Uncached, documents, given_cache, padding_mask, several
 
 NEVER = -1e9  # a gate's logit at which no noise evicts
 
@@ -29,6 +35,7 @@ class DMS:
     """The gates of one model: configuration, hooks, and the state of the forward pass under way."""
 
     def __init__(self, model: PreTrainedModel, config: DMSConfig) -> None:
+        """Raises ValueError for attention that DMS cannot stand in for (see dms_core.probe)."""
         self.config = config
         self.model = model
         self.step: Step | None = None
@@ -36,96 +43,123 @@ class DMS:
         self.neuron_factor = 0.0  # 1 - t / n_t during the neuron gate's warm-up
         self.evicting = True  # False in that warm-up: the gates are silent, the neuron fades out
         self.noise_keys: Tensor | None = None  # (B,) of noise.row_keys; None: noise from torch's global generator
-        self.nan_seen: dict[torch.device, Tensor] = {}  # (1,) bool: NaN logits in the steps since the last check
-        decoder = model.get_decoder()
+        self.nans = NaNWatch()
+        self.outer_mask: tuple | None = None  # the padding mask that the model around the decoder was called with
+        self.layout, self.split = layout_of(model), split_of(model)
+        first = self.layout.full[0]
+        self.layers, self.heads, self.head_dim = len(self.layout.attention), first.heads, first.head_dim  # heads here
+        self._check(type(model).__name__)
+        decoder = decoder_of(model)
         self.parameters = tuple(inspect.signature(decoder.forward).parameters)
-        self.attentions = [layer.self_attn for layer in decoder.layers]
-        self.layers = len(self.attentions)
-        self.sliding = [sliding_window(attention, model) for attention in self.attentions]  # tokens, None: full
-        text = self.text = model.config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        self.split = split_of(model)
-        self.heads = self.split.count(heads)  # KV heads on this process
-        self.head_dim = getattr(self.attentions[0], "head_dim", None) or text.hidden_size // text.num_attention_heads
-        if text.num_attention_heads % heads:
-            raise ValueError(f"{text.num_attention_heads} query heads over {heads} KV heads: must divide")
-        if self.split.parts > 1 and (config.gate, config.granularity) == ("neuron", "layer"):
-            raise ValueError("granularity 'layer' with gate 'neuron': the first head is on one process; use 'adapter'")
-        if not -self.head_dim <= config.neuron < self.head_dim:
-            raise ValueError(f"neuron {config.neuron}: must lie in -{self.head_dim}..{self.head_dim - 1}")
-        if config.gate == "neuron" and not all(hasattr(a, "q_proj") for a in self.attentions):
-            raise ValueError(f"gate 'neuron' on {type(model).__name__}: needs a q_proj of its own; 'adapter' works")
+        self.configs = _own_configurations(model)
+        self.text = model.config.get_text_config()
         self.hooks = [
+            model.register_forward_pre_hook(self._outer, with_kwargs=True),
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
             decoder.register_forward_hook(self._end),
         ]
-        for index, layer in enumerate(decoder.layers):
-            self._attach_layer(index, layer, text)
+        for module in self.layout.modules:
+            module.__dict__["dms"] = self
+        for index in self.layout.gated:
+            self._attach_layer(index, self.layout.attention[index])
 
-    def _attach_layer(self, index: int, layer: nn.Module, text) -> None:
-        attention = layer.self_attn
-        attention.__dict__["dms"] = self
-        if self.sliding[index] is not None:
-            return
+    def _check(self, name: str) -> None:
+        """Raises ValueError for gates that this model cannot have."""
+        config, width = self.config, self.head_dim
+        if self.split.parts > 1 and (config.gate, config.granularity) == ("neuron", "layer"):
+            raise ValueError("granularity 'layer' with gate 'neuron': the first head is on one process; use 'adapter'")
+        if not -width <= config.neuron < width:
+            raise ValueError(f"neuron {config.neuron}: must lie in -{width}..{width - 1}")
+        if config.gate == "neuron" and not all(hasattr(a.module, "q_proj") for a in self.layout.full):
+            raise ValueError(f"gate 'neuron' on {name}: needs a q_proj of its own; 'adapter' works")
+
+    # Gates.
+
+    def _attach_layer(self, index: int, attention: Attention) -> None:
+        module = attention.module
         if self.config.gate == "adapter":
-            gate = AdapterGate(text.hidden_size, self.heads * self.split.parts, getattr(text, "rms_norm_eps", 1e-6))
-            attention.dms_gate = gate.to(next(attention.parameters()).device)
-
-            def read_residual(module, args, kwargs):
-                hidden = args[0] if args else kwargs["hidden_states"]
-                hidden = hidden.to(gate.norm.weight.device)  # the first layer on another device, under a device_map
-                self._put(index, lambda: self.split.take(attention.dms_gate.logits(hidden, self.config)))
-
-            self.hooks.append(layer.register_forward_pre_hook(read_residual, with_kwargs=True))
+            eps = getattr(self.text, "rms_norm_eps", None) or 1e-6
+            gate = AdapterGate(self.text.hidden_size, attention.heads * self.split.parts, eps)
+            module.dms_gate = gate.to(next(module.parameters()).device)
+            hook = partial(self._read_residual, index)
+            self.hooks.append(attention.layer.register_forward_pre_hook(hook, with_kwargs=True))
         else:
+            source = getattr(module, "q_norm", None) or module.q_proj
+            self.hooks.append(source.register_forward_hook(partial(self._take_neuron, index)))
 
-            def take_neuron(module, args, output):
-                if not self.enabled:
-                    return output
-                q = output.unflatten(-1, (-1, self.head_dim)) if output.ndim == 3 else output  # (B, T, Hq, D)
-                if heads_first:
-                    q = q.transpose(1, 2)
-                x, q = read_neuron(q, self.heads, self.config.neuron, self.neuron_factor)
-                self._put(index, lambda: gate_logits(x, self.config))
-                return q.transpose(1, 2) if heads_first else q.view_as(output)
+    def _read_residual(self, index: int, module, args, kwargs) -> None:
+        hidden, gate = args[0] if args else kwargs["hidden_states"], self.layout.attention[index].module.dms_gate
+        hidden = hidden.to(gate.norm.weight.device)  # the first layer on another device, under a device_map
+        self._put(index, lambda: self.split.take(gate.logits(hidden, self.config)))
 
-            source = getattr(attention, "q_norm", None) or attention.q_proj
-            heads_first = source is not attention.q_proj and text.model_type.startswith("gemma3")  # (B, Hq, T, D)
-            self.hooks.append(source.register_forward_hook(take_neuron))
+    def _take_neuron(self, index: int, module, args, output: Tensor) -> Tensor:
+        if not self.enabled:
+            return output
+        seen = self.layout.attention[index]
+        q = output.unflatten(-1, (-1, seen.head_dim)) if output.ndim == 3 else output  # (B, T, Hq, D)
+        heads_first = output.ndim == 4 and module is not seen.module.q_proj and self._heads_first  # (B, Hq, T, D)
+        if heads_first:
+            q = q.transpose(1, 2)
+        x, q = read_neuron(q, seen.heads, self.config.neuron, self.neuron_factor)
+        self._put(index, lambda: gate_logits(x, self.config))
+        return q.transpose(1, 2) if heads_first else q.view_as(output)
 
-    def _put(self, index: int, logits) -> None:
+    @property
+    def _heads_first(self) -> bool:
+        """Whether the norm of queries comes after their transposition."""
+        return self.text.model_type.startswith("gemma3")
+
+    def _put(self, index: int, logits: Callable[[], Tensor]) -> None:
         if self.enabled:
             z = logits()
             self.step.logits[index] = z if self.evicting else torch.full_like(z, NEVER)
+
+    def silence_neuron(self, query: Tensor, heads: int) -> Tensor:
+        """The gate's neuron again, after RoPE has mixed its partner into it: (B, Hq, T, D)."""
+        _, q = read_neuron(query.transpose(1, 2), heads, self.config.neuron, self.neuron_factor)
+        return q.transpose(1, 2)
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the adapter gates; none for the neuron gate."""
+        return (
+            [p for a in self.layout.full for p in a.module.dms_gate.parameters()]
+            if self.config.gate == "adapter"
+            else []
+        )
+
+    # A forward pass.
+
+    def _outer(self, module, args, kwargs) -> None:
+        mask = kwargs.get("attention_mask")
+        self.outer_mask = None if isinstance(mask, dict) else (mask,)
 
     def _begin(self, module, args, kwargs):
         """Before the decoder runs: which cache, which tokens are valid, which documents."""
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         inputs = kwargs.get("input_ids")
         inputs = kwargs["inputs_embeds"] if inputs is None else inputs
-        batch, tokens = inputs.shape[:2]
-        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        padded = mask is not None
+        tokens = inputs.shape[1]
         original = not self.enabled and self._is_original(kwargs)
         self._choose(self.attention_before if original else self.implementation)
         if original:
             self.step = None
             return None
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            given = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
-            raise ValueError(f"attention_mask of {given}: DMS needs the (batch, tokens) padding mask")
-        if mask is None:
-            mask = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
-        valid = mask[:, -tokens:]
-        valid = valid if valid.dtype == torch.bool else valid.bool()
-        cache = self._cache(kwargs)
-        segments = None if cache is not None else _segments(valid, position_ids, padded)
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions True: must be False; attention with gates is never a matrix")
+        mask, padded = padding_mask(kwargs.get("attention_mask"), self.outer_mask, inputs)
+        if isinstance(kwargs.get("attention_mask"), dict):
+            kwargs["attention_mask"] = mask if padded else None
+        unasked = kwargs.get("use_cache") is None
+        valid, cache = mask[:, -tokens:], self._cache(kwargs)
+        segments = None if cache is not None else documents(valid, kwargs.get("position_ids"), padded)
+        if segments is not None and self.layout.mixes and several(segments):
+            raise ValueError("documents packed in a row: must be one a row, layers with a state would mix them")
         full = cache is not None and tokens > 1 and bool(valid.all())
         if cache is not None and tokens > 1 and cache.get_seq_length() == 0:  # what was noted was another caller's
-            self._forget_notes()
+            self.nans.forget()
         if cache is not None and tokens == 1 and cache.make_room():
             self.check_logits()
-        self.step = Step(cache, valid, segments, soft=module.training and self.enabled, full=full)
+        self.step = Step(cache, valid, segments, self.model.training and self.enabled, full, unasked and cache is None)
         return (), kwargs
 
     def _choose(self, implementation: str) -> None:
@@ -147,38 +181,29 @@ class DMS:
         past = kwargs.get("past_key_values")
         if isinstance(past, RowCache):
             past.check(self)
-        elif isinstance(past, Cache) and past.get_seq_length() == 0:  # what generate() makes by itself
+        past = given_cache(past, self.new_cache)
+        if past is None and kwargs.get("use_cache"):  # not by default: a plain forward is for training and evaluation
             past = self.new_cache()
-        elif past is not None:
-            raise ValueError(f"past_key_values of type {type(past).__name__}: must be a DMSCache, or an empty cache")
-        elif kwargs.get("use_cache"):  # not by default: a plain forward is for training and evaluation
-            past = self.new_cache()
-        else:
+        if past is None:
             kwargs["use_cache"] = False
-        if past is not None:
+        else:
             kwargs["past_key_values"] = past
         return past
 
-    def new_cache(self, page: int | None = None) -> RowCache:
-        """An empty cache for this model, ``page`` tokens a page: by default 64 on CUDA, else 16."""
-        page = page or (64 if self.model.device.type == "cuda" else 16)
-        return DMSCache(self.config, self.layers, page, self.sliding)
-
     def _end(self, module, args, output) -> None:
         """After the decoder ran: note NaN logits, and look at the notes where that delays nobody."""
-        step = self.step
+        step, self.outer_mask = self.step, None
         if not self.enabled:
             self._choose(self.attention_before)
-        if step is None or step.soft or not step.logits:
+        if step is None or step.soft:
             return
-        first = next(iter(step.logits.values()))
-        logits = [z.to(first.device) for z in step.logits.values()]
-        found = torch.cat(logits, 1).isnan().any()
-        if found.device not in self.nan_seen:
-            with torch.inference_mode(False):  # so that it can be changed in any mode
-                self.nan_seen[found.device] = torch.zeros(1, dtype=torch.bool, device=found.device)
-        self.nan_seen[found.device].logical_or_(found)  # in place, as a captured step does it
-        if step.cache is None or first.shape[2] > 1 or first.device.type == "cpu":
+        if step.unasked and isinstance(output, dict):
+            output.past_key_values = Uncached()
+        if not step.logits:
+            return
+        logits = list(step.logits.values())
+        self.nans.note(logits)
+        if step.cache is None or logits[0].shape[2] > 1 or logits[0].device.type == "cpu":
             self.check_logits()
 
     def check_logits(self) -> None:
@@ -187,22 +212,7 @@ class DMS:
         Called by itself after each prefill and each full forward, and after decode steps on a CPU; elsewhere whenever
         the cache makes room for some.
         """
-        for seen in self.nan_seen.values():
-            if seen:
-                seen.zero_()
-                raise ValueError("gate logits contain NaN: must be finite; is the checkpoint damaged?")
-
-    def _forget_notes(self) -> None:
-        for seen in self.nan_seen.values():
-            seen.zero_()
-
-    def silence_neuron(self, query: Tensor, heads: int) -> Tensor:
-        """The gate's neuron again, after RoPE has mixed its partner into it: (B, Hq, T, D)."""
-        _, q = read_neuron(query.transpose(1, 2), heads, self.config.neuron, self.neuron_factor)
-        return q.transpose(1, 2)
-
-    def __deepcopy__(self, memo):
-        raise ValueError("a model with DMS gates cannot be copied: its hooks would serve the original; detach it first")
+        self.nans.look()
 
     @contextlib.contextmanager
     def disabled(self):
@@ -219,25 +229,56 @@ class DMS:
             self.enabled, self.step = before[:2]
             self._choose(before[2])
 
-    def gate_parameters(self) -> list[nn.Parameter]:
-        """The adapters' parameters; empty for the neuron gate."""
-        return [p for a in self.attentions if hasattr(a, "dms_gate") for p in a.dms_gate.parameters()]
+    # Caches.
+
+    def new_cache(self, page: int | None = None, slack: int = 0) -> RowCache:
+        """An empty cache for this model, ``page`` tokens a page: by default 64 on CUDA, else 16.
+
+        Raises ValueError for ``slack`` where a layer cannot take back tokens.
+        """
+        fixed = sorted({i for i, n in enumerate(self.layout.chunks) if n} | set(self.layout.states)) if slack else []
+        if fixed:
+            raise ValueError(
+                f"slack {slack}: must be 0, layers {fixed} have chunks or states, which cannot be taken back"
+            )
+        page = page or (64 if self.model.device.type == "cuda" else 16)
+        return DMSCache(
+            self.config, self.layers, page, slack=slack, others=other_layers(self.layout, self.config, page, slack)
+        )
+
+    def __deepcopy__(self, memo):
+        other = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in vars(self).items():  # a step has tensors inside a graph, a split a process group
+            kept = {"step": None, "split": self.split}
+            setattr(other, name, kept[name] if name in kept else copy.deepcopy(value, memo))
+        return other
 
 
-def _segments(valid: Tensor, position_ids: Tensor | None, padded: bool) -> Tensor | None:
-    """Documents packed in a row, told by positions that start over; padding is -1."""
-    segments = torch.zeros(valid.shape, dtype=torch.long, device=valid.device)
-    if position_ids is not None and position_ids.shape == valid.shape:
-        jump = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        begins = valid[:, 1:] & jump & (valid[:, :-1] | (position_ids[:, 1:] == 0))  # padding may have any position
-        segments[:, 1:] = begins.long().cumsum(1)
-    elif not padded:
-        return None
-    return segments.masked_fill(~valid, -1)
+def _own_configurations(model: PreTrainedModel) -> list[tuple[nn.Module, str, PreTrainedConfig]]:
+    """Give the model copies of its configurations, which name its attention and may be shared with other models.
+
+    Returns whose they were, under which name.
+    """
+    copies: dict[int, object] = {}
+    copy.deepcopy(model.config, copies)
+    before = []
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig) and id(value) in copies:
+                before.append((module, name, value))
+                setattr(module, name, copies[id(value)])
+    return before
 
 
-def no_mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs) -> None:
-    """transformers builds no mask: padding and documents come with the step, visibility from the decisions."""
+def no_mask(batch_size, q_length, kv_length, q_offset=0, mask_function=None, **kwargs) -> None:
+    """transformers builds no mask: padding and documents come with the step, visibility from the decisions.
+
+    Raises ValueError where tokens see later ones, as those of an image do in some models.
+    """
+    if getattr(mask_function, "__qualname__", "").startswith("or_masks"):
+        row, query = torch.arange(batch_size)[:, None], q_offset + torch.arange(q_length - 1)
+        if mask_function(row, 0, query, query + 1).any():
+            raise ValueError("tokens that see later ones, such as an image's: attention with gates must be causal")
 
 
 AttentionMaskInterface.register(NAME, no_mask)
@@ -246,8 +287,9 @@ AttentionMaskInterface.register(NAME, no_mask)
 def attach(model: PreTrainedModel, config: DMSConfig) -> PreTrainedModel:
     """Put gates on ``model`` in place and return it; ``model.dms`` is their handle (paper sections 3.1-3.2).
 
-    Layers with a sliding window keep it: gates go on the layers with full attention, and a warning names the others.
-    Raises ValueError if the model already has gates, or its attention cannot be intercepted.
+    One forward pass over a few tokens shows what its attention layers are.  Gates go on those with full attention;
+    sliding windows, chunks and states (linear attention, convolution, Mamba) stay, and a warning names the first two.
+    Raises ValueError if the model already has gates, or its attention is not what gates can be put on.
 
     >>> attach(model, DMSConfig(window=16)).dms.layers
     2
@@ -256,42 +298,20 @@ def attach(model: PreTrainedModel, config: DMSConfig) -> PreTrainedModel:
     """
     if getattr(model, "dms", None) is not None:
         raise ValueError("the model already has DMS gates: call dms_core.detach(model) first")
-    decoder = model.get_decoder()
-    if decoder is None or not all(hasattr(x, "self_attn") for x in getattr(decoder, "layers", [None])):
-        raise ValueError(f"{type(model).__name__}: no decoder layers with self_attn: cannot intercept its attention")
-    check_attention(decoder, model)
-    return install(model, DMS(model, config), NAME)
+    install(model, DMS(model, config), NAME)
+    for kind, of_layers in (("sliding window", model.dms.layout.sliding), ("chunks", model.dms.layout.chunks)):
+        if keep := [index for index, tokens in enumerate(of_layers) if tokens]:
+            name = type(model).__name__
+            warnings.warn(f"{name}: layers {keep} keep their {kind}; DMS is on the other layers", stacklevel=2)
+    return model
 
 
 def install(model: PreTrainedModel, handle: DMS, implementation: str) -> PreTrainedModel:
     """Make ``handle`` the model's, and ``implementation`` its attention."""
-    handle.attention_before, handle.implementation = model.config._attn_implementation, implementation
+    handle.attention_before, handle.implementation = handle.text._attn_implementation, implementation
     model.dms = handle
-    model.set_attn_implementation(implementation)
+    handle._choose(implementation)
     return model
-
-
-def check_attention(decoder: nn.Module, model: PreTrainedModel) -> None:
-    """Raises ValueError for what is not softmax attention over a cache of keys and values per head, or not in reach."""
-    name, text = type(model).__name__, model.config.get_text_config()
-    if not getattr(model, "_supports_attention_backend", False) or NAME not in AttentionInterface._global_mapping:
-        raise ValueError(f"{name} does not use transformers' attention interface: cannot intercept it")
-    if getattr(text, "kv_lora_rank", None):
-        raise ValueError(f"{name}: multi-head latent attention has no keys and values per head; not supported")
-    if cap := getattr(text, "attn_logit_softcapping", None):
-        raise ValueError(f"{name}: attn_logit_softcapping {cap}: must be None, scores are not capped here")
-    sliding = [sliding_window(layer.self_attn, model) for layer in decoder.layers]
-    if None not in sliding:
-        needs = "DMS needs layers with full attention (None)"
-        raise ValueError(f"{name}: sliding-window attention of {sorted(set(sliding))} tokens in all layers: {needs}")
-    if slide := [index for index, size in enumerate(sliding) if size is not None]:
-        warnings.warn(f"{name}: layers {slide} keep their sliding window; DMS is on the other layers", stacklevel=3)
-
-
-def sliding_window(attention: nn.Module, model: PreTrainedModel) -> int | None:
-    """A layer's sliding window; models differ in whether the layer or only the configuration knows it."""
-    of_config = getattr(model.config.get_text_config(), "sliding_window", None)
-    return getattr(attention, "sliding_window", of_config) or None
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
@@ -307,10 +327,11 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError("the model has no DMS gates")
     for hook in dms.hooks:
         hook.remove()
-    for attention in dms.attentions:
-        del attention.__dict__["dms"]
-        if hasattr(attention, "dms_gate"):
-            del attention.dms_gate
-    model.set_attn_implementation(dms.attention_before)
+    for module in dms.layout.modules:
+        del module.__dict__["dms"]
+        if hasattr(module, "dms_gate"):
+            del module.dms_gate
+    for module, name, config in dms.configs:
+        setattr(module, name, config)
     del model.dms
     return model

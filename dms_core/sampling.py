@@ -19,8 +19,9 @@ from dms_core.cache.base import RowCache
 from dms_core.cache.dms import DMSCache
 from dms_core.config import check_numbers
 from dms_core.graphs import StepGraph, why_no_graph
+from dms_core.pick import padding_token, pick_tokens, stop_tokens
+from dms_core.rope import check_length
 
-HEAD = 1024  # tokens, of a vocabulary, that are sorted where these are enough
 LOOK = 16  # decode steps between two looks at which chains have ended, where looking waits for the device
 
 
@@ -39,14 +40,18 @@ class SamplingConfig:
     seed: int = 0
     stride: int = 16  # generated tokens between two entries of a chain's live and reads
     page: int | None = None  # tokens a cache page; None: 64 on CUDA, else 8
+    top_k: int | None = None  # the likeliest tokens that are sampled from; None: all
+    min_p: float = 0.0  # least probability, as a share of the likeliest token's
 
     def __post_init__(self) -> None:
-        check_numbers(self, "max_new_tokens", "batch", "stride", "page", whole=True, least=1)
+        check_numbers(self, "max_new_tokens", "batch", "stride", "page", "top_k", whole=True, least=1)
         check_numbers(self, "seed", whole=True, least=0)
-        check_numbers(self, "temperature", least=0)
+        check_numbers(self, "temperature", "min_p", least=0)
         check_numbers(self, "top_p")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p}: must lie in (0, 1]")
+        if not self.min_p < 1:
+            raise ValueError(f"min_p {self.min_p}: must lie in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ class Chain:
 
     problem: int
     chain: int
-    tokens: list[int]  # without <eos>
-    finished: bool  # it wrote <eos>
+    tokens: list[int]  # without the stop token
+    finished: bool  # it wrote a stop token
     prompt_tokens: int
     live: list[float]  # live items per KV head
     reads: list[float]  # cumulative KV reads per KV head
@@ -70,32 +75,6 @@ def chain_uniforms(seed: int, problem: int, chain: int, length: int) -> np.ndarr
 def chain_stream(seed: int, problem: int, chain: int) -> int:
     """The number of the chain's random stream for a cache that draws: 0 .. 2^63 - 1."""
     return int(np.random.SeedSequence([seed, problem, chain]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def pick_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
-    """One token a row by inverse CDF over the nucleus.  logits (S, V), uniforms (S,); returns (S,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p, token = _likeliest((logits.float() / temperature).softmax(-1), top_p)
-    before = p.cumsum(-1) - p
-    p = torch.where(before < top_p, p, 0.0)
-    cdf = p.cumsum(-1)
-    chosen = (cdf <= uniforms[:, None].to(cdf) * cdf[:, -1:]).sum(-1, keepdim=True)
-    return token.gather(1, chosen.clamp_max((p > 0).sum(-1, keepdim=True) - 1))[:, 0]
-
-
-def _likeliest(p: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Probabilities p (S, V) from the largest on, of equals the first, and their tokens; at least the nucleus.
-
-    On a CPU a large vocabulary is not sorted whole where the nucleus ends before the HEAD-th probability.
-    """
-    if p.device.type == "cpu" and p.shape[1] > HEAD:
-        head, token = p.topk(HEAD)
-        if bool((torch.where(head > head[:, -1:], head, 0.0).sum(-1) >= top_p + 1e-5).all()):
-            token = token.sort(-1).values
-            head, order = p.gather(1, token).sort(dim=-1, descending=True, stable=True)
-            return head, token.gather(1, order)
-    return p.sort(dim=-1, descending=True, stable=True)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,12 +93,14 @@ def sample_chains(
     jobs: Sequence[tuple[int, int]],
     config: SamplingConfig,
     make_cache: Callable[..., RowCache] | None = None,
+    stop: Sequence[int] | None = None,
 ) -> Iterator[Chain]:
     """Yield the chains of ``jobs``, pairs (index into prompts, chain number), in the order in which they end.
 
     ``model`` has DMS gates (inside ``model.dms.disabled()`` it samples from the dense original).  ``make_cache``
-    (model, max_new_tokens) makes other caches than DMS's, see ``dms_core.baselines``.  Raises ValueError for an empty
-    prompt.
+    (model, max_new_tokens) makes other caches than DMS's, see ``dms_core.baselines``.  ``stop``: the tokens that end a
+    chain (default: the tokenizer's <eos> and those of the model's generation_config; empty: none).  Raises ValueError
+    for an empty prompt, and for lengths at which the model's rope depends on a row's neighbours (dms_core.rope).
 
     >>> chains = sample_chains(attach(model, DMSConfig()), tokenizer, [[5, 6, 7]], [(0, 0)], SamplingConfig(4))
     >>> next(chains).prompt_tokens
@@ -128,7 +109,10 @@ def sample_chains(
     for problem, _ in jobs:
         if not len(prompts[problem]):
             raise ValueError(f"prompt {problem} is empty: it must have at least one token")
-    yield from _Batch(model, tokenizer, prompts, list(jobs), config, make_cache).run()
+    longest = max((len(prompts[problem]) for problem, _ in jobs), default=0)
+    check_length(model.config, longest + config.max_new_tokens)
+    stop = stop_tokens(model, tokenizer) if stop is None else stop
+    yield from _Batch(model, padding_token(model, tokenizer), set(stop), prompts, list(jobs), config, make_cache).run()
 
 
 class _Batch:
@@ -136,9 +120,9 @@ class _Batch:
 
     PER_ROW = ("made", "position", "active", "stepped", "last", "tokens", "uniforms", "live", "reads")
 
-    def __init__(self, model, tokenizer, prompts, jobs, config: SamplingConfig, make_cache) -> None:
+    def __init__(self, model, pad: int, stop: set[int], prompts, jobs, config: SamplingConfig, make_cache) -> None:
         self.model, self.prompts, self.queue, self.config = model, prompts, jobs[::-1], config
-        self.pad, self.eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+        self.pad, self.stop = pad, stop
         size = min(config.batch, len(jobs))
         page = config.page or (64 if model.device.type == "cuda" else 8)
         self.make_cache = make_cache or (lambda model, _: DMSCache.for_model(model, page))
@@ -148,6 +132,7 @@ class _Batch:
         self.since = [0] * size  # the step in which the row's chain began
         self.step = self.shrunk = 0
         on = {"device": self.device}
+        self.stop_ids = torch.tensor(sorted(stop), dtype=torch.long, **on)
         self.made = torch.zeros(size, dtype=torch.long, **on)  # generated tokens
         self.position = torch.zeros(size, dtype=torch.long, **on)
         self.active, self.stepped = (torch.zeros(size, dtype=torch.bool, **on) for _ in range(2))
@@ -189,6 +174,8 @@ class _Batch:
         self.cache.name_streams(at, torch.tensor([chain_stream(self.config.seed, *job) for job in jobs]))
         for row, job in zip(rows, jobs, strict=True):
             self.jobs[row], self.since[row] = job, self.step
+        under_way = zip(self.jobs, self.since, strict=True)
+        self.cache.columns = max(len(self.prompts[job[0]]) + self.step - since for job, since in under_way if job)
         draws = np.stack([chain_uniforms(self.config.seed, *job, self.config.max_new_tokens) for job in jobs])
         self.uniforms[at, :-1] = torch.from_numpy(draws).to(self.uniforms)
         self.position[at] = torch.tensor([len(self.prompts[problem]) for problem, _ in jobs], device=self.device)
@@ -197,7 +184,7 @@ class _Batch:
         token = self._pick(logits[source], self.uniforms[at, 0])
         self.last[at], self.tokens[at, 0] = token[:, None], token
         self.made[at] = 1
-        self.active[at] = (token != self.eos) & (self.config.max_new_tokens > 1)
+        self.active[at] = self._goes_on(token) & (self.config.max_new_tokens > 1)
         if self.config.stride == 1:
             self._log(torch.zeros_like(self.active).index_fill_(0, at, True))
 
@@ -225,14 +212,19 @@ class _Batch:
         self.tokens.scatter_(1, at, self.last)
         self.position += self.active
         self.made += self.active
-        self.active &= (token != self.eos) & (self.made < self.config.max_new_tokens)
+        self.active &= self._goes_on(token) & (self.made < self.config.max_new_tokens)
 
     def _ages(self) -> set[int]:
         """Tokens that the chains under way have made, if they go on."""
         return {self.step - since + 1 for job, since in zip(self.jobs, self.since, strict=True) if job}
 
+    def _goes_on(self, token: Tensor) -> Tensor:
+        """Which of the tokens (S,) end no chain, without waiting for the device."""
+        return (token[:, None] != self.stop_ids).all(-1)
+
     def _pick(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        token = pick_tokens(logits, uniforms, self.config.temperature, self.config.top_p)
+        chosen = self.config
+        token = pick_tokens(logits, uniforms, chosen.temperature, chosen.top_p, chosen.top_k, chosen.min_p)
         return self.model.dms.split.agree(token)
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: RowCache) -> Tensor:
@@ -259,7 +251,7 @@ class _Batch:
         state = [x[rows].tolist() for x in (self.made, self.tokens, self.live, self.reads, *self._budget())]
         for row, made, tokens, live, reads, *end in zip(ended, *state, strict=True):
             tokens, entries = tokens[:made], made // self.config.stride + 1
-            finished = tokens[-1] == self.eos
+            finished = tokens[-1] in self.stop
             problem, chain = self.jobs[row]
             live, reads = ([*log[:entries], last] for log, last in zip((live, reads), end, strict=True))
             tokens = tokens[:-1] if finished else tokens

@@ -10,6 +10,7 @@ import torch
 from model_inputs import PROMPTS, cached_logits, left_padded, random_ids
 
 import companion.cli.main  # noqa: F401  registers the commands
+from companion import families
 from companion.cli.app import app
 from companion.cost.decode_speed import decode_speed
 from companion.experiments import main as job
@@ -23,6 +24,8 @@ from companion.tasks.reasoner import make_tokenizer
 from dms_core.baselines import BASELINES, Quest
 from dms_core.baselines.dmc import DMCConfig, attach_dmc
 from dms_core.cache.dms import DMSCache
+from dms_core.config import DMSConfig
+from dms_core.model import attach
 from dms_core.sampling import SamplingConfig, sample_chains
 from dms_core.train import self_distill
 from dms_core.train.losses import Distiller, Totals
@@ -117,7 +120,10 @@ class Talker(Endless):
     """A tokenizer without words."""
 
     def apply_chat_template(self, messages, **_):
-        return {"input_ids": [1 + ord(c) % 30 for c in messages[0]["content"][:9]]}
+        return messages[0]["content"][:9]
+
+    def __call__(self, text, **_):
+        return {"input_ids": [1 + ord(c) % 30 for c in text]}
 
     def decode(self, ids):
         return str(ids)
@@ -215,6 +221,22 @@ def test_merging_on_the_accelerator_equals_the_cpu(both, name):
     check(PATHS[name], both(prepare=lambda model: attach_dmc(model, DMCConfig(scale=8.0, offset=0.0))))
 
 
+@pytest.mark.filterwarnings("ignore:.*keep their")
+@pytest.mark.parametrize("family", ["falcon_h1", "gemma3_text", "gpt_oss", "llama4_text", "qwen3_next"])
+def test_hybrid_on_the_accelerator_equals_the_cpu(family):
+    """Sinks, sliding windows, chunks, states: they go where the model is, row by row."""
+    config, models = DMSConfig(window=3, scale=10.0, offset=0.0), []
+    for place in (lambda model: model, shadow.moved):
+        model = families.tiny_model(family)
+        model.set_experts_implementation("eager")  # grouped products need a card
+        attach(model, config)
+        for parameter in model.dms.gate_parameters():
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+        models.append(place(model))
+    for name in ("forward, padded", "rows", "generate, greedy", "chains"):
+        check(PATHS[name], models)
+
+
 def test_main_job_measures_and_samples_on_its_device(tmp_path, monkeypatch):
     """As with a card, which ``device`` None finds; both devices write the same records."""
     profile = replace(get_profile("smoke"), crs=(4.0,), problems=3, chains=2, lengths=(24,), widths=(1,), held_out=4)
@@ -241,7 +263,7 @@ def test_device_that_is_not_here_is_refused(tmp_path):
 
 def test_every_command_that_runs_a_model_takes_a_device():
     running = {"reproduce", "grid", "cache-report", "ablate", "stage", "retrofit", "converse", "sample", "eval"}
-    running |= {"fidelity", "tokens", "bench"}
+    running |= {"check", "fidelity", "tokens", "bench"}
     taking = {c.name for c in app.registered_commands if "device" in signature(c.callback).parameters}
     assert taking == running | {"plan"}  # which asks for a card's name
 
@@ -317,7 +339,7 @@ def test_sampling_waits_only_to_look_at_what_has_ended(model):
 @torch.no_grad()
 def test_nan_gates_are_reported_on_the_accelerator(model):
     _, cache = cached_logits(model, random_ids(2, 9).to(model.device), [4])
-    model.dms.attentions[1].dms_gate.proj.weight.data.fill_(float("nan"))
+    model.dms.layout.modules[1].dms_gate.proj.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="NaN"):
         decode_waits(model, cache, 2, 40)
     with pytest.raises(ValueError, match="NaN"):

@@ -35,6 +35,7 @@ SHARED = {
     "dms_kernels/naive.py",
     "dms_kernels/ops.py",
     "dms_core/parallel.py",
+    "dms_core/step.py",
 }
 ROOTS = [Path(package.__file__).parents[1] for package in (companion, dms_core, dms_kernels)]
 

@@ -19,11 +19,11 @@ def sampling_hours(
 
     whole = replace(hardware, flops=gpus * hardware.flops, bandwidth=gpus * hardware.bandwidth)
     length, chains = max(task["lengths"]), task["problems"] * task["chains"]
-    room = (1 - planner.RESERVED) * gpus * hardware.memory - roofline.weight_bytes(arch)
-    batch = min(int(room // roofline.kv_bytes(arch, 1, length / memory_cr)), -(-chains // shards))
+    room = (1 - planner.RESERVED) * gpus * hardware.memory - 2 * arch.parameters
+    batch = min(int(room // roofline.kv_bytes(arch, 1, length, memory_cr)), -(-chains // shards))
     if batch < 1:
         return float("inf"), 0
-    seconds = roofline.latency(arch, batch, length / 2 / cr, whole)  # a chain holds half its length on average
+    seconds = roofline.latency(arch, batch, length / 2, whole, cr)  # a chain holds half its length on average
     return gpus * chains * length / batch * seconds / 3600, batch
 
 
@@ -37,7 +37,7 @@ def lines(settings: dict, device: str = "h100") -> list[str]:
     name = settings["architecture"] or settings["model"]
     arch = Architecture(**name) if isinstance(name, dict) else find_architecture(name)
     gpus = settings["resources"].get("sample", {}).get("gpus", 1)
-    trained = [cr for method in ("dms", "dms-immediate") for cr in settings["methods"].get(method, [])]
+    trained = settings["methods"].get("dms")
     shards = settings["shards"]
     jobs = f"{shards} job{'s' * (shards > 1)} of {gpus} GPU{'s' * (gpus > 1)} each"
     text, total = [f"{settings['model']} on {device}, chains in {jobs}"], 0.0

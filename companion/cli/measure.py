@@ -17,7 +17,7 @@ Conversations = opt(Path, "held-out conversations from dms converse", metavar="F
 
 @command(MEASURE, "plan")
 def plan(
-    model: opt(str, "a built-in name such as llama-3.1-8b, a directory or a hub id"),
+    model: opt(str, "a known name such as llama-3.1-8b or gpt-oss-20b, a directory or a hub id"),
     batch: opt(int, "sequences decoded together") = 1,
     context: opt(int, "tokens of each") = 8192,
     cr: opt(float, "compression ratio of the cache") = 1.0,

@@ -16,13 +16,13 @@ Unsafe = opt(bool, "where there is no sandbox, run what the model wrote without"
 Workers = opt(int, "programs graded at once")
 
 
-def parse_options(texts: list[str]) -> dict:
-    """NAME=VALUE texts; a value is JSON, or else text."""
+def parse_options(texts: list[str], flag: str = "--option") -> dict:
+    """NAME=VALUE texts after ``flag``; a value is JSON, or else text."""
     options = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--option {text}: must be NAME=VALUE")
+            raise ValueError(f"{flag} {text}: must be NAME=VALUE")
         try:
             options[name] = json.loads(value)
         except ValueError:
@@ -42,6 +42,9 @@ def sample(
     option: Options = (),
     unsafe: Unsafe = False,
     workers: Workers = 1,
+    template: opt(
+        list[str], "an argument of the chat template, such as enable_thinking=false", metavar="NAME=VALUE"
+    ) = (),
     cr: opt(float, "compression ratio (default: the checkpoint's)") = None,
     chains: opt(int, "chains a problem", metavar="W") = 1,
     lengths: opt(list[int], "budgets of the curves (default: L/4 .. L)", metavar="L...") = (),
@@ -49,6 +52,8 @@ def sample(
     batch: opt(int, "rows decoded together") = 64,
     temperature: opt(float, "0: the likeliest token") = 0.6,
     top_p: opt(float, "share of the probability that is sampled from") = 0.95,
+    top_k: opt(int, "the likeliest tokens that are sampled from (default: all)") = None,
+    min_p: opt(float, "least probability of a token, as a share of the likeliest one's") = 0.0,
     seed: opt(int, "of the chains' random streams") = 0,
     device: opt(str, "cpu or cuda (default: cuda where there is one); auto: layers over all cards") = None,
     dtype: opt(str, "float32, bfloat16, ...; auto: as saved") = "auto",
@@ -59,8 +64,9 @@ def sample(
     from companion.records import Shard
     from dms_core.sampling import SamplingConfig
 
-    config = SamplingConfig(length, temperature, top_p, batch, seed)
+    config = SamplingConfig(length, temperature, top_p, batch, seed, top_k=top_k, min_p=min_p)
     problems = load_task(task, source, limit, parse_options(option), unsafe)
+    problems.template = parse_options(template, "--template")
     settings = {"device": device, "dtype": dtype, "workers": workers, "unsafe": unsafe, "shard": Shard.parse(shard)}
     result = sample_benchmark(model, problems, method, cr, chains, config, out, lengths, widths, **settings)
     if row := result["pass_at_1"]:

@@ -9,6 +9,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config
@@ -27,6 +28,7 @@ QWEN_1_5B = {
     "num_key_value_heads": 2,
     "vocab_size": 151936,
 }
+NO_WORDS = SimpleNamespace(pad_token_id=0, eos_token_id=None)  # a tokenizer
 QUICK = {name: max(value // 24, 2) for name, value in QWEN_1_5B.items()} | {"num_attention_heads": 4}
 
 
@@ -52,19 +54,14 @@ def decode_speed(model, prompts: Sequence[Sequence[int]], pad: int, tokens: int 
     return {"tokens_per_s": len(prompts) / statistics.median(seconds[1:]), "kv_bytes": held}
 
 
-class Endless:
-    """A tokenizer for which no token ends a chain."""
-
-    pad_token_id, eos_token_id = 0, -1
-
-
 def sampling_speed(model, prompts: Sequence[Sequence[int]], tokens: int = 64) -> dict:
     """``sample_chains``, from a long run's time minus a short one's: {"tokens_per_s"}."""
     seconds = []
     for length in (8, 8, 8 + tokens):  # the first compiles
         began = time.perf_counter()
         jobs = [(problem, 0) for problem in range(len(prompts))]
-        list(sample_chains(model, Endless(), prompts, jobs, SamplingConfig(length, batch=len(prompts))))
+        config = SamplingConfig(length, batch=len(prompts))
+        list(sample_chains(model, NO_WORDS, prompts, jobs, config, stop=()))
         seconds.append(time.perf_counter() - began)
     return {"tokens_per_s": len(prompts) * tokens / (seconds[2] - seconds[1])}
 

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,9 +23,11 @@ from dms_core.baselines import get_baseline
 from dms_core.budgets import bootstrap
 from dms_core.cache.base import RowCache
 from dms_core.cache.dms import DMSCache
+from dms_core.chat import chat_ids
 from dms_core.checkpoint import load_gates, read_settings
 from dms_core.config import DMSConfig
 from dms_core.model import attach, detach
+from dms_core.pick import padding_token, stop_tokens
 from dms_core.train.losses import token_divergence
 
 MakeCache = Callable[[object], RowCache]
@@ -61,9 +64,7 @@ def make_prompts(tokenizer, conversations: Sequence[Sequence[dict]], longest: in
     A code is told within the first quarter of what remains.
     """
     random, prompts = np.random.default_rng(seed), []
-
-    def ids(messages: Sequence[dict], waiting: bool) -> list[int]:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=waiting, return_dict=True)["input_ids"]
+    ids = partial(chat_ids, tokenizer)
 
     for number, messages in enumerate(conversations):
         code, owner = str(random.integers(1000, 10000)), ("red", "blue", "green", "black", "white")[number % 5]
@@ -118,7 +119,7 @@ def answer(
     parts, recalled, seconds, held = [], [], [], 0
     for start in tqdm(range(0, len(prompts), batch), desc=label, unit="batch"):
         part = prompts[start : start + batch]
-        decoder = Decoder(model, make_cache(model), [p.context for p in part], tokenizer.pad_token_id)
+        decoder = Decoder(model, make_cache(model), [p.context for p in part], padding_token(model, tokenizer))
         decoder.branch([p.question for p in part], [p.needle for p in part])
         cache, steps, words = decoder.cache, [], []
         for i in range(tokens):
@@ -144,14 +145,14 @@ def answer(
     return Answers(fed, logits, recalled, seen, live, cells, rate, held)
 
 
-def compare(answers: Answers, dense: Answers, eos: int, resamples: int = 1000) -> dict:
-    """``answers`` to the dense model's own words beside that model's.
+def compare(answers: Answers, dense: Answers, stop: Sequence[int], resamples: int = 1000) -> dict:
+    """``answers`` to the dense model's own words, which one of the tokens ``stop`` ends, beside that model's.
 
     ``agreement`` and ``kl`` over counted tokens; ``agreement_low`` and ``_high``: 95 % bootstrap over prompts;
     ``cr_live``: tokens seen over items held; ``cr_decisions``: the same outside the window;
     ``needles``: share of codes recalled; ``tokens_per_s`` of the median decode step, all rows together; ``kv_bytes``.
     """
-    end = (dense.tokens == eos).long()
+    end = torch.isin(dense.tokens, torch.tensor(stop, dtype=torch.long)).long()
     counted = end.cumsum(1) - end == 0  # the end mark, too
     same = (answers.logits.argmax(-1) == dense.logits.argmax(-1)) & counted
     kl = token_divergence(answers.logits[counted], dense.logits[counted], "forward")
@@ -175,12 +176,12 @@ def report(
     """
     prompts = make_prompts(tokenizer, conversations, longest)
     whole = sorted([[*p.context, *p.question] for p in prompts], key=len)
-    plain = decode_speed(model, whole[-2 * batch :], tokenizer.pad_token_id)
+    plain = decode_speed(model, whole[-2 * batch :], padding_token(model, tokenizer))
 
     def measure(method: str, cr: float, make_cache: MakeCache, dense: Answers | None = None) -> Answers:
         said = dense and dense.tokens
         found = answer(model, tokenizer, prompts, make_cache, tokens, said, batch, f"{method} CR {cr:g}")
-        rows.append({"method": method, "cr": cr} | compare(found, dense or found, tokenizer.eos_token_id))
+        rows.append({"method": method, "cr": cr} | compare(found, dense or found, stop_tokens(model, tokenizer)))
         return found
 
     rows, ratios = [], [float(read_settings(directory)["cr"]) for directory in checkpoints]

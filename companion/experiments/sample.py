@@ -1,7 +1,7 @@
 """Chains of one model and method on a benchmark in a directory of their own, and the curves of what such runs wrote.
 
 The directory holds ``records/*.jsonl``, one file a (method, CR) and shard, and ``run.json``: the task, the lengths and
-widths to report, and which file belongs to which method.
+widths to report, and for each method its file and the arguments of the chat template.
 """
 
 import inspect
@@ -21,9 +21,11 @@ from dms_core import checkpoint
 from dms_core.baselines import BASELINES, get_baseline
 from dms_core.budgets.curves import summarise
 from dms_core.budgets.voting import RECORD_KEYS
+from dms_core.chat import check_arguments
 from dms_core.checkpoint import fingerprint, load_base, load_model, read_settings
 from dms_core.config import DMSConfig
 from dms_core.hub_files import local_directory
+from dms_core.interop import is_foreign
 from dms_core.model import attach
 from dms_core.parallel import tensor_parallel
 from dms_core.sampling import SamplingConfig
@@ -108,16 +110,20 @@ def sample_benchmark(
     longest = config.max_new_tokens
     lengths = list(lengths) or sorted({max(1, longest // 4), max(1, longest // 2), longest})
     widths = list(widths) or [w for w in (1, 2, 4, 8, 16, 32) if w <= chains]
-    note = {"task": task.name, "lengths": lengths, "widths": widths, "records": _noted(out, task)}
+    note = _noted(out, task) | {"task": task.name, "lengths": lengths, "widths": widths}
     directory = local_directory(model)
-    cr = cr or (read_settings(directory).get("cr") if method == "dms" else 1.0)
+    cr = cr or (checkpoint_ratio(directory) if method == "dms" else 1.0)
     if not cr:
         raise ValueError(f"{model} does not say its compression ratio: give --cr")
+    tokenizer = load_tokenizer(directory)
+    check_arguments(tokenizer, task.template)
     baseline = get_baseline(method)(float(cr)) if method in BASELINES else None
     loaded = _load(directory, method == "dms", device, dtype)
-    tokenizer, chosen, first = load_tokenizer(directory), Method(method, float(cr)), loaded.dms.split.rank == 0
+    chosen, first = Method(method, float(cr)), loaded.dms.split.rank == 0
     name = records_file(loaded, fingerprint(directory), tokenizer, task, chosen, config, baseline)
     note["records"][str(chosen)], whole = name, out / "records" / name
+    templates = note.get("template", {}) | {str(chosen): dict(task.template)}
+    note["template"] = {key: arguments for key, arguments in templates.items() if arguments}
     if first:
         write_json(out / SIDECAR, note)
     file = shard.file(whole)
@@ -154,12 +160,19 @@ def _load(directory: Path, retrofitted: bool, device: str | None, dtype: str):
     return model if spread else model.to(device)
 
 
+def checkpoint_ratio(directory: Path) -> float | None:
+    """The compression ratio that a retrofitted model says it was trained for, ours or the authors'."""
+    if is_foreign(directory):
+        return read_json(directory / "config.json").get("dms_cr")
+    return read_settings(directory).get("cr")
+
+
 def _noted(out: Path, task: Task) -> dict:
-    """The files of records that run.json lists.  Raises ValueError where they are of another task."""
+    """What run.json holds.  Raises ValueError where it is of another task."""
     old = read_json(out / SIDECAR) if (out / SIDECAR).exists() else {"task": task.name, "records": {}}
     if old["task"] != task.name:
         raise ValueError(f"{out} holds records of {old['task']!r}: take another directory for {task.name!r}")
-    return old["records"]
+    return old
 
 
 def summarise_directory(directory: Path, lengths: Sequence[int] | None, widths: Sequence[int] | None) -> dict:

@@ -23,15 +23,6 @@ CONTEXT, TOKENS = 200, 40  # tokens of a prompt; decode steps that are timed
 CR, ROUNDS = 8, 7
 
 
-class _Endless:
-    """A tokenizer for which no token ends a chain: every chain takes the same number of steps."""
-
-    eos_token_id = -1
-
-    def __init__(self, pad: int) -> None:
-        self.pad_token_id = pad
-
-
 def measure(
     device: str, names: Sequence[str] | None = None, repeats: int | None = None, quick: bool = False
 ) -> list[dict]:
@@ -48,11 +39,11 @@ def measure(
     torch.set_num_threads(1)
     try:
         dense, sparse = load_base(REASONER).to(device), load_model(REASONER / f"dms-cr{CR}").to(device)
-        pad = load_tokenizer(REASONER).pad_token_id
+        tokenizer = load_tokenizer(REASONER)
         prompts, copied = _prompts(max(known.values())), copy_gbps(device, 1 << 22 if quick else 1 << 28)
         tokens, rounds = (4, 1) if quick else (TOKENS, repeats or ROUNDS)
         return [
-            _case(name, dense, sparse, _Endless(pad), prompts[:batch], tokens, rounds, copied)
+            _case(name, dense, sparse, tokenizer, prompts[:batch], tokens, rounds, copied)
             for name, batch in known.items()
             if not names or name in names
         ]
@@ -73,7 +64,7 @@ def _case(name, dense, sparse, tokenizer, prompts, tokens: int, rounds: int, cop
     def ours(steps: int) -> None:
         jobs = [(problem, 0) for problem in range(len(prompts))]
         config = SamplingConfig(steps, batch=len(prompts))
-        reads[:] = [chain.reads[-1] for chain in sample_chains(sparse, tokenizer, prompts, jobs, config)]
+        reads[:] = [chain.reads[-1] for chain in sample_chains(sparse, tokenizer, prompts, jobs, config, stop=())]
 
     calls = {"ours": ours, "dynamic_cache": lambda steps: _dense_loop(dense, tokenizer, prompts, steps)}
     times: dict[str, list[float]] = {which: [] for which in calls}

@@ -7,10 +7,12 @@ A chain that changes its mind and comes back is so counted from the first time; 
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from companion.tasks.templates import fill
+from dms_core.chat import chat_ids
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Task:
     version = 1  # of templates and extraction; part of the name of a file of records
     aggregate = "vote"  # W chains vote; "any": one correct chain is enough (pass@all)
     system: str | None = None  # the template of the system message
+    template: Mapping = MappingProxyType({})  # arguments of the chat template, such as enable_thinking
     keeps_text = True  # records hold what chains wrote
     grades_later = False  # grading takes long: `correct` stays None until `grading.grade`
     problems: Sequence[TaskProblem] = ()
@@ -47,8 +50,7 @@ class Task:
         """Token ids of the prompt: by the family's chat template, or the bare text where there is none."""
         messages = self.messages(problem)
         if getattr(tokenizer, "chat_template", None):
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+            return chat_ids(tokenizer, messages, **self.template)
         return tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
 
     def candidates(self, text: str) -> Iterable[tuple[int, str]]:

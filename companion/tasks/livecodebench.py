@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from datetime import date, datetime
 from decimal import Decimal, InvalidOperation
+from itertools import pairwise
 
 from companion.tasks.base import Task, TaskProblem
 from companion.tasks.sandbox import sandbox
@@ -25,6 +26,7 @@ FIELDS = dict.fromkeys(TEXTS, str) | {"contest_date": (str, datetime)}
 FILES = ("test.jsonl", *(f"test{i}.jsonl" for i in range(2, 7)))  # its loading script, `datasets` runs no longer
 WINDOW = ("2024-08-01", "2025-01-31")  # the paper's; both days belong to it
 FENCE = re.compile(r"^.*```.*$", re.MULTILINE)
+OPENING = re.compile(r"\s*```+\s*\w+\s*$")  # names a language
 LARGEST = 1 << 30  # bytes of one problem's unpacked tests
 
 
@@ -35,6 +37,7 @@ class LiveCodeBench(Task):
     """
 
     name = "livecodebench"
+    version = 2
     system = "CODE_SYSTEM"
     aggregate = "any"
     grades_later = True
@@ -52,9 +55,10 @@ class LiveCodeBench(Task):
             raise ValueError(f"no problem from {start} to {end}; those given are from {days[0]} to {days[-1]}")
 
     def candidates(self, text: str) -> Iterator[tuple[int, str]]:
-        """Programs between two lines with a fence, each from an opening one to the next."""
-        fences = list(FENCE.finditer(text))
-        for opening, closing in zip(fences[::2], fences[1::2], strict=False):
+        """What stands between two lines with a fence, as in LiveCodeBench; but none ends where the next one opens."""
+        for opening, closing in pairwise(FENCE.finditer(text)):
+            if OPENING.match(closing[0]):
+                continue
             program = text[opening.end() + 1 : max(closing.start() - 1, opening.end() + 1)]
             if program.strip():
                 yield text.index("```", closing.start()) + 3, program
@@ -111,7 +115,8 @@ def same_output(printed: str, expected: str) -> bool:
 def same_value(returned: str, expected: str) -> bool:
     """Equal as JSON values."""
     try:
-        return json.loads(returned) == json.loads(expected)
+        ours, theirs = (json.loads(text, parse_int=Decimal) for text in (returned, expected))  # however many digits
+        return ours == theirs
     except ValueError:
         return False
 

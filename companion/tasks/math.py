@@ -1,4 +1,4 @@
-"""AIME and MATH-500: the answer is the last closed ``\\boxed{...}``, graded by Math-Verify."""
+"""AIME and MATH-500: the answer is the last closed ``\\boxed{...}``, compared by value."""
 
 import re
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from companion.tasks.source import HubData, Source, read_rows
 from companion.tasks.templates import fill
 
 TOKENS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+NAMED = {"percent": r"\s*\\?%\s*$", "base": r"(?<=[\dA-F)])_\s*(\{[^{}]*\}|\w)\s*$"}  # in a question: in an answer
 
 
 class MathTask(Task):
@@ -33,7 +34,10 @@ class MathTask(Task):
         return boxes(text)
 
     def correct(self, answer: str, problem: TaskProblem) -> bool:
-        return equal(problem.gold, answer)
+        """Whether it is the gold answer; a percent sign or a base may be added if the question names it."""
+        gold, question = problem.gold, problem.question.casefold()
+        added = [mark for word, mark in NAMED.items() if word in question and not re.search(mark, gold)]
+        return equal(gold, answer) or any(equal(gold, re.sub(mark, "", answer)) for mark in added)
 
     @classmethod
     def same(cls, one: str, other: str) -> bool:
@@ -84,5 +88,5 @@ def boxes(text: str) -> Iterator[tuple[int, str]]:
 
 @lru_cache(maxsize=65536)
 def equal(gold: str, answer: str) -> bool:
-    """Whether Math-Verify holds ``answer`` equal to ``gold``; False where it does not decide in time."""
+    """Whether ``answer`` is equal to ``gold`` (see sandbox.math_answers); False where that takes too long."""
     return gold.strip() == answer.strip() or bool(math_worker().ask({"gold": gold, "answer": answer}))

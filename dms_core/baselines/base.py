@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dms_core.cache.base import RowCache, RowLayer, prepared, take, tokens_first
-from dms_core.cache.dms import sliding_layer
+from dms_core.cache.hybrid import other_layers
 from dms_core.parallel import WHOLE, Split
 
 BLOCK = 256  # queries whose attention weights are held at once in a prefill
@@ -118,6 +118,7 @@ class BaselineLayer(DenseLayer):
         super().__init__()
         self.method, self.max_new_tokens, self.index, self.split = method, max_new_tokens, index, split
         self.per_row += ["budget", "held"]
+        self.sinks: Tensor | None = None  # (Hq,) of the call of attend under way
 
     def _allocate(self) -> None:
         super()._allocate()
@@ -135,9 +136,11 @@ class BaselineLayer(DenseLayer):
 
     # Storing and attending.
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, scale: float) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, scale: float, sinks=None
+    ) -> Tensor:
         """Store new tokens and attend to what they may see (shapes in DMSLayer.attend); ``evict`` is not used."""
-        self.unread = False
+        self.unread, self.sinks = False, sinks
         padded = valid is not None
         valid = valid if padded else torch.ones_like(q[:, 0, :, 0], dtype=torch.bool)
         if q.shape[2] == 1 and self.capacity:
@@ -157,9 +160,8 @@ class BaselineLayer(DenseLayer):
             count = torch.minimum(count, self.budget)
         grouped = q.unflatten(1, (self.heads, -1))  # (B, H, G, 1, D)
         visible, reads = self._visible(grouped, count)
-        out, weights = attention(
-            grouped, self.keys[:, :, : self.width], self.values[:, :, : self.width], visible, scale
-        )
+        k, v = self.keys[:, :, : self.width], self.values[:, :, : self.width]
+        out, weights = attention(grouped, k, v, visible, scale, self.sinks)
         self._observe(weights.squeeze(3), count, active)
         self.held = count if self.keeps_all else torch.minimum(count, self.budget)
         self.seen = self.seen + active
@@ -219,7 +221,7 @@ class BaselineLayer(DenseLayer):
             rows = column[start : start + BLOCK, None]
             visible = torch.cat([old.expand(-1, len(rows), -1), there & (column <= rows)], 2)[:, None, None]
             grouped = q[:, :, start : start + BLOCK].unflatten(1, (self.heads, -1))
-            out, weights = attention(grouped, keys, values, visible, scale)
+            out, weights = attention(grouped, keys, values, visible, scale, self.sinks)
             outs.append(out.flatten(1, 2))
             if self.scored:
                 received += (weights * there.transpose(1, 2)[:, None, None, start : start + BLOCK]).sum((2, 3))
@@ -246,8 +248,10 @@ class BaselineCache(RowCache):
         self.model, self.config = model, (method, max_new_tokens)
         dms = prepared(model)
         makes = partial(method.layer, method, max_new_tokens, split=dms.split)
-        windows = enumerate(dms.sliding)
-        super().__init__([makes(i) if n is None else sliding_layer(dms.config, n, page=16) for i, n in windows])
+        others = other_layers(dms.layout, dms.config)
+        if both := [index for index in others if index in dms.layout.gated]:
+            raise ValueError(f"layers {both} have attention and a state: {method.name} needs attention alone")
+        super().__init__([others[i]() if i in others else makes(i) for i in range(dms.layers)])
 
     def _new(self) -> "BaselineCache":
         return BaselineCache(self.config[0], self.model, self.config[1])
@@ -258,18 +262,25 @@ class BaselineCache(RowCache):
             raise ValueError(f"a {self.config[0].name} cache and gates that are on: call it in model.dms.disabled()")
 
     def name_streams(self, indices: Tensor, streams: Tensor) -> None:
-        for layer in self.layers:
+        for layer in self.held:
             if hasattr(layer, "stream"):
                 layer.stream[indices] = streams.to(layer.stream.device)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """q (B, H, G, T, D), k and v (B, H, S, D), visible broadcastable to (B, H, G, T, S).
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """q (B, H, G, T, D), k and v (B, H, S, D), visible broadcastable to (B, H, G, T, S), sinks (H * G,).
 
     Returns (B, H, G, T, D) and the weights (B, H, G, T, S) in fp32; a query that sees nothing gets finite garbage.
     """
     scores = torch.matmul((q * scale).flatten(2, 3), k.transpose(-1, -2)).float().unflatten(2, q.shape[2:4])
-    weights = scores.masked_fill_(~visible, torch.finfo(scores.dtype).min).softmax(-1)
+    scores = scores.masked_fill_(~visible, torch.finfo(scores.dtype).min)
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:  # one more key, whose value is 0
+        more = sinks.float().view(*scores.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, more], -1).softmax(-1)[..., :-1]
     return torch.matmul(weights.flatten(2, 3).to(v.dtype), v).unflatten(2, q.shape[2:4]), weights
 
 

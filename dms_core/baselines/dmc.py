@@ -19,15 +19,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from dms_core.attention import SINKS
 from dms_core.baselines.dmc_cache import DMCCache, running_average
 from dms_core.checkpoint import load_base, model_shape, read_settings
 from dms_core.gate import gate_logits, hard_decisions, soft_decisions
-from dms_core.model import DMS, check_attention, install, no_mask, sliding_window
+from dms_core.model import DMS, install, no_mask
 from dms_core.noise import sample_noise
+from dms_core.probe import Attention, layout_of
 from dms_core.visibility import align_decisions
 from dms_kernels import train_attention
 
@@ -82,17 +84,18 @@ class DMC(DMS):
         self.weights: dict[int, Tensor] = {}  # layer -> omega (B, H, T) of the pass under way
         super().__init__(model, config)
 
-    def new_cache(self, page: int = 0) -> DMCCache:
-        """An empty cache for this model; it has no pages."""
+    def new_cache(self, page: int = 0, slack: int = 0) -> DMCCache:
+        """An empty cache for this model; it has no pages.  Raises ValueError for slack: merged tokens stay merged."""
+        if slack:
+            raise ValueError(f"slack {slack}: must be 0 with DMC, which merges tokens")
         return DMCCache(self.config, self.layers)
 
     def _begin(self, module, args, kwargs):
         self.plans, self.weights = {}, {}
         return super()._begin(module, args, kwargs)
 
-    def _attach_layer(self, index: int, layer: nn.Module, text) -> None:
-        attention = layer.self_attn
-        attention.__dict__["dms"] = self
+    def _attach_layer(self, index: int, seen: Attention) -> None:
+        attention = seen.module
         for kind, take in (("q", self._take_query), ("k", self._take_key), ("v", self._take_value)):
 
             def hook(module, args, output, take=take):
@@ -174,22 +177,23 @@ def dmc_attention(module, query, key, value, attention_mask, scaling=None, **kwa
         raise ValueError("attention implementation 'dmc' needs attach_dmc(model, config) first")
     step, plan = dmc.step, dmc.plans.get(module.layer_idx)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sinks = next((kwargs[name] for name in SINKS if kwargs.get(name) is not None), None)
     if plan is not None:  # RoPE has mixed the neuron's partner into it
         query, key = dmc.silence(query), dmc.silence(key)
     if step.cache is not None:
         merged = torch.zeros_like(key[..., 0], dtype=torch.bool) if plan is None else plan.alpha > 0
-        out = step.cache.layers[module.layer_idx].attend(query, key, value, merged, step.valid, scale)
+        out = step.cache.layers[module.layer_idx].attend(query, key, value, merged, step.valid, scale, sinks)
     else:
         log_keep = key.new_zeros(key.shape[:3]) if plan is None else plan.log_keep
-        out = train_attention(query, key, value, log_keep, dmc.config.window, step.segment_ids, scale)
+        out = train_attention(query, key, value, log_keep, dmc.config.window, step.segment_ids, scale, sinks=sinks)
     return out.transpose(1, 2), None
 
 
 def zero_neurons(model: PreTrainedModel, neuron: int, kinds: str = "qk", every: int = 1) -> None:
     """Set a neuron of each ``every``-th query ("q") and key ("k") head to 0 for all inputs, so that z = -b0."""
-    for layer in model.get_decoder().layers:
+    for attention in (model.dms.layout if hasattr(model, "dms") else layout_of(model)).full:
         for kind in kinds:
-            projection, width = getattr(layer.self_attn, f"{kind}_proj"), layer.self_attn.head_dim
+            projection, width = getattr(attention.module, f"{kind}_proj"), attention.head_dim
             for parameter in projection.parameters():
                 parameter.data.unflatten(0, (-1, width))[::every, neuron] = 0
 
@@ -203,17 +207,17 @@ def attach_dmc(model: PreTrainedModel, config: DMCConfig, reset: bool = False) -
     """
     if getattr(model, "dms", None) is not None:
         raise ValueError("the model already has gates: call dms_core.detach(model) first")
-    decoder, name = model.get_decoder(), type(model).__name__
-    attentions = [getattr(layer, "self_attn", None) for layer in getattr(decoder, "layers", [None])]
-    if not all(hasattr(a, f"{kind}_proj") for a in attentions for kind in "qkv"):
+    name, layout = type(model).__name__, layout_of(model)
+    if other := sorted(set(range(len(layout.attention))) - set(layout.gated) | set(layout.states)):
+        raise ValueError(
+            f"{name}: layers {other} have a sliding window or no attention: DMC needs full attention in all"
+        )
+    if not all(hasattr(a.module, f"{kind}_proj") for a in layout.full for kind in "qkv"):
         raise ValueError(f"{name}: DMC needs attention layers with q_proj, k_proj and v_proj")
-    if slide := [index for index, a in enumerate(attentions) if sliding_window(a, model) is not None]:
-        raise ValueError(f"{name}: layers {slide} have a sliding window: DMC needs full attention in all layers")
-    check_attention(decoder, model)
-    handle = DMC(model, config)
+    install(model, DMC(model, config), NAME)
     if reset:
         zero_neurons(model, config.neuron)
-    return install(model, handle, NAME)
+    return model
 
 
 def load_dmc(directory: Path | str, **from_pretrained) -> PreTrainedModel:

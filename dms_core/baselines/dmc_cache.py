@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dms_core.baselines.base import DenseLayer
 from dms_core.cache.base import RowCache, take, tokens_first
+from dms_kernels.cpu.dense import masked_attention
 
 GROW = 64  # entries by which storage grows
 
@@ -63,7 +64,9 @@ class DMCLayer(DenseLayer):
 
     # Storing and attending.
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, merged: Tensor, valid: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, merged: Tensor, valid: Tensor, scale: float, sinks=None
+    ) -> Tensor:
         """Store new entries and attend to what the queries may see.
 
         q (B, Hq, T, D); k, v (B, H, T, D): every token's entry as it stands after that token, rotated; merged
@@ -75,8 +78,8 @@ class DMCLayer(DenseLayer):
             self._append(k, v, merged[:, :, 0], valid[:, :1])
             live = torch.arange(self.bound, device=q.device) < self.length[..., None].clamp_min(1)
             k, v = self.keys[:, :, : self.bound], self.values[:, :, : self.bound]
-            return _attention(q, k, v, live[:, :, None], scale)
-        return self._prefill(q, k, v, merged & valid[:, None], valid, scale)
+            return masked_attention(q, k, v, live[:, :, None], scale, sinks)
+        return self._prefill(q, k, v, merged & valid[:, None], valid, scale, sinks)
 
     def _append(self, k: Tensor, v: Tensor, merged: Tensor, active: Tensor) -> None:
         """One token a row: k, v (B, H, 1, D), merged (B, H), active (B, 1)."""
@@ -91,7 +94,9 @@ class DMCLayer(DenseLayer):
         self.seen += active[:, 0]
         self._count_reads(self.length, active[:, 0])
 
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, merged: Tensor, valid: Tensor, scale: float) -> Tensor:
+    def _prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, merged: Tensor, valid: Tensor, scale: float, sinks: Tensor | None
+    ) -> Tensor:
         tokens, held = q.shape[2], int(self.length.max())
         place = torch.arange(held, device=q.device)
         taken = (merged & (valid.cumsum(1) == 1)[:, None]).any(2, keepdim=True)  # the first token takes the open entry
@@ -101,7 +106,7 @@ class DMCLayer(DenseLayer):
         new = (behind == 0) | ((behind > 0) & stays[:, :, None])  # (B, H, T, T)
         visible = torch.cat([past[:, :, None].expand(-1, -1, tokens, -1), new], 3)
         k, v = torch.cat([self.keys[:, :, :held], k], 2), torch.cat([self.values[:, :, :held], v], 2)
-        out = _attention(q, k, v, visible, scale)
+        out = masked_attention(q, k, v, visible, scale, sinks)
 
         kept = torch.cat([past, stays], 2)
         self.length = kept.sum(2)
@@ -129,9 +134,3 @@ class DMCCache(RowCache):
 
     def _new(self) -> "DMCCache":
         return DMCCache(self.config, len(self.layers))
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """q (B, Hq, T, D), k and v (B, H, S, D), visible (B, H, T or 1, S): (B, Hq, T, D)."""
-    mask = visible.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] > k.shape[1])

@@ -42,7 +42,7 @@ class SnapKVLayer(BaselineLayer):
         at = (length - window)[:, None] + turn  # (N, W): the window's positions
         queries = take(q, at.clamp_max(q.shape[2] - 1)[:, None].expand(-1, q.shape[1], -1))
         visible = (slot <= at[..., None])[:, None, None]  # (N, 1, 1, W, S)
-        weights = attention(queries.unflatten(1, (self.heads, -1)), k, k, visible, scale)[1]
+        weights = attention(queries.unflatten(1, (self.heads, -1)), k, k, visible, scale, self.sinks)[1]
         votes = (weights * (turn < window[:, None])[:, None, None, :, None]).sum(3)  # (N, H, G, S)
         votes = votes * (slot < (length - window)[:, None])[:, None, None]
         pool = {"max": max_pool1d, "avg": avg_pool1d}[self.method.pool]

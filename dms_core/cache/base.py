@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from dms_core.cache import states
 from dms_core.cache.pages import PagedRows, make_room
 
 
@@ -19,6 +20,8 @@ class RowLayer(CacheLayerMixin):
 
     counters = ("reads", "peak")  # (B, H) int64: KV reads so far; most live tokens before the last prefill
     rows: PagedRows | None = None  # where keys and values lie in pages
+    slack = spare = 0  # columns that crop() can take back at most, and now
+    is_croppable = property(lambda self: self.slack > 0)
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,11 +115,22 @@ class RowCache(Cache):
 
     config: object
     static = False  # whether a decode step has static shapes
+    slack = 0  # tokens that crop() can take back at most
+
+    @property
+    def held(self) -> list[RowLayer]:
+        """The layers that hold keys and values; the others have a state that the model makes."""
+        return [layer for layer in self.layers if isinstance(layer, RowLayer)]
+
+    @property
+    def states(self) -> list:
+        """The layers with states: linear attention, convolution, Mamba."""
+        return [layer for layer in self.layers if hasattr(layer, "conv_states")]
 
     def empty_like(self, batch: int) -> Self:
         """An empty cache of ``batch`` rows with this one's settings, heads, dtype and device."""
         other = self._new()
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
+        for mine, theirs in zip(self.held, other.held, strict=True):
             theirs.lazy_initialization(mine.like.new_empty(batch, mine.heads, 0, mine.like.shape[-1]))
         return other
 
@@ -130,35 +144,46 @@ class RowCache(Cache):
 
         Returns whether it looked.  Raises RuntimeError if a row has lost a token since the last look.
         """
-        if all(x.rows is None or x.rows.credit for x in self.layers):
+        held = self.held
+        if all(x.rows is None or x.rows.credit for x in held):
             return False
-        pools = [x.rows for x in self.layers if x.rows is not None]
+        pools = [x.rows for x in held if x.rows is not None]
         make_room(pools)
         return True
 
     @property
     def moves(self) -> int:
         """Grows whenever a tensor that a decode step uses is replaced by another: a captured step is then void."""
-        return sum(x.rows.moves for x in self.layers if x.rows is not None)
+        return sum(x.rows.moves for x in self.held if x.rows is not None)
 
     def count_step(self, steps: int) -> None:
         """Bring the host's counters up to date with decode steps that Python did not see (see dms_core.graphs)."""
-        for layer in self.layers:
+        for layer in self.held:
             layer.columns, layer.unread = layer.columns + steps, False
             if layer.rows is not None:
                 layer.rows.credit -= steps
 
     @property
+    def columns(self) -> int:
+        """Columns of the padded batch so far, what transformers calls the length; rows that come and go may set it."""
+        return self.held[0].columns
+
+    @columns.setter
+    def columns(self, columns: int) -> None:
+        for layer in self.held:
+            layer.columns = columns
+
+    @property
     def batch_size(self) -> int:
-        return self.layers[0].batch
+        return self.held[0].batch
 
     def live_tokens(self) -> Tensor:
-        """Live tokens now, (layers, B, H)."""
+        """Live tokens now, (layers, B, H), of the layers that hold keys and values."""
         return self._of_layers("live")
 
     def tokens_seen(self) -> Tensor:
         """Tokens each batch row has taken in, padding excluded: (B,)."""
-        return self.layers[0].count
+        return self.held[0].count
 
     def kv_reads(self) -> Tensor:
         """Items attended to, summed over decode steps, (layers, B, H); prefill does not count (section 5.1)."""
@@ -169,18 +194,52 @@ class RowCache(Cache):
         return torch.maximum(self.live_tokens(), self._of_layers("peak"))
 
     def _of_layers(self, name: str) -> Tensor:
-        """A counter of every layer, (layers, B, H), on the first one's device."""
-        return torch.stack([getattr(x, name).to(self.layers[0].like.device) for x in self.layers])
+        """A counter of the layers that hold keys and values, (layers, B, H), on the first one's device.
+
+        Where layers have different numbers of KV heads, H is the largest and the others repeat theirs: means hold.
+        """
+        held = self.held
+        heads, device = max(x.heads for x in held), held[0].like.device
+        of_layers = (getattr(x, name).to(device).repeat_interleave(heads // x.heads, 1) for x in held)
+        return torch.stack(list(of_layers))
 
     def bytes_held(self) -> int:
         """Bytes of all key and value tensors, unused room included."""
-        return sum(x.nbytes for x in self.layers if x.is_initialized)
+        return sum(x.nbytes for x in self.held if x.is_initialized)
+
+    def bytes_of_states(self) -> int:
+        """Bytes of what layers without keys and values hold: constant in the number of tokens, not DMS's."""
+        return sum(map(states.nbytes, self.states))
 
     def trim(self) -> None:
         """Give unused room back to the allocator."""
-        for layer in self.layers:
+        for layer in self.held:
             if layer.is_initialized:
                 layer.trim()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last columns: ``crop(-3)`` three of them, as in transformers; a positive number stays.
+
+        What is then visible is what was before them, and so is what the next tokens see.  Raises ValueError, with
+        nothing changed, for more than ``slack`` in all: room for taking back comes again with new columns only.
+        """
+        columns = self.get_seq_length()
+        tokens = min(-tokens_to_remove, columns) if tokens_to_remove <= 0 else max(columns - tokens_to_remove, 0)
+        if tokens == 0:
+            return
+        spare = min(getattr(layer, "spare", 0) for layer in self.layers)
+        if not self.slack:
+            why = "was made with slack 0; DMSCache.for_model(model, slack=N) can take back N tokens"
+        elif fixed := [index for index, layer in enumerate(self.layers) if not getattr(layer, "slack", 0)]:
+            why = f"has chunks or states in layers {fixed}, which cannot be taken back"
+        elif tokens > spare:
+            why = f"can take back {spare} tokens now, not {tokens}; its slack is {self.slack}"
+        else:
+            why = None
+        if why:
+            raise ValueError(f"crop({tokens_to_remove}): this cache {why}")
+        for layer in self.layers:
+            layer.crop(tokens)
 
     def fork(self, chains: int) -> None:
         """Repeat every row ``chains`` times, neighbours together: one prompt, many chains, which share its pages."""
@@ -192,13 +251,40 @@ class RowCache(Cache):
         """Rows ``indices`` become copies of rows ``source`` of ``other``: how a finished chain's row is refilled."""
         if other.config != self.config or len(other.layers) != len(self.layers):
             raise ValueError(f"rows of a cache with {other.config}: this one has {self.config}; both must be the same")
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
+        for mine, theirs in zip(self.held, other.held, strict=True):
             mine.put(indices.to(mine.like.device), theirs, source.to(mine.like.device))
+        for mine, theirs in zip(self.states, other.states, strict=True):
+            states.put(mine, self.batch_size, indices, theirs, source)
 
     def reset_rows(self, indices: Tensor) -> None:
         """Empty single rows."""
-        for layer in self.layers:
+        for layer in self.held:
             layer.clear(indices.to(layer.like.device))
+        for layer in self.states:
+            states.clear(layer, indices)
+
+    def reset(self) -> None:
+        """Empty the cache; the next batch may have another size."""
+        for layer in self.held:
+            layer.reset()
+        for layer in self.states:
+            states.reset(layer)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Become copies of the rows named in ``indices``."""
+        for layer in self.held:
+            layer.batch_select_indices(indices)
+        for layer in self.states:
+            states.select(layer, indices)
+
+    reorder_cache = batch_select_indices  # its name in beam search
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, neighbours together."""
+        for layer in self.held:
+            layer.batch_repeat_interleave(repeats)
+        for layer in self.states:
+            states.repeat(layer, repeats)
 
     def name_streams(self, indices: Tensor, streams: Tensor) -> None:
         """Rows ``indices`` draw from the random streams ``streams`` (int64) from now on; only some methods draw."""

@@ -3,9 +3,12 @@
 Rows are (batch, KV head), ragged and paged.  Two rings of window + 1 cells remember, for the tokens still in
 the window, their slot and what their gate said.  When a token leaves the window marked, the new token takes its
 slot; otherwise the row grows by one.  Keys are cached after RoPE, so order inside a row does not matter.
+
+With slack s the rings have s cells more, and what left the window is overwritten s tokens later: until then the tokens
+since can be taken back.  Marked tokens outside the window are held, but not visible.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,7 +17,8 @@ from torch import Tensor
 from dms_core.cache.base import RowCache, RowLayer, prepared, take, tokens_first
 from dms_core.cache.pages import PagedRows, make_room
 from dms_core.config import DMSConfig
-from dms_kernels import Past, cache_step, prefill_attention
+from dms_kernels import Past, cache_append, cache_step, prefill_attention
+from dms_kernels.cpu.dense import masked_attention
 
 
 class DMSLayer(RowLayer):
@@ -22,13 +26,15 @@ class DMSLayer(RowLayer):
 
     counters = ("peak",)
 
-    def __init__(self, config: DMSConfig, page: int) -> None:
+    def __init__(self, config: DMSConfig, page: int, slack: int = 0) -> None:
         super().__init__()
-        self.config, self.page = config, page
-        self.cells = config.window + 1
+        self.config, self.page, self.slack = config, page, slack
+        self.cells = config.window + 1 + slack
 
     def _allocate(self) -> None:
-        self.rows = PagedRows.new(self.batch * self.heads, self.like, self.page, self.config.window)
+        self.rows = PagedRows.new(self.batch * self.heads, self.like, self.page, self.cells - 1)
+        self.spare = 0  # columns that can be taken back now
+        self.taken = torch.zeros(self.batch, self.slack, device=self.like.device).bool()  # tokens in the last columns
 
     @property
     def count(self) -> Tensor:
@@ -58,22 +64,77 @@ class DMSLayer(RowLayer):
         """Numbers of the (batch, head) rows of some batch rows, in order."""
         return (batch_rows[:, None] * self.heads + torch.arange(self.heads, device=batch_rows.device)).flatten()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, scale: float) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, scale: float, sinks=None
+    ) -> Tensor:
         """Store new tokens and attend to what they may see.
 
         q (B, Hq, T, D); k, v (B, H, T, D); evict (B, H, T): what each new token's gate says, about the token
-        ``lag`` before it; valid (B, T), False for padding and idle rows, None: all are tokens.  Returns (B, Hq, T, D).
+        ``lag`` before it; valid (B, T), False for padding and idle rows, None: all are tokens; sinks (Hq,):
+        logits that take part in the normaliser, or None.  Returns (B, Hq, T, D).
         """
         self.unread = False
+        if self.slack:
+            valid = torch.ones_like(evict[:, 0]) if valid is None else valid
+            self.taken = torch.cat([self.taken, valid], 1)[:, -self.slack :]
+            self.spare = min(self.spare + q.shape[2], self.slack)
+            if q.shape[2] <= self.slack + 1:
+                return self._verify(q, k, v, evict, valid, scale, sinks)
         if q.shape[2] > 1:
-            return self._prefill(q, k, v, evict, valid, scale)
+            return self._prefill(q, k, v, evict, valid, scale, sinks)
         if not self.rows.credit:
             make_room([self.rows])
         self.rows.credit -= 1
         valid = torch.ones_like(evict[:, 0]) if valid is None else valid
-        return cache_step(self.rows, q, k, v, evict, valid, self.config.lag, scale)
+        return cache_step(self.rows, q, k, v, evict, valid, self.config.lag, scale, sinks)
 
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, scale: float) -> Tensor:
+    def _verify(
+        self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor, scale: float, sinks: Tensor | None
+    ) -> Tensor:
+        """At most slack + 1 tokens a row, all stored first: none of them overwrites what the first may see.
+
+        After a past they count the reads of one step, which is how often keys are read.
+        """
+        reads, goes_on = self.rows.reads.clone(), self.rows.seen > 0
+        for t in range(q.shape[2]):
+            if not self.rows.credit:
+                make_room([self.rows])
+            self.rows.credit -= 1
+            column = slice(t, t + 1)
+            cache_append(
+                self.rows, k[:, :, column], v[:, :, column], evict[:, :, column], valid[:, column], self.config.lag
+            )
+        goes_on &= valid.any(1).repeat_interleave(self.heads)
+        self.rows.reads.copy_(reads + torch.where(goes_on, self.rows.length, 0))
+        k, v = (x.unflatten(0, (self.batch, self.heads)) for x in self.rows.read())
+        return masked_attention(q, k, v, self._visible(valid, k.shape[2]), scale, sinks)
+
+    def _visible(self, valid: Tensor, slots: int) -> Tensor:
+        """Which slots each of the newest tokens ``valid`` (B, T) sees: (B, H, T, slots)."""
+        slot, position = self._ring(self.rows.ring_slot).long(), self._positions()
+        marked = self._decisions(self._ring(self.rows.ring_evict), torch.zeros_like(self.count))
+        query = (self.count - valid.sum(1))[:, None] + valid.cumsum(1) - 1
+        behind = query[:, :, None] - position[:, None]  # (B, T, cells)
+        sees = (behind >= 0)[:, None] & ((behind <= self.config.window)[:, None] | ~marked[:, :, None])
+        there = (position >= 0)[:, None] & (slot < self.live[..., None])
+        held = torch.arange(slots + 1, device=slot.device) < self.live[..., None]
+        visible = held[:, :, None].repeat(1, 1, valid.shape[1], 1)
+        visible.scatter_(3, torch.where(there, slot, slots)[:, :, None].expand_as(sees), sees)
+        visible = visible[..., :slots]
+        visible[..., 0] |= ~visible.any(-1)  # finite garbage for rows without a token
+        return visible
+
+    def crop(self, tokens: int) -> None:
+        """Take back the last ``tokens`` columns, at most ``spare``; reads and peak stay."""
+        self.peak = torch.maximum(self.peak, self.live)
+        taken = self.taken[:, self.slack - tokens :].sum(1).repeat_interleave(self.heads)
+        self.rows.take_back(taken, tokens, self.config.lag)
+        self.taken = torch.nn.functional.pad(self.taken[:, : self.slack - tokens], (tokens, 0))
+        self.spare, self.columns = self.spare - tokens, self.columns - tokens
+
+    def _prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, scale: float, sinks=None
+    ) -> Tensor:
         """Many tokens a row, after any past: attend, then hold what stays."""
         lengths = torch.full_like(self.count, q.shape[2]) if valid is None else valid.sum(1)
         if valid is not None:  # tokens first, padding behind them
@@ -81,11 +142,15 @@ class DMSLayer(RowLayer):
             q, k, v = (take(x, order.expand(-1, x.shape[1], -1)) for x in (q, k, v))
             evict = evict.gather(2, order.expand(-1, self.heads, -1))
         says = torch.cat([self._ring(self.rows.ring_evict), evict], 2)  # what the window's and the new tokens say
+        if self.slack:  # a token taken back leaves no slot of the ring to the one before it, which is elsewhere
+            lost = self._ring(self.rows.ring_slot) >= self.live[..., None]
+            lost &= (self._positions() >= 0)[:, None]
+            says[..., self.config.lag : self.cells] |= lost[..., : self.cells - self.config.lag]
         past = self._past()
         about = self._decisions(says, lengths)
         if past is None:
             about = about[..., self.cells :]
-        out, kept = prefill_attention(q, k, v, about, self.config.window, past, lengths, scale)
+        out, kept = prefill_attention(q, k, v, about, self.config.window, past, lengths, scale, self.slack, sinks)
 
         self.peak = torch.maximum(self.peak, self.rows.length.view_as(self.peak))
         count = self.count + lengths
@@ -105,6 +170,10 @@ class DMSLayer(RowLayer):
         cell = ((self.count[:, None] + steps) % self.cells)[:, None].expand(-1, self.heads, -1)
         return ring.view(self.batch, self.heads, -1).gather(2, cell)
 
+    def _positions(self) -> Tensor:
+        """Positions of a ring's cells in that order, negative where there is no token: (B, cells)."""
+        return self.count[:, None] + torch.arange(-self.cells, 0, device=self.rows.seen.device)
+
     def _decisions(self, says: Tensor, lengths: Tensor) -> Tensor:
         """At each token, what the token ``lag`` after it says about it; False while there is none."""
         there = torch.arange(says.shape[2], device=says.device) < self.cells + lengths[:, None]
@@ -114,16 +183,16 @@ class DMSLayer(RowLayer):
         return about
 
     def _past(self) -> Past | None:
-        """What is held, the window's tokens apart."""
+        """What is held, the last tokens apart."""
         k, v = (x.unflatten(0, (self.batch, self.heads)) for x in self.rows.read())
         held = k.shape[2]
         if held == 0:
             return None
-        slot = self._ring(self.rows.ring_slot).long().clamp_max(held - 1)
-        age = torch.arange(self.cells, 0, -1, device=slot.device)
-        exists = (age <= self.count[:, None])[:, None].expand_as(slot)
+        slot = self._ring(self.rows.ring_slot).long()
+        exists = (self._positions() >= 0)[:, None] & (slot < self.live[..., None])
         outside = torch.arange(held + 1, device=slot.device) < self.rows.length.view(self.batch, self.heads, 1)
         outside.scatter_(2, torch.where(exists, slot, held), False)
+        slot = slot.clamp_max(held - 1)
         outside = outside[..., :held]
         count = outside.sum(2)
         order = tokens_first(outside)  # their number is not asked for: that would wait for the device
@@ -132,18 +201,23 @@ class DMSLayer(RowLayer):
     # Rows one by one.
 
     def _select(self, indices: Tensor) -> None:
+        self.taken = self.taken[indices]
         self.rows = self.rows.select(self.row_numbers(indices))
 
     def _copy(self, indices: Tensor, other: "DMSLayer", source: Tensor) -> None:
+        if other.slack != self.slack:
+            raise ValueError(f"rows of a cache with slack {other.slack}: this one has {self.slack}")
+        self.spare = 0
         self.rows.copy_rows(self.row_numbers(indices), other.rows, other.row_numbers(source))
 
     def _empty(self, indices: Tensor) -> None:
+        self.taken[indices] = False
         self.rows.release(self.row_numbers(indices))
 
 
-def sliding_layer(config: DMSConfig, tokens: int, page: int) -> DMSLayer:
+def sliding_layer(config: DMSConfig, tokens: int, page: int, slack: int = 0) -> DMSLayer:
     """A layer with sliding-window attention over ``tokens``: a window that everything leaves marked."""
-    return DMSLayer(replace(config, window=tokens - 1, eviction="delayed"), page)
+    return DMSLayer(replace(config, window=tokens - 1, eviction="delayed"), page, slack)
 
 
 class DMSCache(RowCache):
@@ -152,28 +226,38 @@ class DMSCache(RowCache):
     Gates off (``model.dms.disabled()``), it is a dense cache with the same counters, all in tokens a KV head.
     Raises ValueError for settings out of range and for a model without gates.
 
+    With ``slack`` s the last s tokens can be taken back (``crop``), as prompt look-up and assisted decoding do with up
+    to ``prompt_lookup_num_tokens``, or the assistant's ``num_assistant_tokens`` (20 by default).  A head then holds at
+    most s tokens more, which live tokens, reads and bytes count; a forward of up to s + 1 tokens after a past counts
+    the reads of one step, and is slower than a decode step without slack: rows are gathered and masked.
+
     >>> cache = DMSCache.for_model(attach(model, DMSConfig(window=16)))
     >>> said = model.generate(torch.ones(1, 8, dtype=torch.long), past_key_values=cache, max_new_tokens=4)
     >>> cache.live_tokens()[:, 0].tolist(), cache.kv_reads()[:, 0].tolist()  # (layers, B, H)
     ([[11, 11], [11, 11]], [[30, 30], [30, 30]])
     """
 
-    static = True
-
-    def __init__(self, config: DMSConfig, layers: int, page: int = 16, sliding: Sequence[int | None] = ()) -> None:
-        """``sliding``: per layer the tokens of its sliding window, or None; such a layer holds just these."""
-        if layers < 1 or page < 1:
-            raise ValueError(f"layers {layers}, page {page}: both must be >= 1")
-        sliding = list(sliding) or [None] * layers
-        if len(sliding) != layers:
-            raise ValueError(f"sliding windows of {len(sliding)} layers: must be {layers}")
-        super().__init__([DMSLayer(config, page) if n is None else sliding_layer(config, n, page) for n in sliding])
-        self.config, self.sliding, self.page = config, sliding, page
+    def __init__(
+        self,
+        config: DMSConfig,
+        layers: int,
+        page: int = 16,
+        slack: int = 0,
+        others: Mapping[int, Callable] | None = None,
+    ) -> None:
+        """``others``: how to make the cache layers of the model's layers without gates, by number."""
+        if layers < 1 or page < 1 or slack < 0:
+            raise ValueError(f"layers {layers}, page {page}: both must be >= 1; slack {slack}: >= 0")
+        self.static = slack == 0
+        self.config, self.page, self.slack, self.others = config, page, slack, dict(others or {})
+        super().__init__(
+            [self.others[i]() if i in self.others else DMSLayer(config, page, slack) for i in range(layers)]
+        )
 
     @classmethod
-    def for_model(cls, model, page: int | None = None) -> RowCache:
+    def for_model(cls, model, page: int | None = None, slack: int = 0) -> RowCache:
         """An empty cache for a model with gates, of the class that its method needs."""
-        return prepared(model).new_cache(page)
+        return prepared(model).new_cache(page, slack)
 
     def _new(self) -> "DMSCache":
-        return type(self)(self.config, len(self.layers), self.page, self.sliding)
+        return type(self)(self.config, len(self.layers), self.page, self.slack, self.others)

@@ -96,6 +96,26 @@ class PagedRows(Rows):
         marked = torch.zeros(self.count, bin_ + 1, dtype=torch.bool, device=column.device).scatter_(1, column, True)
         return marked[:, :-1] & self._held() & (self.owners[self.table] > 1)
 
+    def take_back(self, tokens: Tensor, most: int, lag: int) -> None:
+        """Undo the last ``tokens`` (R,) appends, at most ``most``; what they overwrote is not brought back.
+
+        The newest token's slot goes if it is the row's last.  Any other is a hole from now on: what lay there before is
+        counted as marked again, so the append that comes in this one's place takes the same slot.  Does not wait.
+        """
+        for step in range(most):
+            position = self.seen - 1 - step
+            slot = self.ring_slot.gather(1, (position % self.cells).long()[:, None])[:, 0]
+            there = tokens > step
+            last = there & (slot == self.length - 1)
+            self.length -= last.int()
+            cell = ((position + lag) % self.cells).long()[:, None]  # what was said about the token before
+            said = torch.where(there[:, None], ~last[:, None], self.ring_evict.gather(1, cell))
+            self.ring_evict.scatter_(1, cell, said)
+        self.seen -= tokens.int()
+        self.owned.copy_(self._pages(self.length))
+        self.credit = 0
+        self._count_owners()
+
     # Whole rows.
 
     def load(self, k: Tensor, v: Tensor, length: Tensor) -> None:

@@ -7,7 +7,7 @@ plain ``text``.  Labels cover completions only.  A document longer than the cont
 needs no ending.  Cuts are counted.
 
 Documents are packed into rows of at most ``context`` tokens; positions start over with every document, and attention,
-eviction and losses keep such documents apart (``model._segments``).  An epoch is a seeded permutation of the documents,
+eviction and losses keep such documents apart (``step.documents``).  An epoch is a seeded permutation of the documents,
 each put into the fullest of a few open rows that has room for it.  Row i of a run is a function of (store, context,
 seed, i): a resumed run needs no state.
 """
@@ -26,6 +26,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from dms_core.chat import chat_ids, chat_text
 from dms_core.storage import claim, read_json, write_json
 
 THINK = "<think>"
@@ -110,7 +111,7 @@ def encode(tokenizer, prompt: list[dict], completion: str) -> tuple[list[int], i
     texts are joined by empty lines.
     """
     if prompt and tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        text = chat_text(tokenizer, prompt)
         if text.rstrip().endswith(THINK) and completion.lstrip().startswith(THINK):
             completion = completion.lstrip().removeprefix(THINK).lstrip("\n")
         head = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -128,10 +129,7 @@ def encode_conversation(tokenizer, messages: list[dict]) -> tuple[list[int], lis
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt, whole = (
-            tokenizer.apply_chat_template(messages[:end], add_generation_prompt=end == i, return_dict=True)["input_ids"]
-            for end in (i, i + 1)
-        )
+        prompt, whole = (chat_ids(tokenizer, messages[:end], waiting=end == i) for end in (i, i + 1))
         if prompt[: len(ids)] != ids or whole[: len(prompt)] != prompt:
             raise ValueError("learn: is 'all', but this chat template renders earlier turns otherwise later on")
         learnt += [False] * (len(prompt) - len(ids)) + [True] * (len(whole) - len(prompt))
@@ -154,7 +152,7 @@ def read_rows(data: str, seed: int) -> Iterator[tuple[str, dict]]:
     """(place, row) of a JSONL file in order, or of a hub data set's training split, streamed and shuffled."""
     file = Path(data)
     if file.is_file():
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
@@ -263,12 +261,15 @@ def pack(lengths: np.ndarray, context: int) -> list[list[int]]:
 
 
 class PackedRows(Dataset):
-    """``size`` rows of as many epochs as that takes: input_ids, labels (-100: not predicted) and position_ids."""
+    """``size`` rows of as many epochs as that takes: input_ids, labels (-100: not predicted) and position_ids.
 
-    def __init__(self, store: Store, context: int, size: int, seed: int = 0) -> None:
+    ``alone``: one document a row, for models that would carry a state from one document into the next.
+    """
+
+    def __init__(self, store: Store, context: int, size: int, seed: int = 0, alone: bool = False) -> None:
         if size < 1:
             raise ValueError(f"size {size}: must be >= 1")
-        self.store, self.context, self.size, self.seed = store, context, size, seed
+        self.store, self.context, self.size, self.seed, self.alone = store, context, size, seed, alone
         self.starts = [0]  # first row of each epoch that has been packed, and of the next
         self._epoch = lru_cache(maxsize=2)(self._pack_epoch)
 
@@ -287,4 +288,6 @@ class PackedRows(Dataset):
 
     def _pack_epoch(self, epoch: int) -> list[np.ndarray]:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.store))
+        if self.alone:
+            return list(order[:, None])
         return [order[row] for row in pack(self.store.table[order, 1], self.context)]

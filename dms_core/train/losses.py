@@ -6,6 +6,7 @@ Both means run over the global batch of an optimiser step, however processes and
 labelled token, and every row, weighs the same.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from dms_core.probe import decoder_of
+from dms_core.train.heads import logits_of
 from dms_core.train.recipe import DIRECTIONS
 
 
@@ -35,8 +38,8 @@ def token_divergence(student: Tensor, teacher: Tensor, direction: str) -> Tensor
 def chunked_loss(hidden: Tensor, teacher_hidden: Tensor, targets: Tensor, heads, direction: str, chunk: int) -> Tensor:
     """Mean loss per token without ever holding (N, V) logits for more than ``chunk`` tokens.
 
-    hidden, teacher_hidden (N, d); targets (N,) next tokens, used by direction "lm"; heads: student's and teacher's
-    output layers.  Logits are computed again in the backward pass.
+    hidden, teacher_hidden (N, d); targets (N,) next tokens, used by direction "lm"; heads: what makes logits of hidden
+    states, the student's and the teacher's.  Logits are computed again in the backward pass.
     """
 
     def part(h: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -97,12 +100,12 @@ class Distiller(nn.Module):
         """
         inputs = {"input_ids": input_ids, "use_cache": False, **inputs}
         teacher_hidden = None if self.direction == "lm" else self._teacher_hidden(inputs)
-        hidden = self.student.get_decoder()(**inputs).last_hidden_state
+        hidden = decoder_of(self.student)(**inputs).last_hidden_state
         teacher_hidden = hidden.detach() if teacher_hidden is None else teacher_hidden
         step = self.student.dms.step
         targets = labels[:, 1:]
         wanted = targets != -100
-        heads = (self.student.get_output_embeddings(), (self.teacher or self.student).get_output_embeddings())
+        heads = tuple(partial(logits_of, model) for model in (self.student, self.teacher or self.student))
         kd = chunked_loss(
             hidden[:, :-1][wanted], teacher_hidden[:, :-1][wanted], targets[wanted], heads, self.direction, self.chunk
         )
@@ -120,6 +123,6 @@ class Distiller(nn.Module):
         if self.teacher is not None:
             if self.teacher.device != inputs["input_ids"].device:  # the Trainer moves only the student
                 self.teacher.to(inputs["input_ids"].device)
-            return self.teacher.get_decoder()(**inputs).last_hidden_state
+            return decoder_of(self.teacher)(**inputs).last_hidden_state
         with self.student.dms.disabled():
-            return self.student.get_decoder()(**inputs).last_hidden_state
+            return decoder_of(self.student)(**inputs).last_hidden_state

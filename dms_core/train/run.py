@@ -1,11 +1,13 @@
 """From a recipe to a family of checkpoints, in one process or under torchrun."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from dms_core.checkpoint import load_base, load_tokenizer
+from dms_core.probe import has_states
 from dms_core.storage import claim
 from dms_core.train.data import PackedRows, prepare
 from dms_core.train.recipe import Recipe
@@ -37,7 +39,7 @@ def run_recipe(
     arguments |= {"ddp_backend": "gloo"} if cpu and processes > 1 else {}
     arguments |= {"fsdp": True} if fsdp else {}
     model, tokenizer = (load or load_model_and_tokenizer)(recipe)
-    data, facts = (make_data or make_packed_rows)(recipe, tokenizer, out)
+    data, facts = (make_data or partial(make_packed_rows, alone=has_states(model)))(recipe, tokenizer, out)
     if first and report:
         report(summary_lines(recipe, processes, facts))
     arguments |= {"facts": recipe.own(), "train_sampling_strategy": "sequential"}
@@ -55,12 +57,15 @@ def load_model_and_tokenizer(recipe: Recipe):
     return load_base(recipe.model, dtype=dtype), tokenizer
 
 
-def make_packed_rows(recipe: Recipe, tokenizer, out: Path) -> tuple[PackedRows, dict]:
-    """Packed rows for every step, and facts about the documents, which are kept in ``out``/documents."""
+def make_packed_rows(recipe: Recipe, tokenizer, out: Path, alone: bool = False) -> tuple[PackedRows, dict]:
+    """Packed rows for every step, and facts about the documents, which are kept in ``out``/documents.
+
+    ``alone``: one document a row.
+    """
     settings = recipe.retrofit
     size = settings.steps * settings.batch
     store = prepare(recipe.data, tokenizer, recipe.context, size * recipe.context, out / "documents", settings.seed)
-    return PackedRows(store, recipe.context, size, settings.seed), store.facts
+    return PackedRows(store, recipe.context, size, settings.seed, alone), store.facts
 
 
 def summary_lines(recipe: Recipe, processes: int, facts: dict) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dms_core.chat import chat_ids
 from dms_core.sampling import SamplingConfig, sample_chains
 from dms_core.storage import write_jsonl
 
@@ -58,7 +59,7 @@ def conversations(
 
 def prompt_ids(tokenizer, messages: Sequence[dict]) -> list[int]:
     """A conversation that waits for the assistant, as token ids."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return chat_ids(tokenizer, messages)
 
 
 def write_conversations(file: Path | str, *args, **kwargs) -> Path:

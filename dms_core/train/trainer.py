@@ -17,6 +17,7 @@ from dms_core.checkpoint import save_model
 from dms_core.config import target_fraction
 from dms_core.gate import warmup_factor
 from dms_core.noise import row_keys
+from dms_core.probe import decoder_of
 from dms_core.train.losses import Totals
 
 
@@ -102,7 +103,7 @@ def shard_teacher(teacher: PreTrainedModel, device: torch.device) -> None:
     Embeddings and output layer stay whole: they may be one tensor, and the loss calls the output layer by itself.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for layer in teacher.get_decoder().layers:
+    for layer in decoder_of(teacher).layers:
         fully_shard(layer, mesh=mesh)
 
 

@@ -67,6 +67,11 @@ def _check_heads(q: Tensor, heads: int) -> None:
         raise ValueError(f"{q.shape[1]} query heads over {heads} KV heads: the first must be a multiple of the second")
 
 
+def _check_sinks(q: Tensor, sinks: Tensor | None) -> None:
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks of shape {tuple(sinks.shape)}: must be {tuple(q.shape[1:2])}, one a query head")
+
+
 def _check_window(window: int) -> None:
     if window < 0:
         raise ValueError(f"window {window}: must be >= 0")
@@ -81,6 +86,7 @@ def train_attention(
     segment_ids: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention with delayed eviction, differentiable in q, k, v and log_keep (paper, sections 3.1-3.2).
 
@@ -88,22 +94,24 @@ def train_attention(
     the query, in nats, <= 0; segment_ids (B, T) integers, a document is a run of equal ones (padding is one more),
     or None for one document a row; scale defaults to D ** -0.5.  Keys with a bias below EXACT count as evicted.
     Returns (B, Hq, T, D), and with ``return_lse`` the log-sum-exp of the scores, (B, Hq, T) in fp32, without gradient.
+    sinks (Hq,): per query head a logit that only takes part in the normaliser, differentiable too; lse includes it.
     Raises ValueError for a negative window or mismatched heads.
     """
     _check_heads(q, k.shape[1])
+    _check_sinks(q, sinks)
     _check_window(window)
     if log_keep.shape != k.shape[:3]:
         raise ValueError(f"log_keep of shape {tuple(log_keep.shape)}: must be {tuple(k.shape[:3])}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not (return_lse or by_list(q.device, q.shape[2] > SHORT)):
-        return _dense.train_attention(q, k, v, log_keep, window, segment_ids, scale)
+        return _dense.train_attention(q, k, v, log_keep, window, segment_ids, scale, sinks)
     q, k, v = common_dtype(q, k, v)
     plan = training_plan(log_keep.detach(), segment_ids, window, EXACT)
     if ops.tracing(q):
         tensors = (plan.band, plan.kept, plan.count, plan.first, plan.last)
-        out, lse = ops.attend(q, k, v, log_keep, *tensors, plan.window, plan.offset, scale)
+        out, lse = ops.attend(q, k, v, log_keep, *tensors, plan.window, plan.offset, scale, sinks)
     else:
-        out, lse = CompactAttention.apply(q, k, v, log_keep, plan, scale)
+        out, lse = CompactAttention.apply(q, k, v, log_keep, plan, scale, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -116,32 +124,43 @@ def prefill_attention(
     past: Past | None = None,
     lengths: Tensor | None = None,
     scale: float | None = None,
+    slack: int = 0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Kept]:
     """Attention of new tokens with hard decisions, and what the cache keeps of them and of its past, packed.
 
     q (B, Hq, T, D); k, v (B, H, T, D); lengths (B,): how many of the T are tokens, the rest is padding behind them
     (default: all).  evict: the decision about each token, at the token it is about, False while there is none:
-    (B, H, T), or (B, H, window + 1 + T) with a past, whose window comes first.  Padding gets finite garbage.
+    (B, H, T), or (B, H, R + T) with a past, whose last R = window + 1 + slack tokens come first.  Padding gets finite
+    garbage.  slack: so many tokens behind the window stay, too, whatever is decided; sinks: as in train_attention.
     """
     _check_heads(q, k.shape[1])
+    _check_sinks(q, sinks)
     _check_window(window)
-    about = k.shape[2] + (0 if past is None else window + 1)
+    about = k.shape[2] + (0 if past is None else window + 1 + slack)
     if evict.shape != (*k.shape[:2], about):
         raise ValueError(f"evict of shape {tuple(evict.shape)}: must be {(*k.shape[:2], about)}")
     lengths = torch.full(q.shape[:1], q.shape[2], device=q.device) if lengths is None else lengths
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return prefill_and_pack(q, k, v, evict, window, past, lengths, scale)
+    return prefill_and_pack(q, k, v, evict, window, past, lengths, scale, slack, sinks)
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of one token a row over ragged, paged (batch, KV head) rows (shapes in naive.decode_attention)."""
     _check_heads(q, table.shape[0] // q.shape[0])
+    _check_sinks(q, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if ops.tracing(q):
-        return ops.decode(q, keys, values, table, lengths, scale)
-    return on(q.device, "decode").decode_attention(q, keys, values, table, lengths, scale)
+        return ops.decode(q, keys, values, table, lengths, scale, sinks)
+    return on(q.device, "decode").decode_attention(q, keys, values, table, lengths, scale, sinks)
 
 
 def cache_append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int) -> None:
@@ -150,14 +169,24 @@ def cache_append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor
 
 
 def cache_step(
-    rows: Rows, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int, scale: float | None = None
+    rows: Rows,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    evict: Tensor,
+    active: Tensor,
+    lag: int,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """``cache_append``, then ``decode_attention`` of q (B, Hq, 1, D) over what the rows hold: (B, Hq, 1, D)."""
     _check_heads(q, len(rows.length) // q.shape[0])
+    _check_sinks(q, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if ops.tracing(q):
-        return ops.step(*(getattr(rows, field.name) for field in fields(Rows)), q, k, v, evict, active, lag, scale)
-    return on(q.device, "step").step(rows, q, k, v, evict, active, lag, scale)
+        tensors = (getattr(rows, field.name) for field in fields(Rows))
+        return ops.step(*tensors, q, k, v, evict, active, lag, scale, sinks)
+    return on(q.device, "step").step(rows, q, k, v, evict, active, lag, scale, sinks)
 
 
 def gate_logits(hidden: Tensor, norm: Tensor, weight: Tensor, eps: float, scale: float, offset: float) -> Tensor:

@@ -9,22 +9,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
     """Softmax attention with an additive bias; a query that sees no key gets 0.
 
     q (B, Hq, T, D), k and v (B, H, S, D), bias broadcastable to (B, H, T, S) with -inf for "not visible".
+    sinks (Hq,): in each head the logit of one more key, whose value is 0.
     """
     group = q.shape[1] // k.shape[1]
     k, v, bias = (x.float().repeat_interleave(group, dim=1) for x in (k, v, bias))  # (B, Hq, ., .)
     scores = q.float() @ k.transpose(-1, -2) * scale + bias
     top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    if sinks is not None:
+        top = torch.maximum(top, sinks.float()[:, None, None])
     weights = torch.exp(scores - top)
     total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks.float()[:, None, None] - top)
     return ((weights / torch.where(total > 0, total, 1.0)) @ v).to(q.dtype)
 
 
 def train_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, window: int, segment_ids: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_keep: Tensor,
+    window: int,
+    segment_ids: Tensor | None,
+    scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention in which key j costs ``log_keep[j]`` once it is more than ``window`` behind the query.
 
@@ -36,11 +48,20 @@ def train_attention(
     allowed = (behind >= 0)[None]
     if segment_ids is not None:
         allowed = allowed & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return attend(q, k, v, bias.masked_fill(~allowed[:, None], float("-inf")), scale)
+    return attend(q, k, v, bias.masked_fill(~allowed[:, None], float("-inf")), scale, sinks)
 
 
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, evict: Tensor, window: int, past, lengths: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    evict: Tensor,
+    window: int,
+    past,
+    lengths: Tensor,
+    scale: float,
+    slack: int = 0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Hard decisions after a past (shapes in the facade).  Returns out and the keys that remain, bool (B, H, S),
     with keys numbered as [past.k, past.recent_k, k].
@@ -50,7 +71,7 @@ def prefill_attention(
     at = position
     evict, outside = evict.clone(), q.new_zeros(*k.shape[:2], 0, dtype=torch.bool)
     if past is not None:
-        at = seen[:, None] + torch.arange(-window - 1, q.shape[2], device=q.device)
+        at = seen[:, None] + torch.arange(-window - 1 - slack, q.shape[2], device=q.device)
         outside = torch.arange(past.k.shape[2], device=q.device) < past.count[..., None]
         k, v = torch.cat([past.k, past.recent_k, k], 2), torch.cat([past.v, past.recent_v, v], 2)
     behind = position[:, :, None] - at[:, None, :]  # (B, T, R + T)
@@ -58,13 +79,15 @@ def prefill_attention(
     seen_by = there[:, None, None] & (behind >= 0)[:, None] & ((behind <= window)[:, None] | ~evict[:, :, None])
     visible = torch.cat([outside[:, :, None].expand(-1, -1, q.shape[2], -1), seen_by], 3)
     bias = torch.zeros(visible.shape, device=q.device).masked_fill(~visible, float("-inf"))
-    out = attend(q, k, v, bias, scale)
+    out = attend(q, k, v, bias, scale, sinks)
     since = (seen + lengths - 1)[:, None] - at  # as the last token sees it
-    stays = there[:, None] & ((since <= window)[:, None] | ~evict)
+    stays = there[:, None] & ((since <= window + slack)[:, None] | ~evict)
     return out, torch.cat([outside, stays], 2)
 
 
-def decode_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float, sinks: Tensor | None = None
+) -> Tensor:
     """One query token a row over ragged, paged rows.
 
     q (B, Hq, 1, D); keys and values (pages, page, D); table (B * H, columns) page numbers of each row in
@@ -75,7 +98,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, len
     live = torch.arange(k.shape[2], device=q.device) < lengths.view(batch, -1, 1)  # (B, H, S)
     bias = torch.zeros(live.shape, device=q.device).masked_fill(~live, float("-inf"))[:, :, None, :]
     assert heads % k.shape[1] == 0
-    return attend(q, k, v, bias, scale)
+    return attend(q, k, v, bias, scale, sinks)
 
 
 def gate_logits(hidden: Tensor, norm: Tensor, weight: Tensor, eps: float, scale: float, offset: float) -> Tensor:

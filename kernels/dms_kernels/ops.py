@@ -12,6 +12,7 @@ from torch.library import custom_op
 import dms_kernels
 from dms_kernels.plan import Plan
 from dms_kernels.rows import Rows
+from dms_kernels.sinks import absorb, sinks_gradient
 
 
 def tracing(x: Tensor) -> bool:
@@ -22,15 +23,16 @@ def tracing(x: Tensor) -> bool:
 @custom_op("dms::attend", mutates_args=())
 def attend(
     q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor | None, band: Tensor, kept: Tensor, count: Tensor, first: Tensor,
-    last: Tensor, window: int, offset: int, scale: float,
+    last: Tensor, window: int, offset: int, scale: float, sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention by a plan (``plan.Plan``): out (B, Hq, T, D) and lse (B, Hq, T) fp32."""
     plan = Plan(window, offset, band, kept, count, first, last)
-    return dms_kernels.on(q.device, "forward").forward(q, k, v, plan, log_keep, scale)
+    out, lse = dms_kernels.on(q.device, "forward").forward(q, k, v, plan, log_keep, scale)
+    return (out, lse) if sinks is None else absorb(out, lse, sinks)
 
 
 @attend.register_fake
-def _(q, k, v, log_keep, band, kept, count, first, last, window, offset, scale):
+def _(q, k, v, log_keep, band, kept, count, first, last, window, offset, scale, sinks=None):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -38,44 +40,48 @@ def _(q, k, v, log_keep, band, kept, count, first, last, window, offset, scale):
 def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, log_keep: Tensor | None, band: Tensor,
     kept: Tensor, count: Tensor, first: Tensor, last: Tensor, window: int, offset: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v and log_keep; the last is empty where there is none."""
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, log_keep and sinks; of the last two empty where there is none."""
     plan = Plan(window, offset, band, kept, count, first, last)
     backward = dms_kernels.on(q.device, "backward").backward
     *grads, d_keep = backward(grad.contiguous(), q, k, v, out, lse, plan, log_keep, scale)
-    return *(x.contiguous() for x in grads), lse.new_empty(0) if d_keep is None else d_keep
+    d_sinks = None if sinks is None else sinks_gradient(grad, out, lse, sinks)
+    return *(x.contiguous() for x in grads), *(lse.new_empty(0) if x is None else x for x in (d_keep, d_sinks))
 
 
 @attend_backward.register_fake
-def _(grad, q, k, v, out, lse, log_keep, band, kept, count, first, last, window, offset, scale):
-    d_keep = lse.new_empty(0) if log_keep is None else torch.empty_like(log_keep)
-    return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), d_keep
+def _(grad, q, k, v, out, lse, log_keep, band, kept, count, first, last, window, offset, scale, sinks=None):
+    more = (lse.new_empty(0) if x is None else torch.empty_like(x) for x in (log_keep, sinks))
+    return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), *more
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, log_keep, band, kept, count, first, last, *ctx.numbers = inputs
-    ctx.save_for_backward(q, k, v, *output, log_keep, band, kept, count, first, last)
+    q, k, v, log_keep, band, kept, count, first, last, *ctx.numbers, sinks = inputs
+    ctx.save_for_backward(sinks, q, k, v, *output, log_keep, band, kept, count, first, last)
     ctx.set_materialize_grads(True)
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx, grad, _):
-    q, k, v, out, lse, log_keep, *plan = ctx.saved_tensors
-    *grads, d_keep = attend_backward(grad, q, k, v, out, lse, log_keep, *plan, *ctx.numbers)
-    return *grads, None if log_keep is None else d_keep, *[None] * 8
+    sinks, q, k, v, out, lse, log_keep, *plan = ctx.saved_tensors
+    *grads, d_keep, d_sinks = attend_backward(grad, q, k, v, out, lse, log_keep, *plan, *ctx.numbers, sinks)
+    return *grads, None if log_keep is None else d_keep, *[None] * 8, None if sinks is None else d_sinks
 
 
 attend.register_autograd(_gradients, setup_context=_save)
 
 
 @custom_op("dms::decode", mutates_args=())
-def decode(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def decode(
+    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float, sinks: Tensor | None = None
+) -> Tensor:
     """See naive.decode_attention."""
-    return dms_kernels.on(q.device, "decode").decode_attention(q, keys, values, table, lengths, scale)
+    return dms_kernels.on(q.device, "decode").decode_attention(q, keys, values, table, lengths, scale, sinks)
 
 
 @decode.register_fake
-def _(q, keys, values, table, lengths, scale):
+def _(q, keys, values, table, lengths, scale, sinks=None):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -90,10 +96,11 @@ def step(
     keys: Tensor, values: Tensor, table: Tensor, length: Tensor, owned: Tensor, free: Tensor, free_count: Tensor,
     ring_slot: Tensor, ring_evict: Tensor, seen: Tensor, reads: Tensor, overflow: Tensor,
     q: Tensor, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int, scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See rows.step; the first twelve are the tensors of ``Rows``."""
     rows = Rows(keys, values, table, length, owned, free, free_count, ring_slot, ring_evict, seen, reads, overflow)
-    return dms_kernels.on(q.device, "step").step(rows, q, k, v, evict, active, lag, scale)
+    return dms_kernels.on(q.device, "step").step(rows, q, k, v, evict, active, lag, scale, sinks)
 
 
 @step.register_fake

@@ -12,15 +12,16 @@ from torch import Tensor
 import dms_kernels
 from dms_kernels.cpu import dense
 from dms_kernels.plan import Plan, make_plan
+from dms_kernels.sinks import absorb
 
 DENSE = 1 << 19  # queries times keys up to which, on a CPU, one masked call over the batch is faster
 
 
 @dataclass(frozen=True)
 class Past:
-    """What a cache holds before a prefill.  R = window + 1."""
+    """What a cache holds before a prefill.  R = window + 1 + slack."""
 
-    k: Tensor  # (B, H, F, D): kept tokens that have left the window, in any order; the first ``count`` are live
+    k: Tensor  # (B, H, F, D): kept tokens from before the last R, in any order; the first ``count`` are live
     v: Tensor
     count: Tensor  # (B, H)
     recent_k: Tensor  # (B, H, R, D): the last R tokens in order; where fewer have been seen, the first are garbage
@@ -30,7 +31,7 @@ class Past:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a cache holds after a prefill: the window's tokens last, in order."""
+    """What a cache holds after a prefill: the last R tokens at the end, in order."""
 
     k: Tensor  # (B, H, M, D); past ``length`` it is garbage
     v: Tensor
@@ -38,16 +39,25 @@ class Kept:
 
 
 def prefill_and_pack(
-    q: Tensor, k: Tensor, v: Tensor, evict: Tensor, window: int, past: Past | None, lengths: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    evict: Tensor,
+    window: int,
+    past: Past | None,
+    lengths: Tensor,
+    scale: float,
+    slack: int,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Kept]:
     """See the facade's prefill_attention."""
-    before = 0
+    before, recents = 0, window + 1 + slack
     seen = torch.zeros_like(lengths)
     keep = ~evict
     new = keep[..., keep.shape[2] - q.shape[2] :]
     new &= (torch.arange(q.shape[2], device=q.device) < lengths[:, None])[:, None]
     if past is not None:
-        seen, recents, outside = past.seen, window + 1, past.k.shape[2]
+        seen, outside = past.seen, past.k.shape[2]
         keep[..., :recents] &= (torch.arange(recents, device=q.device) >= recents - seen[:, None])[:, None]
         live = torch.arange(outside, device=q.device) < past.count[..., None]
         keep = torch.cat([live, keep], 2)
@@ -55,21 +65,25 @@ def prefill_and_pack(
         before = outside + recents
     start = torch.where(seen <= window, before - seen, 0)  # (B,): the first key that exists, or the first of all
     last = before + lengths - 1
-    band = torch.maximum(start, last - window)[:, None, None]  # (B, 1, 1): where the window of the last query begins
+    band = torch.maximum(before - seen, last - window - slack)[
+        :, None, None
+    ]  # (B, 1, 1): where the last R tokens begin
     outside = (keep & (torch.arange(keep.shape[2], device=q.device) < band)).sum(2)  # (B, H): kept before it
     length = outside + (last[:, None] - band[..., 0] + 1).clamp_min(0)
     capacity, longest = torch.stack([keep.sum(2).max(), length.max()]).tolist()  # the one wait for the device
     plan = make_plan(keep, start[:, None].expand(-1, q.shape[2]), window, capacity)
     if not dms_kernels.by_list(q.device, q.shape[2] * k.shape[2] > DENSE):
-        out = dense.masked_attention(q, k, v, visible(plan, k.shape[2]), scale)
+        out = dense.masked_attention(q, k, v, visible(plan, k.shape[2]), scale, sinks)
     else:
-        out = dms_kernels.on(q.device, "forward").forward(q, k, v, plan, None, scale)[0]
+        out, lse = dms_kernels.on(q.device, "forward").forward(q, k, v, plan, None, scale)
+        if sinks is not None:
+            out = absorb(out, lse, sinks)[0]
     return out, Kept(*_pack(plan, k, v, band, outside, longest), length)
 
 
 def _pack(plan: Plan, k: Tensor, v: Tensor, band: Tensor, outside: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """The first ``outside`` (B, H) keys of the kept list, then those from ``band`` (B, 1, 1) on: (B, H, longest, D)."""
-    place = torch.arange(longest, device=k.device) - outside[..., None]  # from the window's start
+    """The first ``outside`` (B, H) keys of the kept list, then all from ``band`` (B, 1, 1) on: (B, H, longest, D)."""
+    place = torch.arange(longest, device=k.device) - outside[..., None]  # from the band's start
     index = band + place
     if entries := plan.kept.shape[2]:
         listed = plan.kept.gather(2, (place + outside[..., None]).clamp_max(entries - 1))

@@ -119,7 +119,17 @@ def _store(rows: Rows, place: Tensor, takes: Tensor, k: Tensor, v: Tensor) -> No
         flat[place] = torch.where(real, new[source].to(pool.dtype), flat[place])
 
 
-def step(rows: Rows, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int, scale: float) -> Tensor:
+def step(
+    rows: Rows,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    evict: Tensor,
+    active: Tensor,
+    lag: int,
+    scale: float,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """``append``, then attention of q (B, Hq, 1, D) over what the rows hold: (B, Hq, 1, D)."""
     append(rows, k, v, evict, active, lag)
-    return decode_attention(q, rows.keys, rows.values, rows.table, rows.length, scale)
+    return decode_attention(q, rows.keys, rows.values, rows.table, rows.length, scale, sinks)

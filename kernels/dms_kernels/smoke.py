@@ -26,6 +26,7 @@ def steps(device: str) -> Iterator[tuple[str, Callable[[], float]]]:
     yield "append", partial(_append, device, 24 if small > 1 else STEPS)
     for page in (64, 16):
         yield f"decode bf16 D128 G4 page{page}", partial(_decode, device, page, 4096 // small)
+    yield "decode with sinks bf16 D128 G4 page64", partial(_decode, device, 64, 4096 // small, sinks=True)
     for width in (64, 128):
         shape = (1, 2, 2, 4096 // small, width)
         yield f"prefill bf16 D{width}", partial(_prefill, device, shape, WINDOW // small)
@@ -85,7 +86,7 @@ def _append(device: str, count: int) -> float:
     return 0.0 if all(same) else float("inf")
 
 
-def _decode(device: str, page: int, tokens: int) -> float:
+def _decode(device: str, page: int, tokens: int, sinks: bool = False) -> float:
     batch, heads, group, width = 4, 2, 4, 128
     columns = -(-tokens // page)
     q, _, _, _ = _inputs(device, batch, heads, group, 1, width)
@@ -93,8 +94,9 @@ def _decode(device: str, page: int, tokens: int) -> float:
     keys, values = torch.randn(2, pages, page, width, generator=torch.Generator().manual_seed(2)).to(device, q.dtype)
     table = torch.randperm(pages, generator=torch.Generator().manual_seed(3)).view(-1, columns).int().to(device)
     lengths = torch.linspace(1, columns * page, batch * heads).int().to(device)
-    out = dms_kernels.decode_attention(q, keys, values, table, lengths)
-    exact = naive.decode_attention(q.float(), keys.float(), values.float(), table.long(), lengths, width**-0.5)
+    sink = torch.linspace(-2, 6, heads * group).to(device, q.dtype) if sinks else None
+    out = dms_kernels.decode_attention(q, keys, values, table, lengths, sinks=sink)
+    exact = naive.decode_attention(q.float(), keys.float(), values.float(), table.long(), lengths, width**-0.5, sink)
     return _error(out, exact)
 
 

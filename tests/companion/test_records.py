@@ -125,6 +125,21 @@ def test_changed_task_prompts_weights_or_gates_give_another_file_but_batch_and_p
     assert len({name(), *changed}) == 7
 
 
+def test_other_stop_tokens_give_another_file_and_later_settings_at_their_defaults_the_one_of_before(model, monkeypatch):
+    def name(**change):
+        return records_file(model, "weights", TOKENIZER, TASK, DMS, replace(CONFIG, **change), None)
+
+    before = name()
+    assert len({before, name(top_k=5), name(min_p=0.1)}) == 3 and name(top_k=None, min_p=0) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "LATER", {})
+        assert name() != before
+    monkeypatch.setattr(model.generation_config, "eos_token_id", TOKENIZER.eos_token_id)
+    assert name() == before
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [TOKENIZER.eos_token_id, 7])
+    assert name() != before
+
+
 def test_vanilla_is_the_model_with_gates_off(model, tmp_path):
     records = sample(model, tmp_path, VANILLA)
     assert all(r["live"][-1] == r["prompt_tokens"] + r["tokens"] - 1 for r in records)

@@ -1,142 +1,162 @@
-"""One mechanism for every decoder: a tiny random model of each family, built from its configuration."""
+"""One mechanism for every decoder: a tiny random model of each type of transformers, built from its configuration."""
 
 import warnings
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    Gemma2Config,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-)
+from transformers import MistralConfig, Phi3Config
+from transformers.cache_utils import DynamicCache
 
+from companion.families import CHUNK, SLIDING, tiny_config, tiny_model
 from dms_core.cache.dms import DMSCache
-from dms_core.checkpoint import load_model, save_model
+from dms_core.check import check
 from dms_core.config import DMSConfig
-from dms_core.model import attach, detach
+from dms_core.model import attach
 
-SIZES = dict(
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    initializer_range=0.25,
-    pad_token_id=0,
-    bos_token_id=None,
-    eos_token_id=None,
-)
-SLIDING = 6  # tokens
-HYBRID = ["sliding_attention", "full_attention"] * 2
-FAMILIES = {
-    "llama": LlamaConfig(**SIZES, head_dim=8),
-    "llama tied": LlamaConfig(**SIZES, head_dim=8, tie_word_embeddings=True),  # SmolLM2's shape
-    "smollm3": SmolLM3Config(**SIZES),
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen2 hybrid": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=SLIDING, layer_types=HYBRID),
-    "qwen3": Qwen3Config(**SIZES, head_dim=8),
-    "mistral": MistralConfig(**SIZES, sliding_window=None),
-    "phi3": Phi3Config(**SIZES),
-    "gemma2": Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=None, sliding_window=SLIDING),
-    "gemma3": Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=SLIDING, layer_types=HYBRID),
+PASSING = """
+apertus arcee biogpt bitnet cohere ernie4_5 gemma glm glm4 gpt2 gpt_bigcode gpt_neox granite helium hunyuan_v1_dense
+internlm3 llama ministral3 mistral nanochat nemotron olmo olmo2 opt persimmon phi phi3 qwen2 qwen3 seed_oss smollm3
+stablelm starcoder2
+dots1 ernie4_5_moe glm4_moe granitemoe mixtral olmoe phimoe qwen2_moe qwen3_moe
+cohere2 exaone4 flint gemma2 gemma3_text gemma4_text gpt_oss granite_swa ministral olmo3 llama4_text
+falcon_h1 granitemoehybrid lfm2 lfm2_moe nemotron_h olmo_hybrid qwen3_5_text qwen3_5_moe_text qwen3_next zaya
+gemma3 gemma4_unified internvl llama4 llava mistral3 qwen2_vl qwen2_5_vl qwen3_5 qwen3_vl smolvlm
+"""  # dense; mixtures of experts; sliding windows, sinks, chunks; states beside attention; text of multimodal models
+REFUSED = {
+    "bloom": "it adds the mask to its scores itself",
+    "deepseek_v3": "multi-head latent attention",
+    "diffllama": "layer 0 attends more than once",
+    "falcon_mamba": "does not use transformers' attention interface",
+    "gemma3n_text": r"layer 0 reads \[4, 1, 7, 32\]",
+    "jetmoe": "layer 0 attends to other keys than it puts into its cache",
+    "inkling_text": "layer 0: attention with position_bias",
+    "mamba": "does not use transformers' attention interface",
+    "minimax": "MiniMax uses cache of its own",
+    "mllama": "layer 3 with DynamicLayer",
+    "paligemma": "attention to other tokens than those before",
+    "recurrent_gemma": r"sliding-window attention of \[6\] tokens in all layers: DMS needs full attention",
+    "vaultgemma": "attn_logit_softcapping 50.0: must be None",
+    "zamba2": "must be its place in the decoder",
 }
-PROMPT = torch.randint(1, 40, (1, 13), generator=torch.Generator().manual_seed(0))
+CONFIG = DMSConfig(window=3, scale=10.0, offset=0.0)
 
 
-def build(family: str):
-    torch.manual_seed(0)
-    attention = "eager" if family == "gemma2" else "sdpa"  # what its modelling code has without capped scores
-    return AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation=attention).eval()
+@pytest.mark.parametrize("family", PASSING.split())
+def test_family_passes_every_check(family):
+    report = check(tiny_model(family))
+    assert report.passes, report.refused or report.details
+    assert len(report.checks) == 9
 
 
-def gated(family: str, **settings):
-    model = build(family)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        attach(model, DMSConfig(**{"window": 3, "scale": 10.0, "offset": 0.0, **settings}))
-    for parameter in model.dms.gate_parameters():
-        torch.nn.init.normal_(parameter)
-    return model
-
-
-def greedy(model, new: int) -> list[int]:
-    ids = PROMPT
-    for _ in range(new):
-        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-    return ids[0].tolist()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_gates_off_equals_original_and_gates_on_generates_the_full_forward(family, tmp_path):
-    ids = torch.randint(1, 40, (2, 40), generator=torch.Generator().manual_seed(1))
-    original = build(family)(ids, use_cache=False).logits
-    model = gated(family)
-    with model.dms.disabled():
-        torch.testing.assert_close(model(ids, use_cache=False).logits, original, rtol=1e-4, atol=1e-4)
-    evicting = model(ids, use_cache=False).logits
-    assert (evicting - original).abs().max() > 1e-2
-
-    cache = DMSCache.for_model(model, page=4)
-    said = model.generate(PROMPT, max_new_tokens=20, do_sample=False, past_key_values=cache)
-    assert said[0].tolist() == greedy(model, 20)
-    for live, sliding in zip(cache.live_tokens(), model.dms.sliding, strict=True):
-        assert (live == sliding).all() if sliding else (live < cache.tokens_seen()).all()
-
-    save_model(model, tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.testing.assert_close(load_model(tmp_path)(ids, use_cache=False).logits, evicting, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(detach(model)(ids, use_cache=False).logits, original, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "phi3"])
-@torch.no_grad()
-def test_neuron_gates_generate_the_full_forward(family):
-    model = gated(family, gate="neuron")
-    said = model.generate(PROMPT, max_new_tokens=12, do_sample=False)
-    assert said[0].tolist() == greedy(model, 12)
-
-
-@pytest.mark.parametrize("family", ["qwen2 hybrid", "gemma3"])
-def test_sliding_window_layers_get_no_gate_and_a_warning(family):
-    with pytest.warns(UserWarning, match=r"layers \[0, 2\] keep their sliding window"):
-        model = attach(build(family), DMSConfig())
-    assert model.dms.sliding == [SLIDING, None] * 2
-    assert [hasattr(a, "dms_gate") for a in model.dms.attentions] == [False, True] * 2
-    model.train()(PROMPT, use_cache=False)
-    assert sorted(model.dms.step.evicted) == [1, 3]
+@pytest.mark.parametrize("family", REFUSED)
+def test_family_is_refused_at_attach_with_its_name_and_the_reason(family):
+    model = tiny_model(family)
+    before = model.config.get_text_config()._attn_implementation
+    with pytest.raises(ValueError, match=f"^{type(model).__name__}.*{REFUSED[family]}"):
+        attach(model, CONFIG)
+    assert model.config.get_text_config()._attn_implementation == before and not hasattr(model, "dms")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize(
     "config, message",
     [
-        (Phi3Config(**SIZES, sliding_window=SLIDING), r"\[6\] tokens in all layers"),
-        (Gemma2Config(**SIZES, head_dim=8), "attn_logit_softcapping 50.0: must be None"),
-        (
-            DeepseekV3Config(
-                **{**SIZES, "num_key_value_heads": 4},
-                kv_lora_rank=8,
-                q_lora_rank=8,
-                qk_rope_head_dim=4,
-                qk_nope_head_dim=4,
-                v_head_dim=8,
-                first_k_dense_replace=4,
-            ),
-            "multi-head latent attention",
-        ),
+        (tiny_config(Phi3Config, sliding_window=SLIDING), r"\[6\] tokens in all layers"),
+        (tiny_config("gemma2", attn_logit_softcapping=50.0), "attn_logit_softcapping 50.0: must be None"),
     ],
-    ids=["phi3", "gemma2", "deepseek"],
+    ids=["sliding", "capped"],
 )
-def test_unsupported_attention_raises(config, message):
+def test_setting_of_a_family_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
-        attach(AutoModelForCausalLM.from_config(config), DMSConfig())
+        attach(tiny_model(config.model_type, **config.to_dict()), CONFIG)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma3_text", "qwen3_moe"])
+@torch.no_grad()
+def test_neuron_gates_generate_the_full_forward(family):
+    model = gated(family, gate="neuron")
+    ids = torch.randint(3, 40, (1, 13), generator=torch.Generator().manual_seed(0))
+    said = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert torch.equal(said[:, 13:], model(said[:, :-1], use_cache=False).logits[:, 12:].argmax(-1))
+
+
+def gated(family: str, **settings):
+    model = tiny_model(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        attach(model, DMSConfig(**{"window": 3, "scale": 10.0, "offset": 0.0, **settings}))
+    for parameter in model.dms.gate_parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.mark.parametrize("family, kind", [("gemma3_text", "sliding window"), ("llama4_text", "chunks")])
+def test_layers_that_see_a_part_get_no_gate_and_a_warning(family, kind):
+    model = tiny_model(family)
+    with pytest.warns(UserWarning, match=rf"layers \[0, 1.*\] keep their {kind}"):
+        attach(model, CONFIG)
+    local = model.dms.layout.sliding if kind == "sliding window" else model.dms.layout.chunks
+    assert set(local) == {None, SLIDING if kind == "sliding window" else CHUNK}
+    assert [hasattr(a, "dms_gate") for a in model.dms.layout.modules] == [tokens is None for tokens in local]
+    model.train()(torch.ones(1, 20, dtype=torch.long), use_cache=False)
+    assert sorted(model.dms.step.evicted) == model.dms.layout.gated
+
+
+@torch.no_grad()
+def test_layers_hold_what_they_see_and_no_more():
+    """Full attention: what is kept; a sliding window: its tokens; chunks: the one under way."""
+    ids = torch.randint(3, 40, (2, 29), generator=torch.Generator().manual_seed(0))
+    for family, held in (("gemma3_text", SLIDING), ("llama4_text", 29 % CHUNK)):
+        model = gated(family)
+        cache = DMSCache.for_model(model, page=4)
+        for piece in ids.split([17, *[1] * 12], 1):
+            model(piece, past_key_values=cache)
+        live, local = (
+            cache.live_tokens(),
+            [a or b for a, b in zip(model.dms.layout.sliding, model.dms.layout.chunks, strict=True)],
+        )
+        for layer, tokens in zip(live, local, strict=True):
+            assert (layer == held).all() if tokens else (layer < 29).all()
+        assert (cache.peak_tokens() >= live).all()
+
+
+@torch.no_grad()
+def test_hybrid_counts_keys_and_values_apart_from_states():
+    model = gated("qwen3_next")
+    cache, theirs = DMSCache.for_model(model, page=4), DynamicCache(config=model.config)
+    ids = torch.randint(3, 40, (2, 30), generator=torch.Generator().manual_seed(0))
+    sizes = []
+    for piece in ids.split([20, *[1] * 10], 1):
+        model(piece, past_key_values=cache)
+        sizes.append(cache.bytes_of_states())
+    with model.dms.disabled():
+        model(ids, past_key_values=theirs)
+    assert cache.live_tokens().shape == (2, 2, 2) and (cache.live_tokens() < 30).any()  # two of the four layers
+    states = [x for layer in theirs.layers[:2] for d in (layer.conv_states, layer.recurrent_states) for x in d.values()]
+    assert set(sizes) == {sum(x.nbytes for x in states)}
+    assert cache.bytes_held() == sum(x.rows.nbytes for x in cache.held) > 0
+
+
+@torch.no_grad()
+def test_image_tokens_that_see_each_other_are_refused():
+    model = gated("gemma3")
+    kinds = torch.zeros(1, 9, dtype=torch.long)
+    kinds[:, 2:6] = 1  # tokens of an image
+    with pytest.raises(ValueError, match="tokens that see later ones"):
+        model(torch.ones(1, 9, dtype=torch.long), token_type_ids=kinds, pixel_values=None)
+
+
+def test_two_models_of_one_configuration_run_side_by_side():
+    config = tiny_config(MistralConfig)
+    one, two = type(tiny_model("mistral"))(config).eval(), type(tiny_model("mistral"))(config).eval()
+    ids = torch.ones(1, 9, dtype=torch.long)
+    with torch.no_grad():
+        expected = two(ids).logits
+        attach(one, CONFIG)(ids)
+        assert torch.equal(two(ids).logits, expected)
+    assert one.config is not config and two.config is config
+
+
+def test_unknown_family_is_an_error():
+    with pytest.raises(ValueError, match="family 'lama': must be a model type of transformers"):
+        tiny_model("lama")

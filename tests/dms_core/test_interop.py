@@ -1,6 +1,8 @@
 import json
+import logging
 import re
 import shutil
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -301,3 +303,20 @@ def test_settings_unknown_to_the_authors_code_raise_on_export(tiny_model, tmp_pa
         export_adapters(tiny_model("qwen3", gate="neuron"), tmp_path / "no")
     assert not (tmp_path / "no").exists()
     export_model(tiny_model("qwen3", gate="neuron", neuron=7, window=512), tmp_path / "yes")
+
+
+@pytest.mark.parametrize("strange", [False, True])
+def test_authors_adapters_load_quietly_and_strange_tensors_are_reported(foreign, strange):
+    directory = foreign("adapter")
+    if strange:
+        weights = load_file(directory / "model.safetensors")
+        save_file({**weights, "model.strange.weight": torch.ones(2)}, directory / "model.safetensors", {"format": "pt"})
+    logger, heard = logging.getLogger("transformers"), StringIO()
+    handler = logging.StreamHandler(heard)
+    logger.addHandler(handler)
+    try:
+        load_model(directory)
+    finally:
+        logger.removeHandler(handler)
+    assert "dms_proj_alpha" not in heard.getvalue() and ("model.strange.weight" in heard.getvalue()) == strange
+    assert strange or "UNEXPECTED" not in heard.getvalue()

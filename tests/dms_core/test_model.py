@@ -9,11 +9,13 @@ from model_inputs import (
     PROMPTS,
     cached_logits,
     every_kind,
+    greedy_reference,
     left_padded,
     random_ids,
 )
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
+from companion import families
 from dms_core import attention
 from dms_core.cache.dms import DMSCache
 from dms_core.config import DMSConfig
@@ -122,7 +124,7 @@ def test_use_cache_without_a_cache_returns_a_dms_cache(tiny_model):
     model = tiny_model()
     ids = random_ids(2, 12)
     full = model(ids).logits
-    assert model.dms.step.evicted and model(ids).past_key_values is None
+    assert model.dms.step.evicted and model(ids, use_cache=False).past_key_values is None
     first = model(ids[:, :8], use_cache=True)
     assert isinstance(first.past_key_values, DMSCache)
     second = model(ids[:, 8:], past_key_values=first.past_key_values)
@@ -135,7 +137,7 @@ def test_neuron_of_the_gate_takes_no_part_in_attention(tiny_model):
     model = tiny_model("llama", gate="neuron", scale=1e-9, offset=1.0)  # z < 0 whatever the neuron says
     ids = random_ids(2, 20)
     before = model(ids).logits
-    for layer in model.dms.attentions:
+    for layer in model.dms.layout.modules:
         weight = layer.q_proj.weight.view(2, 2, 8, -1)  # (H, G, D, d)
         weight[:, 0, -1] = torch.randn_like(weight[:, 0, -1])
     assert torch.equal(model(ids).logits, before)
@@ -147,7 +149,9 @@ def test_neuron_of_the_gate_takes_no_part_in_attention(tiny_model):
 @torch.no_grad()
 def test_gate_neuron_of_queries_is_zero_after_rope(tiny_model, kind, monkeypatch):
     queries, plain = [], attention.train_attention
-    monkeypatch.setattr(attention, "train_attention", lambda q, *rest: queries.append(q) or plain(q, *rest))
+    monkeypatch.setattr(
+        attention, "train_attention", lambda q, *rest, **more: queries.append(q) or plain(q, *rest, **more)
+    )
     tiny_model(kind, gate="neuron")(random_ids(2, 20))
     for q in queries:
         grouped = q.unflatten(1, (2, 2))  # (B, H, G, T, D)
@@ -194,10 +198,6 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model):
         torch.testing.assert_close(a, b)
 
 
-def small_gpt2():
-    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=10))
-
-
 def small_mistral(window):
     return MistralForCausalLM(
         MistralConfig(
@@ -219,19 +219,71 @@ def small_mistral(window):
         (lambda m: attach(detach(m), DMSConfig(gate="neuron", neuron=8)), r"neuron 8: must lie in -8..7"),
         (lambda m: detach(detach(m)), "no DMS gates"),
         (lambda m: DMSCache.for_model(detach(m)), "LlamaForCausalLM has no DMS gates"),
-        (lambda m: attach(small_gpt2(), DMSConfig()), "GPT2LMHeadModel.*cannot intercept"),
+        (
+            lambda m: attach(families.tiny_model("bloom"), DMSConfig()),
+            "BloomForCausalLM: its attention cannot be intercepted",
+        ),
         (lambda m: attach(small_mistral(64), DMSConfig()), r"\[64\] tokens in all layers: DMS needs"),
+        (lambda m: m(random_ids(1, 3), output_attentions=True), "output_attentions True: must be False"),
+        (lambda m: m(random_ids(1, 3), past_key_values=m(random_ids(1, 3)).past_key_values), "pass use_cache=True"),
         (lambda m: m(random_ids(1, 3), attention_mask=torch.zeros(1, 1, 3, 3)), "attention_mask of 4 dimensions"),
         (lambda m: m(random_ids(1, 3), attention_mask={"full_attention": None}), "attention_mask of type dict"),
         (lambda m: m(random_ids(1, 3), past_key_values=DMSCache(DMSConfig(window=7), 2)), "window=7.*window=3"),
         (lambda m: m(random_ids(1, 3), past_key_values=filled_dynamic_cache()), "DynamicCache: must be a DMSCache"),
-        (lambda m: copy.deepcopy(m), "cannot be copied"),
     ],
-    ids=["twice", "neuron", "detach", "no gates", "gpt2", "sliding", "4d", "dict", "config", "cache", "copy"],
+    ids=[
+        "twice",
+        "neuron",
+        "detach",
+        "no gates",
+        "bloom",
+        "sliding",
+        "attentions",
+        "uncached",
+        "4d",
+        "dict",
+        "config",
+        "cache",
+    ],
 )
 def test_invalid_use_raises(tiny_model, use, message):
     with pytest.raises(ValueError, match=message):
         use(tiny_model())
+
+
+@torch.no_grad()
+def test_copy_of_a_model_has_gates_of_its_own(tiny_model):
+    model, ids = tiny_model(), random_ids(2, 20)
+    before = model(ids).logits
+    other = copy.deepcopy(model)
+    assert torch.equal(other(ids).logits, before) and other.dms.model is other
+    for parameter in other.dms.gate_parameters():
+        parameter.zero_()
+    assert not torch.equal(other(ids).logits, before) and torch.equal(model(ids).logits, before)
+    with other.dms.disabled():
+        assert model.dms.enabled
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in detach(other).modules())
+
+
+@pytest.mark.parametrize("given", ["kept", "returned", "none"])
+@torch.no_grad()
+def test_hand_written_loop_gives_the_right_text_or_an_error(tiny_model, given):
+    """A loop that passes the cache it made at every step, one that takes the cache returned, and one that has none."""
+    model, ids = tiny_model(seed=1), random_ids(1, 9)
+    expected = greedy_reference(model, ids.tolist(), 12)[0]
+    cache, text, step = None if given == "none" else DynamicCache(), [], ids
+    for _ in range(12):
+        out = model(step, past_key_values=cache)
+        step = out.logits[:, -1:].argmax(-1)
+        text.append(step.item())
+        if given == "none":
+            cache = out.past_key_values
+            with pytest.raises(ValueError, match="pass use_cache=True"):
+                model(step, past_key_values=cache)
+            return
+        cache = out.past_key_values if given == "returned" else cache
+    assert text == expected
+    assert isinstance(cache, DMSCache) and cache.get_seq_length() == 20 and (cache.live_tokens() < 20).any()
 
 
 def filled_dynamic_cache():

@@ -1,13 +1,17 @@
+import warnings
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from companion import families
 from companion.tasks.programs import make_problem
 from companion.tasks.reasoner import make_tokenizer
-from dms_core import sampling
-from dms_core.sampling import SamplingConfig, chain_uniforms, pick_tokens, sample_chains
+from dms_core.config import DMSConfig
+from dms_core.model import attach
+from dms_core.sampling import SamplingConfig, chain_uniforms, sample_chains
 
 TOKENIZER = make_tokenizer()
 PROBLEMS = [make_problem("validation", 0, i, (1, 4)) for i in range(5)]
@@ -96,35 +100,6 @@ def test_gradient_mode_of_caller_is_unchanged_between_chains(model):
         assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
 
 
-@given(top_p=st.floats(0.05, 1.0), temperature=st.sampled_from([0.3, 1.0, 2.0]), seed=st.integers(0, 2**31))
-def test_nucleus_is_the_smallest_set_that_reaches_top_p_and_is_drawn_in_proportion(top_p, temperature, seed):
-    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(seed)) * 2
-    p = (logits[0] / temperature).softmax(-1).tolist()
-    nucleus, total = [], 0.0
-    for token in sorted(range(12), key=lambda t: -p[t]):
-        if total >= top_p - 1e-6:
-            break
-        nucleus.append(token)
-        total += p[token]
-    uniforms = (torch.arange(2000) + 0.5) / 2000
-    drawn = pick_tokens(logits.expand(2000, -1), uniforms, temperature, top_p).bincount(minlength=12) / 2000
-    for token in range(12):
-        expected = p[token] / total if token in nucleus else 0.0
-        assert abs(drawn[token] - expected) < 2e-3
-
-
-def test_temperature_zero_and_tiny_top_p_are_greedy():
-    logits = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
-    uniforms = torch.rand(20)
-    assert torch.equal(pick_tokens(logits, uniforms, 0.0, 1.0), logits.argmax(-1))
-    assert torch.equal(pick_tokens(logits, uniforms, 1.0, 1e-6), logits.argmax(-1))
-
-
-def test_uniform_at_the_edge_picks_a_nucleus_token():
-    logits = torch.tensor([[5.0, 4.0, -50.0]]).expand(2, -1)
-    assert pick_tokens(logits, torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64), 1.0, 0.9).tolist() == [0, 1]
-
-
 @pytest.mark.parametrize(
     "wrong, message",
     [
@@ -136,6 +111,9 @@ def test_uniform_at_the_edge_picks_a_nucleus_token():
         ({"temperature": float("nan")}, "temperature nan: must be a finite number >= 0"),
         ({"top_p": 0.0}, r"top_p 0.0: must lie in \(0, 1\]"),
         ({"top_p": 1.5}, r"top_p 1.5: must lie in \(0, 1\]"),
+        ({"top_k": 0}, "top_k 0: must be >= 1"),
+        ({"min_p": 1.0}, r"min_p 1.0: must lie in \[0, 1\)"),
+        ({"min_p": -0.1}, "min_p -0.1: must be >= 0"),
     ],
 )
 def test_invalid_settings_raise(wrong, message):
@@ -149,11 +127,127 @@ def test_empty_prompt_raises_and_no_job_gives_no_chain(model):
     assert list(sample_chains(model, TOKENIZER, PROMPTS, [], SamplingConfig(4))) == []
 
 
-@pytest.mark.parametrize("spread", [0.5, 3.0, 8.0])  # the nucleus of the first has more tokens than are sorted
-def test_a_large_vocabulary_gives_the_tokens_of_a_whole_sort(spread, monkeypatch):
-    g = torch.Generator().manual_seed(0)
-    logits = (spread * torch.randn(16, 20_000, generator=g)).bfloat16()  # with many equal ones
-    uniforms = torch.rand(16, generator=g)
-    found = pick_tokens(logits, uniforms, 0.6, 0.95)
-    monkeypatch.setattr(sampling, "HEAD", 20_000)
-    assert torch.equal(found, pick_tokens(logits, uniforms, 0.6, 0.95))
+@pytest.fixture
+def stopping(model):
+    """A function that says where ``model.generate`` stops, for this test."""
+    before = model.generation_config.eos_token_id
+
+    def stop(tokens):
+        model.generation_config.eos_token_id = tokens
+
+    yield stop
+    stop(before)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_chains_end_at_the_tokens_of_the_generation_config_too(model, alone, stopping, first):
+    """As the chain without them, cut; ``first``: the stop token is the first one said."""
+    job = next(j for j in JOBS if len(alone[j].tokens) > 20 and len(set(alone[j].tokens)) > 8)
+    tokens = alone[job].tokens
+    at = 0 if first else next(i for i in range(8, 40) if tokens.index(tokens[i]) == i)
+    for stops in (tokens[at], [tokens[at], 39]):
+        stopping(stops)
+        cut, *_ = sample(model, [job], batch=1).values()
+        assert cut.finished and cut.tokens == tokens[:at]
+        assert cut.reads[:-1] == alone[job].reads[: len(cut.reads) - 1] and cut.reads[-1] < alone[job].reads[-1]
+    assert all(39 not in chain.tokens for chain in sample(model, batch=5).values())
+
+
+@torch.no_grad()
+def test_greedy_chain_ends_where_generate_ends(model, stopping):
+    job = (1, 0)
+    said = sample(model, [job], temperature=0.0)[job].tokens
+    stop = next(token for i, token in enumerate(said) if i > 2 and said.index(token) == i)
+    stopping([stop, TOKENIZER.eos_token_id])
+    chain = sample(model, [job], temperature=0.0)[job]
+    ids = torch.tensor([PROMPTS[1]])
+    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+    assert theirs[0, len(PROMPTS[1]) :].tolist() == [*chain.tokens, stop] and chain.finished
+
+
+def test_stop_tokens_that_are_given_are_the_only_ones(model):
+    config = SamplingConfig(40, temperature=1.0, top_p=0.98)
+    chains = list(sample_chains(model, TOKENIZER, PROMPTS, JOBS, config, stop=()))
+    assert {len(chain.tokens) for chain in chains} == {40} and not any(chain.finished for chain in chains)
+    assert any(TOKENIZER.eos_token_id in chain.tokens for chain in chains)
+
+
+@pytest.mark.parametrize("pad, eos", [(None, 1), (None, None), (10**6, 1)])
+def test_a_tokenizer_without_padding_changes_nothing(model, pad, eos):
+    """Prompts of several lengths; the last one's padding token is none of the model's."""
+    words, config = SimpleNamespace(pad_token_id=pad, eos_token_id=eos), SamplingConfig(12, temperature=1.0, batch=5)
+    found, right = (list(sample_chains(model, x, PROMPTS, JOBS, config, stop=[1])) for x in (words, TOKENIZER))
+    assert len({len(PROMPTS[problem]) for problem, _ in JOBS}) > 1 and found == right
+
+
+def test_top_k_of_one_is_greedy_and_chains_stay_independent(model):
+    greedy = sample(model, temperature=0.0, batch=4)
+    assert {job: c.tokens for job, c in sample(model, top_k=1, batch=4).items()} == {
+        job: c.tokens for job, c in greedy.items()
+    }
+    narrow = sample(model, top_k=6, min_p=0.05, batch=4)
+    assert narrow == sample(model, SHUFFLED, top_k=6, min_p=0.05, batch=3) != sample(model, batch=4)
+
+
+PHI = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+ROPES = {
+    "longrope": ("phi3", PHI, {"original_max_position_embeddings": 48}),
+    "dynamic": ("llama", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, {"max_position_embeddings": 48}),
+    "of layers": (
+        "gemma3_text",
+        {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        },
+        {"max_position_embeddings": 48, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16},
+    ),
+}
+
+
+def roped(kind, rope, more):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "num_key_value_heads": 2}
+    more = {"max_position_embeddings": 192, "head_dim": 8, "initializer_range": 0.4, **more}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=len(TOKENIZER), **shape, **ends, **more, rope_parameters=rope)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*keep their sliding window")
+@pytest.mark.parametrize("name", ROPES)
+@torch.no_grad()
+def test_rope_that_depends_on_the_batch_is_independent_of_neighbours_or_refused(name):
+    model = attach(roped(*ROPES[name]), DMSConfig(window=4, scale=10.0, offset=0.0))
+    prompts, jobs = [[5, 9, 4, 7], list(range(2, 26))], [(0, 0), (1, 0)]  # 4 and 24 tokens
+
+    def said(jobs, length) -> dict:
+        config = SamplingConfig(length, temperature=0.0)
+        return {c.problem: c for c in sample_chains(model, TOKENIZER, prompts, jobs, config, stop=())}
+
+    model(torch.ones(1, 90, dtype=torch.long))  # what a longer text before leaves behind
+    with model.dms.disabled():
+        together = said(jobs, 24)
+        for problem, chain in together.items():
+            assert said([(problem, 0)], 24) == {problem: chain}
+            logits = model(torch.tensor([prompts[problem] + chain.tokens])).logits[0]
+            assert logits[len(prompts[problem]) - 1 : -1].argmax(-1).tolist() == chain.tokens
+    assert said(jobs[:1], 44)
+    kind = "longrope" if name == "longrope" else "dynamic"
+    with pytest.raises(ValueError, match=f"49 tokens.*must be <= 48, since rope_type '{kind}' of this"):
+        said(jobs, 25)
+
+
+def test_position_temperature_of_llama_4_is_refused_where_it_would_go_by_the_batch():
+    """Below its first step it is 1 for every row, however long the batch has run."""
+    model = families.tiny_model("llama4_text", floor_scale=24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # layers in chunks get no gate
+        attach(model, DMSConfig(window=3))
+    prompts, jobs = [[5, 6, 7], [9, 8, 7, 6, 5]], [(p, c) for c in range(6) for p in range(2)]
+    with pytest.raises(ValueError, match=r"25 tokens, .*: must be < 24, since attn_temperature_tuning"):
+        next(sample_chains(model, TOKENIZER, prompts, [(1, 0)], SamplingConfig(20)))
+    texts = []
+    for batch in (2, 12):
+        chains = sample_chains(model, TOKENIZER, prompts, jobs, SamplingConfig(12, 1.0, batch=batch), stop=())
+        texts.append(sorted((chain.problem, chain.chain, chain.tokens) for chain in chains))
+    assert texts[0] == texts[1]

@@ -1,11 +1,13 @@
 """JSON and JSONL on disk: whole or not at all, one writer."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
 from dms_core.storage import JsonlWriter, claim, read_json, read_jsonl, write_json
+from dms_core.train.data import read_rows
 
 
 def test_second_writer_of_a_file_is_refused_and_readers_are_not(tmp_path):
@@ -36,6 +38,14 @@ def test_damage_names_file_and_line(tmp_path):
         read_jsonl(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"b\.json: holds a list; must hold an object"):
         read_json(tmp_path / "b.json")
+
+
+def test_byte_order_mark_is_skipped(tmp_path):
+    file, row = tmp_path / "a.jsonl", {"text": "Grüße"}
+    for text in (json.dumps(row), json.dumps(row, ensure_ascii=False)):
+        file.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\n")
+        assert read_jsonl(file) == [row] and read_json(file) == row
+        assert [found for _, found in read_rows(str(file), 0)] == [row]
 
 
 def test_directory_belongs_to_one_run(tmp_path):

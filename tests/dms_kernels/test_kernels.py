@@ -147,30 +147,32 @@ def test_train_attention_runs_forward_and_backward_under_autocast(tokens):
 @given(
     shape=SHAPES,
     window=st.sampled_from([0, 1, 3, 16, 200]),
+    slack=st.sampled_from([0, 0, 2, 30]),
     before=st.sampled_from([None, 0, 1, 5, 40]),
     evicted=st.sampled_from([0.0, 0.5, 1.0]),
     padded=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@example(shape=(2, 2, 2, 300, 4), window=7, before=40, evicted=0.7, padded=True, seed=1)
+@example(shape=(2, 2, 2, 300, 4), window=7, slack=0, before=40, evicted=0.7, padded=True, seed=1)
 def test_prefill_equals_the_oracle_and_keeps_what_its_last_token_sees(
-    implementation, shape, window, before, evicted, padded, seed
+    implementation, shape, window, slack, before, evicted, padded, seed
 ):
     batch, heads, _, tokens, width = shape
     q, k, v, g = draws(shape, seed)
     past, about = None, tokens
     if before is not None:
         seen = torch.randint(0, before + 1, (batch,), generator=g)
-        outside = (seen - window - 1).clamp_min(0)
+        recents = window + 1 + slack
+        outside = (seen - recents).clamp_min(0)
         count = (torch.rand(batch, heads, generator=g) * (outside[:, None] + 1)).long()
-        stored = [torch.randn(batch, heads, n, width, generator=g) for n in (int(count.max()),) * 2 + (window + 1,) * 2]
-        past, about = Past(*stored[:2], count, *stored[2:], seen), window + 1 + tokens
+        stored = [torch.randn(batch, heads, n, width, generator=g) for n in (int(count.max()),) * 2 + (recents,) * 2]
+        past, about = Past(*stored[:2], count, *stored[2:], seen), recents + tokens
     evict = torch.rand(batch, heads, about, generator=g) < evicted
     lengths = torch.randint(0, tokens + 1, (batch,), generator=g) if padded else torch.full((batch,), tokens)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefill, "DENSE", 0 if implementation == "compact" else 1 << 40)
-        out, kept = prefill_attention(q, k, v, evict.clone(), window, past, lengths)
-    expected, stays = naive.prefill_attention(q, k, v, evict, window, past, lengths, width**-0.5)
+        out, kept = prefill_attention(q, k, v, evict.clone(), window, past, lengths, slack=slack)
+    expected, stays = naive.prefill_attention(q, k, v, evict, window, past, lengths, width**-0.5, slack)
     tokens_only = (torch.arange(tokens) < lengths[:, None])[:, None, :, None]
     assert torch.isfinite(out).all()
     torch.testing.assert_close(out * tokens_only, expected * tokens_only, rtol=2e-4, atol=2e-5)

@@ -95,8 +95,9 @@ def test_dag_of_the_book_has_every_stage_and_chapter(tmp_path):
         ({"notebooks": {"06_hyperscaling": {"resample": 5}}}, ["resample", "resamples", "run_dir"]),
         ({"notebooks": {"99_missing": {}}}, ["99_missing", "06_hyperscaling"]),
         ({"sead": 1}, ["sead", "seed"]),
+        ({"seed": "8e-3"}, ["seed '8e-3': must be a whole number >= 0"]),
     ],
-    ids=["notebook parameter", "notebook", "key"],
+    ids=["notebook parameter", "notebook", "key", "value"],
 )
 def test_an_unknown_name_in_a_configuration_stops_everything_and_is_named(changes, named, tmp_path):
     status, output = snakemake(tmp_path, write(tmp_path / "config.yaml", **changes))

@@ -76,7 +76,7 @@ rule retrofit:
     resources:
         **resources(S, "retrofit"),
     shell:
-        "{DMS} stage retrofit-{wildcards.method} {OPTIONS} --code {CODE[retrofit]} --out {output} > {log} 2>&1"
+        "{DMS} stage retrofit-{wildcards.method} {OPTIONS} --code {CODE[retrofit]} --out {output:q} > {log:q} 2>&1"
 
 
 rule held_out:
@@ -94,8 +94,8 @@ rule held_out:
     resources:
         **resources(S, "held_out"),
     shell:
-        "{DMS} stage held-out-{wildcards.method}-cr{wildcards.cr} {OPTIONS} --code {CODE[held-out]} --out {output}"
-        " > {log} 2>&1"
+        "{DMS} stage held-out-{wildcards.method}-cr{wildcards.cr} {OPTIONS} --code {CODE[held-out]} --out {output:q}"
+        " > {log:q} 2>&1"
 
 
 rule records:
@@ -113,8 +113,8 @@ rule records:
     resources:
         **resources(S, "records"),
     shell:
-        "{DMS} stage records-{wildcards.method}-cr{wildcards.cr} {OPTIONS} --code {CODE[records]} --out {output}"
-        " > {log} 2>&1"
+        "{DMS} stage records-{wildcards.method}-cr{wildcards.cr} {OPTIONS} --code {CODE[records]} --out {output:q}"
+        " > {log:q} 2>&1"
 
 
 rule summary:
@@ -131,7 +131,7 @@ rule summary:
     resources:
         **resources(S, "summary"),
     shell:
-        "{DMS} stage summary {OPTIONS} --code {CODE[summary]} --out {output} > {log} 2>&1"
+        "{DMS} stage summary {OPTIONS} --code {CODE[summary]} --out {output:q} > {log:q} 2>&1"
 
 
 rule curves:
@@ -142,7 +142,7 @@ rule curves:
         f"{RUN}/curves.png",
     localrule: True
     shell:
-        "{DMS} curves --results {RUN} --figure {output}"
+        "{DMS} curves --results {RUN:q} --figure {output:q}"
 
 
 rule published:
@@ -156,7 +156,7 @@ rule published:
         figure=f"{RUN}/published.svg",
     localrule: True
     shell:
-        "{DMS} published --results {RUN} --markdown {output.markdown} --figure {output.figure} --json > {output.json}"
+        "{DMS} published --results {RUN:q} --markdown {output.markdown:q} --figure {output.figure:q} --json > {output.json:q}"
 
 
 rule book:
@@ -172,4 +172,4 @@ rule book:
     resources:
         **resources(S, "book"),
     shell:
-        "{DMS} chapters {RUN}/notebooks {RUN}/book > {log} 2>&1"
+        "{DMS} chapters {RUN:q}/notebooks {RUN:q}/book > {log:q} 2>&1"

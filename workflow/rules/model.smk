@@ -2,7 +2,7 @@
 # and the comparison with the published tables.  These rules depend on parameters and results, not on the library's
 # sources: an edited comment shall not cost a thousand GPU-hours.  To do it anew after a change, use another `name`.
 TASKS = S["tasks"]
-TRAINED = ("dms", "dms-immediate", "dmc")  # methods that need a retrofitted checkpoint; others run the original weights
+TRAINED = ("dms",)  # methods that need a retrofitted checkpoint; others run the original weights
 CRS = sorted({f"{cr:g}" for method in TRAINED for cr in S["methods"].get(method, [])})
 RETROFIT = f"{RUN}/retrofit-{key(S['model'], S['recipe'], S['data'])}"
 SHARDS = [f"{number}-of-{S['shards']}" for number in range(1, S["shards"] + 1)]
@@ -56,7 +56,7 @@ rule retrofit:
     resources:
         **resources(S, "retrofit"),
     shell:
-        "{LAUNCH} retrofit {params.arguments} --out {params.out} > {log} 2>&1 && ls {params.checkpoints} > {output}"
+        "{LAUNCH} retrofit {params.arguments} --out {params.out:q} > {log:q} 2>&1 && ls {params.checkpoints:q} > {output:q}"
 
 
 # One job a shard: a lost one is repeated alone, and goes on where it stopped.
@@ -78,9 +78,9 @@ rule sample:
     resources:
         **resources(S, "sample"),
     shell:
-        "{LAUNCH_SAMPLE} sample --model {params.weights} --task {wildcards.task} --method {wildcards.method}"
+        "{LAUNCH_SAMPLE} sample --model {params.weights:q} --task {wildcards.task} --method {wildcards.method}"
         " --cr {wildcards.cr} --chains {params.chains} --length {params.length} {params.options} --shard {params.shard}"
-        " --out {params.out} > {log} 2>&1"
+        " --out {params.out:q} > {log:q} 2>&1"
 
 
 rule curves:
@@ -100,8 +100,8 @@ rule curves:
     resources:
         **resources(S, "curves"),
     shell:
-        "{DMS} summarise {params.records} --lengths {params.lengths} --widths {params.widths} {params.names}"
-        " --out {output} > {log} 2>&1"
+        "{DMS} summarise {params.records:q} --lengths {params.lengths} --widths {params.widths} {params.names}"
+        " --out {output:q} > {log:q} 2>&1"
 
 
 rule published:
@@ -114,5 +114,5 @@ rule published:
         figure=f"{RUN}/{{task}}/published.svg",
     localrule: True
     shell:
-        "{DMS} published --results {RUN}/{wildcards.task} --markdown {output.markdown} --figure {output.figure} --json"
-        " > {output.json}"
+        "{DMS} published --results {RUN:q}/{wildcards.task} --markdown {output.markdown:q} --figure {output.figure:q} --json"
+        " > {output.json:q}"

@@ -39,4 +39,4 @@ rule notebook:
     resources:
         **resources(S, "notebook"),
     shell:
-        "{DMS} notebook {input.notebook} {output} {params.arguments} 2> {log}"
+        "{DMS} notebook {input.notebook:q} {output:q} {params.arguments} 2> {log:q}"

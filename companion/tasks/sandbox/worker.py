@@ -18,6 +18,7 @@ from pathlib import Path
 
 from companion.tasks.sandbox import sandbox
 
+HERE = str(Path(__file__).parent)  # of math_answers
 START = 120.0  # seconds to import a grader
 SECONDS = 10.0  # for one answer
 LIMITS = sandbox.Limits(cpu=None, memory=4 << 30, processes=64)
@@ -58,9 +59,10 @@ class Worker:
 
     def _start(self) -> None:
         self.close()
-        settings = {"mode": "serve", "grader": self.grader, "path": [self.site], **asdict(LIMITS)}
+        path = (self.site, HERE)
+        settings = {"mode": "serve", "grader": self.grader, "path": path, **asdict(LIMITS)}
         pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process, self.owner = sandbox.launch(settings, self.unsafe, (self.site,), **pipes), os.getpid()
+        self.process, self.owner = sandbox.launch(settings, self.unsafe, path, **pipes), os.getpid()
         if self._line(START) is None:
             self.close()
             raise RuntimeError(f"the {self.grader} grader did not start")

@@ -56,8 +56,11 @@ def append(
 
 
 @compiled
-def attend(q, keys, values, table, lengths, scale, out, start, stop):
-    """out (R, G, D) of rows start .. stop: softmax over pages one by one, q (R, G, D), the rest as in naive."""
+def attend(q, keys, values, table, lengths, scale, sinks, out, start, stop):
+    """out (R, G, D) of rows start .. stop: softmax over pages one by one, q (R, G, D), the rest as in naive.
+
+    sinks (Hq,), or (0,) for none.
+    """
     group, width, page = q.shape[1], q.shape[2], keys.shape[1]
     scores = np.empty((group, page), np.float32)
     exponents = np.empty(page, np.int32)
@@ -65,6 +68,8 @@ def attend(q, keys, values, table, lengths, scale, out, start, stop):
     for r in range(start, stop):
         top[:] = LOWEST
         norm[:] = ZERO
+        for g in range(group if len(sinks) else 0):
+            top[g], norm[g] = sinks[(r * group + g) % len(sinks)] * LOG2E, ONE
         acc = out[r]
         acc[:] = ZERO
         for first in range(0, lengths[r], page):
@@ -164,10 +169,10 @@ def _foreign(*kinds):
     return lambda function: prototype(cfunc(types.void(*kinds), cache=True)(function).address)
 
 
-@_foreign(*ROWS, *[FLOATS] * 2, *[FLAGS] * 2, *[FLOATS] * 2, *[types.int64] * 9, types.float32)
+@_foreign(*ROWS, *[FLOATS] * 2, *[FLAGS] * 2, *[FLOATS] * 3, *[types.int64] * 10, types.float32)
 def step(
     keys, values, table, length, owned, free, free_count, ring_slot, ring_evict, seen, reads, overflow,
-    k, v, evict, active, q, out, rows, pages, page, width, columns, cells, group, batch, lag, scale,
+    k, v, evict, active, q, out, sinks, rows, pages, page, width, columns, cells, group, batch, lag, heads, scale,
 ):  # fmt: skip
     """``append``, then ``attend`` on all rows."""
     pool, rings, queries = (pages, page, width), (rows, cells), (rows, group, width)
@@ -179,7 +184,8 @@ def step(
         carray(overflow, 1), carray(k, (rows, width)), carray(v, (rows, width)), carray(evict, rows),
         carray(active, batch), lag,
     )  # fmt: skip
-    attend(carray(q, queries), keys, values, table, length, scale, carray(out, queries), 0, rows)
+    sinks = carray(sinks, heads)
+    attend(carray(q, queries), keys, values, table, length, scale, sinks, carray(out, queries), 0, rows)
 
 
 @compiled

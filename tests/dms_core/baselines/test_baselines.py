@@ -28,16 +28,20 @@ class Row:
     out: list = field(default_factory=list)  # (Hq, D)
     prompt: int = 0
     stream: int = 0
+    sinks: torch.Tensor | None = None  # (Hq,): one more logit a head
 
     def copy(self) -> "Row":
         lists = (list(x) for x in (self.q, self.k, self.v, self.decoded, self.out))
-        return Row(*lists, self.prompt, self.stream)
+        return Row(*lists, self.prompt, self.stream, self.sinks)
 
 
 def weights_of(row: Row, t: int, head: int, kept: list[int]) -> torch.Tensor:
     """Attention of token ``t`` in query head ``head`` over the tokens ``kept``."""
     keys = torch.stack([row.k[j][head // GROUP] for j in kept])
-    return (keys @ row.q[t][head] * SCALE).softmax(0)
+    scores = keys @ row.q[t][head] * SCALE
+    if row.sinks is None:
+        return scores.softmax(0)
+    return torch.cat([scores, row.sinks[head, None]]).softmax(0)[:-1]
 
 
 def answer(row: Row, t: int, kept: list[list[int]]) -> torch.Tensor:
@@ -202,9 +206,10 @@ ORACLES = {
 class Play:
     """A layer and its rows' histories: a left-padded prompt, decode steps with idle rows, forks, a second turn."""
 
-    def __init__(self, method, lengths: list[int], seed: int) -> None:
+    def __init__(self, method, lengths: list[int], seed: int, sinks: bool = False) -> None:
         self.method, self.g, self.rng = method, torch.Generator().manual_seed(seed), random.Random(seed)
-        self.rows = [Row(stream=self.rng.getrandbits(62)) for _ in lengths]
+        self.sinks = torch.randn(HEADS * GROUP, generator=self.g) if sinks else None
+        self.rows = [Row(stream=self.rng.getrandbits(62), sinks=self.sinks) for _ in lengths]
         self.layer = method.layer(method, MAX_NEW, 3)
         self.layer.lazy_initialization(torch.empty(len(lengths), HEADS, 0, WIDTH))
         if hasattr(self.layer, "stream"):
@@ -217,7 +222,7 @@ class Play:
         q = torch.randn(batch, HEADS * GROUP, tokens, WIDTH, generator=self.g) * 2
         k, v = (torch.randn(batch, HEADS, tokens, WIDTH, generator=self.g) for _ in range(2))
         self.layer.update(k, v)
-        out = self.layer.attend(q, k, v, None, valid, SCALE)
+        out = self.layer.attend(q, k, v, None, valid, SCALE, self.sinks)
         for b, row in enumerate(self.rows):
             row.prompt = row.prompt or int(valid[b].sum())
             for t in valid[b].nonzero()[:, 0].tolist():
@@ -269,9 +274,14 @@ METHODS = {
 
 @pytest.mark.parametrize("name", BASELINES)
 @settings(max_examples=20)
-@given(data=st.data(), lengths=st.lists(st.integers(1, 18), min_size=1, max_size=3), seed=st.integers(0, 999))
-def test_layer_equals_its_definition(name, data, lengths, seed):
-    play = Play(data.draw(METHODS[name]), lengths, seed)
+@given(
+    data=st.data(),
+    lengths=st.lists(st.integers(1, 18), min_size=1, max_size=3),
+    seed=st.integers(0, 999),
+    sinks=st.booleans(),
+)
+def test_layer_equals_its_definition(name, data, lengths, seed, sinks):
+    play = Play(data.draw(METHODS[name]), lengths, seed, sinks)
     play.decode(6)
     play.rearrange()
     play.decode(5)

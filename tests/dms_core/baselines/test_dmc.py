@@ -88,7 +88,7 @@ def rotate(x: torch.Tensor, position: int, rotary) -> torch.Tensor:
 @pytest.mark.parametrize("config", [CONFIG, DMCConfig(scale=4.0, offset=0.5, neuron=2)])
 def test_parallel_form_equals_the_sequential_definition_in_every_layer(merging, config):
     model, ids, seen = merging(config=config), tokens(1, 37), {}
-    for index, attention in enumerate(model.dms.attentions):
+    for index, attention in enumerate(model.dms.layout.modules):
         attention.register_forward_hook(
             lambda module, args, kwargs, output, index=index: seen.update(
                 {index: (kwargs["hidden_states"], output[0])}
@@ -96,7 +96,7 @@ def test_parallel_form_equals_the_sequential_definition_in_every_layer(merging, 
             with_kwargs=True,
         )
     model(input_ids=ids, use_cache=False)
-    for index, attention in enumerate(model.dms.attentions):
+    for index, attention in enumerate(model.dms.layout.modules):
         hidden, out = seen[index]
         with model.dms.disabled():  # the transcription calls the layer's projections
             expected, held = transcribe(attention, hidden[0], model.model.rotary_emb, config)
@@ -198,7 +198,7 @@ def test_losses_have_gradients_for_decision_and_weight_neurons(merging):
         step.aux_weight = float(direct == "aux")
         parts = step(ids, ids, alpha_target=0.9)
         (parts["loss"]).backward()
-        for attention in model.dms.attentions:
+        for attention in model.dms.layout.modules:
             key, query = (
                 p.weight.grad.unflatten(0, (-1, 8))[:, -1].abs().sum(1) for p in (attention.k_proj, attention.q_proj)
             )

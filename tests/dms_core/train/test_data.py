@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from companion.families import tiny_model as model_of
 from companion.tasks.programs import make_problem
 from companion.tasks.reasoner import load_tokenizer
-from dms_core.model import _segments
+from dms_core.config import DMSConfig
+from dms_core.model import attach
+from dms_core.step import documents
 from dms_core.train.data import OPEN, PackedRows, Store, completions, encode, pack, prepare
 from dms_core.train.retrofit import pad_collate
 
@@ -210,7 +213,7 @@ def test_packed_rows_are_a_function_of_seed_and_index():
 def test_packed_rows_give_the_model_segments_without_labels_across_them():
     rows = PackedRows(store_of([5, 4, 3]), 12, 1)
     batch = pad_collate(0)([rows[0], {"input_ids": [7, 8], "labels": [-100, 8], "position_ids": [0, 1]}])
-    segments = _segments(batch["attention_mask"].bool(), batch["position_ids"], True)
+    segments = documents(batch["attention_mask"].bool(), batch["position_ids"], True)
     lengths = torch.unique_consecutive(segments[0], return_counts=True)[1].tolist()
     assert sorted(lengths) == [3, 4, 5] and segments[1].tolist() == [0, 0] + [-1] * 10
     starts = batch["position_ids"][0] == 0
@@ -239,3 +242,17 @@ def test_packed_documents_have_the_losses_of_single_documents(tiny_model):
 
 def store_of_part(store: Store, index: int) -> Store:
     return Store(store.tokens, store.learnt, store.table[index : index + 1], {})
+
+
+def test_rows_of_a_model_with_states_hold_one_document_each():
+    rows = PackedRows(store_of([5, 4, 3]), 12, 6, alone=True)
+    assert sorted(len(rows[i]["input_ids"]) for i in range(3)) == [3, 4, 5]
+    assert all((rows[i]["position_ids"] == np.arange(len(rows[i]["input_ids"]))).all() for i in range(6))
+
+
+def test_packed_documents_are_refused_by_a_model_with_states():
+    model = attach(model_of("qwen3_next"), DMSConfig(window=2))
+    batch = pad_collate(0)([PackedRows(store_of([5, 4, 3]), 12, 1)[0]])
+    with pytest.raises(ValueError, match="documents packed in a row: must be one a row"):
+        model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    model(input_ids=batch["input_ids"], use_cache=False)

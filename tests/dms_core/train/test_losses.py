@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
+from companion.families import tiny_model as tiny_family
 from dms_core.config import DMSConfig
 from dms_core.model import attach
+from dms_core.probe import decoder_of
+from dms_core.train.heads import logits_of
 from dms_core.train.losses import Distiller, chunked_loss, compression_loss, token_divergence
 from dms_core.train.retrofit import pad_collate
 
@@ -152,3 +155,57 @@ def test_teacher_is_frozen_and_no_part_of_the_trained_module(tiny_model):
 def test_unknown_direction_is_named(tiny_model):
     with pytest.raises(ValueError, match=r"direction 'backward': must be one of .*forward.*reverse"):
         Distiller(tiny_model(), None, "backward")
+
+
+SCALED = {  # families whose logits are not those of the output layer alone, and others built in their own ways
+    "granite": {"logits_scaling": 8.0},
+    "cohere": {"logit_scale": 0.0625},
+    "gemma2": {"final_logit_softcapping": 5.0},
+    "gemma3_text": {"final_logit_softcapping": 5.0},
+    "falcon_h1": {"lm_head_multiplier": 0.1},
+    "opt": {},
+    "llama4_text": {},
+    "gemma3": {},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", SCALED)
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_divergence_is_that_of_the_models_own_logits(kind, chunk):
+    student, teacher = (tiny_family(kind, seed, **SCALED[kind]) for seed in (0, 1))
+    items = documents()[:1]
+    ids = torch.tensor([items[0]["input_ids"]])
+    if kind == "opt":  # no gates go on it
+        inputs = {"input_ids": ids, "use_cache": False}
+        torch.testing.assert_close(
+            logits_of(student, decoder_of(student)(**inputs).last_hidden_state[0]), student(**inputs).logits[0]
+        )
+        return
+    attach(student, DMSConfig(window=2, scale=10.0, offset=0.0))
+    facts = evaluated(student, teacher, items, chunk=chunk)
+    with torch.no_grad():
+        own = [model(ids, use_cache=False).logits[0, 2:-1] for model in (student, teacher)]
+    expected = token_divergence(*own, "forward").mean()
+    torch.testing.assert_close(facts["kd"], expected, rtol=1e-4, atol=1e-6)
+    if SCALED[kind]:
+        heads = (model.get_output_embeddings() for model in (student, teacher))
+        hidden = [
+            decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0, 2:-1] for model in (student, teacher)
+        ]
+        alone = token_divergence(*(head(h) for head, h in zip(heads, hidden, strict=True)), "forward").mean()
+        assert abs(alone - expected) > 0.05 * expected  # the output layer by itself says something else
+
+
+def test_models_are_whole_after_a_loss_and_after_an_error(tiny_model):
+    model = tiny_model()
+    before = dict(vars(model))
+    logits_of(model, torch.zeros(3, 32))
+    with pytest.raises(RuntimeError):
+        logits_of(model, torch.zeros(3, 31))
+    assert vars(model) == before and "model" not in vars(model)
+
+
+def test_a_model_without_an_output_layer_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="LlamaModel: no decoder; DMS is for causal language models"):
+        logits_of(tiny_model(gates=False).model, torch.zeros(3, 32))

@@ -1,14 +1,19 @@
 import json
+import math
 import sys
+import warnings
 from dataclasses import asdict
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
+from companion import families
 from companion.tasks.reasoner import make_tokenizer
+from dms_core.cache.dms import DMSCache
 from dms_core.checkpoint import load_model, read_settings
 from dms_core.config import DMSConfig
+from dms_core.storage import read_json
 from dms_core.train.optim import make_optimizer
 from dms_core.train.recipe import RetrofitConfig
 from dms_core.train.retrofit import pad_collate, retrofit
@@ -190,3 +195,22 @@ def test_collation_pads_on_the_right_and_masks_the_padding():
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 7, 7]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "gpt_oss", "llama4_text"])
+def test_model_with_other_layers_retrofits_and_comes_back(family, tmp_path):
+    """States, sinks, chunks: all weights learn, the checkpoint decodes as it was trained."""
+    recipe = RetrofitConfig(final_cr=2.0, steps_per_unit=2, batch=2, optimizer="adamw", lr=1e-3, warmup=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # layers without gates
+        trained = retrofit(families.tiny_model(family), make_tokenizer(), documents(), DMS, recipe, tmp_path, **OPTIONS)
+        loaded = load_model(checkpoint_dir(tmp_path, 2.0))
+    ids = torch.tensor([documents()[0]["input_ids"] * 2])
+    with torch.no_grad():
+        whole = loaded(ids, use_cache=False).logits
+        torch.testing.assert_close(whole, trained(ids, use_cache=False).logits)
+        cache = DMSCache.for_model(loaded, page=4)
+        steps = [loaded(part, past_key_values=cache).logits for part in ids.split([7, *[1] * (ids.shape[1] - 7)], 1)]
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-3, atol=1e-3)
+    log = [entry for entry in read_json(tmp_path / "retrofit.json")["log"] if "kd" in entry]
+    assert all(math.isfinite(entry["kd"]) for entry in log) and log

@@ -1,0 +1,87 @@
+"""``dms sample``: arguments of chat templates, and checkpoints of the authors' form."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from companion.cli.main import main
+from companion.experiments import sample as module
+from companion.paths import REASONER
+from companion.tasks.reasoner import load_tokenizer, make_tokenizer
+from dms_core.storage import read_json, read_jsonl
+
+TEMPLATE = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+TEMPLATE += "{% for m in messages %}{{ m.content }}{% endfor %}{% if quiet %}=0;{% endif %}"
+
+
+@pytest.fixture
+def chatty(tmp_path):
+    """The embedded model with a chat template that refuses a system message."""
+    tokenizer = load_tokenizer(REASONER)
+    tokenizer.chat_template = TEMPLATE
+    shutil.copytree(REASONER, tmp_path / "chatty", ignore=shutil.ignore_patterns("dms-*"))
+    tokenizer.save_pretrained(tmp_path / "chatty")
+    return tmp_path / "chatty"
+
+
+def arguments(model, out, *more) -> list[str]:
+    words = ["sample", "--model", model, "--method", "vanilla", "--length", 4, "--out", out, *more]
+    return [str(word) for word in words]
+
+
+def test_template_arguments_name_the_records_and_are_noted(chatty, tmp_path, capsys):
+    (tmp_path / "aime.jsonl").write_text(json.dumps({"id": 1, "problem": "1+1", "answer": "2"}) + "\n")
+    pytest.importorskip("math_verify")
+    common = arguments(chatty, tmp_path / "out", "--task", "aime24", "--source", tmp_path / "aime.jsonl")
+    assert main(common) == 0
+    (plain,) = (tmp_path / "out" / "records").iterdir()
+    assert read_json(tmp_path / "out" / "run.json")["template"] == {}
+    assert main([*common, "--template", "quiet=true"]) == 0
+    note = read_json(tmp_path / "out" / "run.json")
+    assert note["template"] == {"vanilla-cr1": {"quiet": True}}
+    assert note["records"]["vanilla-cr1"] != plain.name and len(list((tmp_path / "out" / "records").iterdir())) == 2
+    (quiet,) = read_jsonl(tmp_path / "out" / "records" / note["records"]["vanilla-cr1"])
+    assert quiet["prompt_tokens"] == read_jsonl(plain)[0]["prompt_tokens"] + len("=0;")
+    assert main([*common, "--template", "quiet=false"]) == 0  # the same prompt as without, and yet other records
+    assert len(list((tmp_path / "out" / "records").iterdir())) == 3
+    capsys.readouterr()
+    for given, said in {
+        "loud=1": "template argument 'loud': the chat template of",
+        "quiet": "--template quiet",
+    }.items():
+        assert main([*common, "--template", given]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_system_message_reaches_a_model_whose_template_refuses_one(chatty, tmp_path):
+    pytest.importorskip("reasoning_gym")
+    common = arguments(chatty, tmp_path / "out", "--task", "reasoning_gym:chain_sum", "--option", "size=1")
+    assert main([*common, "--unsafe-execution"]) == 0
+
+
+@pytest.mark.parametrize("ratio", [8, None])
+def test_ratio_is_read_from_a_checkpoint_of_the_authors(tiny_model, tmp_path, monkeypatch, capsys, ratio):
+    directory, tokenizer = tmp_path / "theirs", make_tokenizer()
+    tiny_model("qwen3", gates=False, vocabulary=len(tokenizer)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    keys = {"dms_alpha_scale": 100.0, "dms_initial_alpha_offset": 5.0, "dms_window_size": 4, "dms_cr": ratio}
+    config = read_json(directory / "config.json") | keys
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dms_cr" or v}))
+    place = module.local_directory
+    monkeypatch.setattr(module, "local_directory", lambda name: directory if name == "some/Model-DMS" else place(name))
+    words = ["sample", "--model", "some/Model-DMS", "--task", "programs", "--limit", "1", "--method", "dms"]
+    status = main([*words, "--length", "4", "--out", str(tmp_path / "out"), "--json"])
+    said = capsys.readouterr()
+    if ratio is None:
+        assert status == 2 and "some/Model-DMS does not say its compression ratio: give --cr" in said.err
+    else:
+        result = json.loads(said.out.splitlines()[-1])
+        assert status == 0 and result["cr"] == ratio and Path(result["file"]).name.startswith("dms-cr8-")
+
+
+def test_plain_model_is_refused_for_dms(tmp_path, capsys):
+    words = ["sample", "--model", str(REASONER), "--task", "programs", "--method", "dms", "--length", "4", "--out"]
+    assert main([*words, str(tmp_path / "out")]) == 2
+    assert "is not a DMS checkpoint" in capsys.readouterr().err
