@@ -25,10 +25,12 @@ from dms_core.cache.hybrid import other_layers
 from dms_core.config import DMSConfig
 from dms_core.gate import AdapterGate, gate_logits, read_neuron
 from dms_core.parallel import split_of
-from dms_core.probe import Attention, decoder_of, layout_of
-from dms_core.step import NaNWatch, Step, Uncached, documents, given_cache, padding_mask, several
+from dms_core.probe import Attention, decoder_of, layout_of, place_of
+from dms_core.step import Step, Uncached, Watch, documents, given_cache, padding_mask, several
 
 NEVER = -1e9  # a gate's logit at which no noise evicts
+NAN = "gate logits contain NaN: must be finite; is the checkpoint damaged?"
+IDLE = "a row sat out a step and then went on: layers with states cannot; put_rows or reset_rows must come between"
 
 
 class DMS:
@@ -43,18 +45,23 @@ class DMS:
         self.neuron_factor = 0.0  # 1 - t / n_t during the neuron gate's warm-up
         self.evicting = True  # False in that warm-up: the gates are silent, the neuron fades out
         self.noise_keys: Tensor | None = None  # (B,) of noise.row_keys; None: noise from torch's global generator
-        self.nans = NaNWatch()
+        self.watches = Watch(NAN), Watch(IDLE)
         self.outer_mask: tuple | None = None  # the padding mask that the model around the decoder was called with
+        self.tuples = False  # the call under way returns a tuple
         self.layout, self.split = layout_of(model), split_of(model)
         first = self.layout.full[0]
         self.layers, self.heads, self.head_dim = len(self.layout.attention), first.heads, first.head_dim  # heads here
         self._check(type(model).__name__)
         decoder = decoder_of(model)
-        self.parameters = tuple(inspect.signature(decoder.forward).parameters)
-        self.configs = _own_configurations(model)
+        self.parameters = _names(decoder)
+        _own_configurations(model)
         self.text = model.config.get_text_config()
         self.hooks = [
-            model.register_forward_pre_hook(self._outer, with_kwargs=True),
+            *(
+                module.register_forward_pre_hook(partial(self._outer, _names(module)), with_kwargs=True)
+                for module in model.modules()
+                if module is not decoder and any(inner is decoder for inner in module.modules())
+            ),
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
             decoder.register_forward_hook(self._end),
         ]
@@ -80,7 +87,7 @@ class DMS:
         if self.config.gate == "adapter":
             eps = getattr(self.text, "rms_norm_eps", None) or 1e-6
             gate = AdapterGate(self.text.hidden_size, attention.heads * self.split.parts, eps)
-            module.dms_gate = gate.to(next(module.parameters()).device)
+            module.dms_gate = gate.to(place_of(module))
             hook = partial(self._read_residual, index)
             self.hooks.append(attention.layer.register_forward_pre_hook(hook, with_kwargs=True))
         else:
@@ -97,17 +104,12 @@ class DMS:
             return output
         seen = self.layout.attention[index]
         q = output.unflatten(-1, (-1, seen.head_dim)) if output.ndim == 3 else output  # (B, T, Hq, D)
-        heads_first = output.ndim == 4 and module is not seen.module.q_proj and self._heads_first  # (B, Hq, T, D)
+        heads_first = module is not seen.module.q_proj and seen.heads_first  # (B, Hq, T, D)
         if heads_first:
             q = q.transpose(1, 2)
         x, q = read_neuron(q, seen.heads, self.config.neuron, self.neuron_factor)
         self._put(index, lambda: gate_logits(x, self.config))
         return q.transpose(1, 2) if heads_first else q.view_as(output)
-
-    @property
-    def _heads_first(self) -> bool:
-        """Whether the norm of queries comes after their transposition."""
-        return self.text.model_type.startswith("gemma3")
 
     def _put(self, index: int, logits: Callable[[], Tensor]) -> None:
         if self.enabled:
@@ -129,9 +131,13 @@ class DMS:
 
     # A forward pass.
 
-    def _outer(self, module, args, kwargs) -> None:
-        mask = kwargs.get("attention_mask")
-        self.outer_mask = None if isinstance(mask, dict) else (mask,)
+    def _outer(self, names: tuple[str, ...], module, args, kwargs) -> None:
+        """Before a model around the decoder runs."""
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if not isinstance(mask := kwargs.get("attention_mask"), dict):
+            self.outer_mask = (mask,)
+        if kwargs.get("return_dict") is False:
+            self.tuples = True
 
     def _begin(self, module, args, kwargs):
         """Before the decoder runs: which cache, which tokens are valid, which documents."""
@@ -155,12 +161,29 @@ class DMS:
         if segments is not None and self.layout.mixes and several(segments):
             raise ValueError("documents packed in a row: must be one a row, layers with a state would mix them")
         full = cache is not None and tokens > 1 and bool(valid.all())
+        if cache is not None and self.layout.mixes:
+            self._check_states(cache, valid, full)
         if cache is not None and tokens > 1 and cache.get_seq_length() == 0:  # what was noted was another caller's
-            self.nans.forget()
+            for watch in self.watches:
+                watch.forget()
         if cache is not None and tokens == 1 and cache.make_room():
             self.check_logits()
-        self.step = Step(cache, valid, segments, self.model.training and self.enabled, full, unasked and cache is None)
+        self.step = Step(
+            cache,
+            valid,
+            segments,
+            self.model.training and self.enabled,
+            full,
+            unasked and cache is None and not self.tuples,
+        )
         return (), kwargs
+
+    def _check_states(self, cache: RowCache, valid: Tensor, full: bool) -> None:
+        """Padding goes into the states of layers that have some, but in a first prefill, which transformers masks."""
+        if valid.shape[1] == 1:
+            self.watches[1].note(cache.goes_on_wrongly(valid))
+        elif not full and cache.get_seq_length():
+            raise ValueError("padding after a past: must be none, layers with states would take it in as tokens")
 
     def _choose(self, implementation: str) -> None:
         """The attention of the forward pass to come, which transformers looks up in the configuration."""
@@ -192,7 +215,7 @@ class DMS:
 
     def _end(self, module, args, output) -> None:
         """After the decoder ran: note NaN logits, and look at the notes where that delays nobody."""
-        step, self.outer_mask = self.step, None
+        step, self.outer_mask, self.tuples = self.step, None, False
         if not self.enabled:
             self._choose(self.attention_before)
         if step is None or step.soft:
@@ -202,17 +225,18 @@ class DMS:
         if not step.logits:
             return
         logits = list(step.logits.values())
-        self.nans.note(logits)
+        self.watches[0].note(torch.cat([z.to(logits[0].device) for z in logits], 1).isnan().any())
         if step.cache is None or logits[0].shape[2] > 1 or logits[0].device.type == "cpu":
             self.check_logits()
 
     def check_logits(self) -> None:
-        """Raises ValueError for NaN logits in the steps since the last check; waits for the device.
+        """Raises ValueError for NaN logits, or rows wrongly used, in the steps since the last check.  Waits.
 
         Called by itself after each prefill and each full forward, and after decode steps on a CPU; elsewhere whenever
         the cache makes room for some.
         """
-        self.nans.look()
+        for watch in self.watches:
+            watch.look()
 
     @contextlib.contextmanager
     def disabled(self):
@@ -254,20 +278,19 @@ class DMS:
         return other
 
 
-def _own_configurations(model: PreTrainedModel) -> list[tuple[nn.Module, str, PreTrainedConfig]]:
-    """Give the model copies of its configurations, which name its attention and may be shared with other models.
+def _names(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of its forward."""
+    return tuple(inspect.signature(module.forward).parameters)
 
-    Returns whose they were, under which name.
-    """
+
+def _own_configurations(model: PreTrainedModel) -> None:
+    """Give the model copies of its configurations, which name its attention and may be shared with other models."""
     copies: dict[int, object] = {}
     copy.deepcopy(model.config, copies)
-    before = []
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, PreTrainedConfig) and id(value) in copies:
-                before.append((module, name, value))
                 setattr(module, name, copies[id(value)])
-    return before
 
 
 def no_mask(batch_size, q_length, kv_length, q_offset=0, mask_function=None, **kwargs) -> None:
@@ -331,7 +354,6 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         del module.__dict__["dms"]
         if hasattr(module, "dms_gate"):
             del module.dms_gate
-    for module, name, config in dms.configs:
-        setattr(module, name, config)
+    dms._choose(dms.attention_before)
     del model.dms
     return model

@@ -5,13 +5,12 @@ once, with its queries, keys, scale, sinks and the mask that it asked for.  A ca
 ValueError that names the model and the reason, before any gate is made.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel, cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -26,6 +25,7 @@ TOKENS = 7  # unlike any number of heads
 # Arguments of the interface that DMS respects or that change nothing in causal attention over the given keys.
 KNOWN = {"scaling", "dropout", "sliding_window", "is_causal", "s_aux", "sinks", "position_ids", "output_attentions"}
 KNOWN |= {"use_cache", "past_key_values", "cache_position", "position_embeddings", "output_router_logits"}
+DummyLayer = getattr(cache_utils, "DummyLayer", type(None))  # since transformers 5.23
 WITH_ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer)
 WITHOUT = (LinearAttentionLayer, DummyLayer)
 STATES = (LinearAttentionCacheLayerMixin, DummyLayer)
@@ -42,6 +42,7 @@ class Attention:
     head_dim: int
     sliding: int | None  # tokens of its sliding window, itself included; None: all before it
     chunk: int | None  # tokens of its chunks, outside of which it sees nothing; None: no chunks
+    heads_first: bool = False  # its q_norm gives (B, Hq, T, D), not (B, T, Hq, D)
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,14 @@ def _attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask
 AttentionInterface.register(NAME, _attention)
 
 
+def place_of(module: nn.Module) -> torch.device:
+    """Where a module computes: of weights that accelerate keeps elsewhere, where it brings them."""
+    for inner in module.modules():
+        if (place := getattr(getattr(inner, "_hf_hook", None), "execution_device", None)) is not None:
+            return torch.device(place)
+    return next(module.parameters()).device
+
+
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The text decoder inside a causal language model.  Raises ValueError where there is none."""
     decoder = model.get_decoder()
@@ -175,15 +184,18 @@ def _probe(model: PreTrainedModel) -> list[Attention | None]:
             )
         if len(shape := inputs.get(id(layers[index]), ())) != 3:
             raise ValueError(f"{name}: layer {index} reads {list(shape)}: must be (batch, tokens, width), for its gate")
-        found[index] = _described(f"{name}: layer {index}", module, layers[index], *call)
+        seen = _described(f"{name}: layer {index}", module, layers[index], *call)
+        norm = inputs.get(id(getattr(module, "q_norm", None)), ())
+        heads_first = len(norm) == 4 and norm[1:3] == (seen.heads * seen.group, TOKENS)
+        found[index] = replace(seen, heads_first=heads_first)
     return found
 
 
 def _run(decoder: nn.Module, model: PreTrainedModel) -> tuple[list[tuple], dict[int, tuple], dict[int, tuple]]:
     """A forward pass over a few tokens.
 
-    Returns the calls of the attention interface, the keys that the cache got, by layer, and the shapes that members of
-    module lists read, by id.
+    Returns the calls of the attention interface, the keys that the cache got, by layer, and by id the shapes that
+    members of module lists read, and that norms of queries give.
     """
     training, text = [module for module in decoder.modules() if module.training], model.config.get_text_config()
     before, text._attn_implementation = text._attn_implementation, NAME
@@ -193,12 +205,17 @@ def _run(decoder: nn.Module, model: PreTrainedModel) -> tuple[list[tuple], dict[
         hidden = args[0] if args else kwargs.get("hidden_states")
         inputs[id(module)] = tuple(getattr(hidden, "shape", ()))
 
+    def note_norm(module, args, output) -> None:
+        inputs[id(module)] = tuple(output.shape)
+
     lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
     hooks = [member.register_forward_pre_hook(note, with_kwargs=True) for members in lists for member in members]
+    norms = [module for name, module in decoder.named_modules() if name.endswith("q_norm")]
+    hooks += [module.register_forward_hook(note_norm) for module in norms]
     _calls.clear()
     decoder.eval()
     try:
-        cache, ids = _Cache(model.config), torch.ones(1, TOKENS, dtype=torch.long, device=model.device)
+        cache, ids = _Cache(model.config), torch.ones(1, TOKENS, dtype=torch.long, device=place_of(decoder))
         with torch.no_grad():
             decoder(input_ids=ids, past_key_values=cache, use_cache=True)
         return list(_calls), cache.given, inputs

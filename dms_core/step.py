@@ -23,31 +23,30 @@ class Step:
     evicted: dict[int, Tensor] = field(default_factory=dict)  # layer -> decisions about each token (B, H, T)
 
 
-class NaNWatch:
-    """Notes whether gates' logits were NaN, on their devices, and raises when it is time to look."""
+class Watch:
+    """Notes on the device whether something was wrong, and raises when it is time to look."""
 
-    def __init__(self) -> None:
+    def __init__(self, message: str) -> None:
+        self.message = message
         self.seen: dict[torch.device, Tensor] = {}  # (1,) bool
 
-    def note(self, logits: list[Tensor]) -> None:
-        """Of one forward pass, (B, H, T) each.  Does not wait."""
-        device = logits[0].device
-        found = torch.cat([z.to(device) for z in logits], 1).isnan().any()
-        if device not in self.seen:
+    def note(self, found: Tensor) -> None:
+        """A bool of one forward pass.  Does not wait."""
+        if found.device not in self.seen:
             with torch.inference_mode(False):  # so that it can be changed in any mode
-                self.seen[device] = torch.zeros(1, dtype=torch.bool, device=device)
-        self.seen[device].logical_or_(found)  # in place, as a captured step does it
+                self.seen[found.device] = torch.zeros(1, dtype=torch.bool, device=found.device)
+        self.seen[found.device].logical_or_(found)  # in place, as a captured step does it
 
     def forget(self) -> None:
         for seen in self.seen.values():
             seen.zero_()
 
     def look(self) -> None:
-        """Raises ValueError for NaN logits since the last look; waits for the device."""
+        """Raises ValueError if something was wrong since the last look; waits for the device."""
         for seen in self.seen.values():
             if seen:
                 seen.zero_()
-                raise ValueError("gate logits contain NaN: must be finite; is the checkpoint damaged?")
+                raise ValueError(self.message)
 
 
 class Uncached(Cache):
@@ -76,6 +75,10 @@ def padding_mask(mask, outer: tuple | None, inputs: Tensor) -> tuple[Tensor, boo
 def documents(valid: Tensor, position_ids: Tensor | None, padded: bool) -> Tensor | None:
     """Documents packed in a row, told by positions that start over: (B, T) numbers, padding -1; None for one a row."""
     segments = torch.zeros(valid.shape, dtype=torch.long, device=valid.device)
+    if position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4:
+        position_ids = position_ids[0]  # the text's; the others are places in an image
+    if position_ids is not None and position_ids.shape == (1, valid.shape[1]):
+        position_ids = position_ids.expand_as(valid)
     if position_ids is not None and position_ids.shape == valid.shape:
         jump = position_ids[:, 1:] != position_ids[:, :-1] + 1
         begins = valid[:, 1:] & jump & (valid[:, :-1] | (position_ids[:, 1:] == 0))  # padding may have any position
@@ -111,12 +114,9 @@ def given_cache(past, new_cache) -> RowCache | None:
         return past
     if isinstance(past, Uncached):
         raise ValueError("past_key_values of a call that kept none: pass use_cache=True to the call that returned it")
-    if not isinstance(past, Cache) or past.get_seq_length() != 0:
-        raise ValueError(f"past_key_values of type {type(past).__name__}: must be a DMSCache, or an empty cache")
-    made = new_cache()
-    try:
-        past.__class__ = type(made)
-    except TypeError:  # an unusual class of the user's
-        return made
-    past.__dict__ = made.__dict__
+    known = type(past).__module__.startswith("transformers.")  # another class has what would be lost
+    if not known or not isinstance(past, Cache) or past.get_seq_length() != 0:
+        kinds = "a DMSCache, or an empty cache of transformers' own"
+        raise ValueError(f"past_key_values of type {type(past).__name__}: must be {kinds}")
+    past.__class__, past.__dict__ = type(made := new_cache()), made.__dict__
     return past

@@ -36,7 +36,8 @@ def lines(settings: dict, device: str = "h100") -> list[str]:
 
     name = settings["architecture"] or settings["model"]
     arch = Architecture(**name) if isinstance(name, dict) else find_architecture(name)
-    gpus = settings["resources"].get("sample", {}).get("gpus", 1)
+    rules = settings["resources"] or {}
+    gpus = next((g for rule in ("sample", "default") if (g := (rules.get(rule) or {}).get("gpus"))), 1)
     trained = settings["methods"].get("dms")
     shards = settings["shards"]
     jobs = f"{shards} job{'s' * (shards > 1)} of {gpus} GPU{'s' * (gpus > 1)} each"

@@ -5,6 +5,7 @@ KV reads (items attended to at each decode step; prefill does not count) and say
 (``dms_core.cache.dms``) and the training-free baselines (``dms_core.baselines``) differ in their layers alone.
 """
 
+import math
 from typing import Self
 
 import torch
@@ -114,6 +115,7 @@ class RowCache(Cache):
     """
 
     config: object
+    idle: Tensor | None = None  # (B,): rows that sat out a step, which states took in all the same
     static = False  # whether a decode step has static shapes
     slack = 0  # tokens that crop() can take back at most
 
@@ -196,10 +198,10 @@ class RowCache(Cache):
     def _of_layers(self, name: str) -> Tensor:
         """A counter of the layers that hold keys and values, (layers, B, H), on the first one's device.
 
-        Where layers have different numbers of KV heads, H is the largest and the others repeat theirs: means hold.
+        Where layers have different numbers of KV heads, H is their least common multiple; each repeats its own.
         """
         held = self.held
-        heads, device = max(x.heads for x in held), held[0].like.device
+        heads, device = math.lcm(*(x.heads for x in held)), held[0].like.device
         of_layers = (getattr(x, name).to(device).repeat_interleave(heads // x.heads, 1) for x in held)
         return torch.stack(list(of_layers))
 
@@ -247,6 +249,18 @@ class RowCache(Cache):
             raise ValueError(f"chains {chains}: must be >= 1")
         self.batch_repeat_interleave(chains)
 
+    def goes_on_wrongly(self, valid: Tensor) -> Tensor:
+        """Whether some row that sat out a step takes part in this one, ``valid`` (B, 1), though its states went on.
+
+        transformers' layers with states have no mask in decode steps.  Does not wait.
+        """
+        active = valid[:, 0]
+        if self.idle is None:
+            self.idle = torch.zeros_like(active)
+        wrong = (self.idle & active).any()
+        self.idle.logical_or_(~active)
+        return wrong
+
     def put_rows(self, indices: Tensor, other: Self, source: Tensor) -> None:
         """Rows ``indices`` become copies of rows ``source`` of ``other``: how a finished chain's row is refilled."""
         if other.config != self.config or len(other.layers) != len(self.layers):
@@ -255,6 +269,8 @@ class RowCache(Cache):
             mine.put(indices.to(mine.like.device), theirs, source.to(mine.like.device))
         for mine, theirs in zip(self.states, other.states, strict=True):
             states.put(mine, self.batch_size, indices, theirs, source)
+        if self.idle is not None:
+            self.idle[indices.to(self.idle.device)] = False
 
     def reset_rows(self, indices: Tensor) -> None:
         """Empty single rows."""
@@ -262,6 +278,8 @@ class RowCache(Cache):
             layer.clear(indices.to(layer.like.device))
         for layer in self.states:
             states.clear(layer, indices)
+        if self.idle is not None:
+            self.idle[indices.to(self.idle.device)] = False
 
     def reset(self) -> None:
         """Empty the cache; the next batch may have another size."""
@@ -269,6 +287,7 @@ class RowCache(Cache):
             layer.reset()
         for layer in self.states:
             states.reset(layer)
+        self.idle = None
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Become copies of the rows named in ``indices``."""
@@ -276,6 +295,8 @@ class RowCache(Cache):
             layer.batch_select_indices(indices)
         for layer in self.states:
             states.select(layer, indices)
+        if self.idle is not None:
+            self.idle = self.idle[indices.to(self.idle.device)]
 
     reorder_cache = batch_select_indices  # its name in beam search
 
@@ -285,6 +306,8 @@ class RowCache(Cache):
             layer.batch_repeat_interleave(repeats)
         for layer in self.states:
             states.repeat(layer, repeats)
+        if self.idle is not None:
+            self.idle = self.idle.repeat_interleave(repeats)
 
     def name_streams(self, indices: Tensor, streams: Tensor) -> None:
         """Rows ``indices`` draw from the random streams ``streams`` (int64) from now on; only some methods draw."""

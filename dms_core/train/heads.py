@@ -62,4 +62,6 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits (N, V) of the decoder's last hidden states (N, d), as ``model(...)`` makes them."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # what PEFT wraps
     with _decoder_returns(model, hidden[None]):
-        return model.forward(inputs_embeds=hidden[None], use_cache=False).logits[0]  # no hooks: not those of the gates
+        return model.forward(inputs_embeds=hidden[None], use_cache=False, return_dict=True).logits[
+            0
+        ]  # no hooks: not those of the gates

@@ -1,5 +1,6 @@
 """One mechanism for every decoder: a tiny random model of each type of transformers, built from its configuration."""
 
+import inspect
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from companion.families import CHUNK, SLIDING, tiny_config, tiny_model
 from dms_core.cache.dms import DMSCache
 from dms_core.check import check
 from dms_core.config import DMSConfig
-from dms_core.model import attach
+from dms_core.model import attach, detach
 
 PASSING = """
 apertus arcee biogpt bitnet cohere ernie4_5 gemma glm glm4 gpt2 gpt_bigcode gpt_neox granite helium hunyuan_v1_dense
@@ -71,7 +72,9 @@ def test_setting_of_a_family_is_refused(config, message):
         attach(tiny_model(config.model_type, **config.to_dict()), CONFIG)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma3_text", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family", ["apertus", "llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma3_text", "qwen3_moe"]
+)
 @torch.no_grad()
 def test_neuron_gates_generate_the_full_forward(family):
     model = gated(family, gate="neuron")
@@ -80,11 +83,11 @@ def test_neuron_gates_generate_the_full_forward(family):
     assert torch.equal(said[:, 13:], model(said[:, :-1], use_cache=False).logits[:, 12:].argmax(-1))
 
 
-def gated(family: str, **settings):
-    model = tiny_model(family)
+def gated(family: str, gate: str = "adapter", window: int = 3, **settings):
+    model = tiny_model(family, **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        attach(model, DMSConfig(**{"window": 3, "scale": 10.0, "offset": 0.0, **settings}))
+        attach(model, DMSConfig(gate=gate, window=window, scale=10.0, offset=0.0))
     for parameter in model.dms.gate_parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     return model
@@ -160,3 +163,95 @@ def test_two_models_of_one_configuration_run_side_by_side():
 def test_unknown_family_is_an_error():
     with pytest.raises(ValueError, match="family 'lama': must be a model type of transformers"):
         tiny_model("lama")
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+@torch.no_grad()
+def test_rows_of_a_hybrid_take_no_padding_after_a_past():
+    """transformers masks states in a first prefill alone: padding is refused later, and a row that sat out a step."""
+    model = gated("qwen3_next")
+    ids = torch.randint(3, 40, (2, 12), generator=torch.Generator().manual_seed(0))
+    cache = DMSCache.for_model(model)
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    model(ids[:, :8], attention_mask=mask, position_ids=positions(mask), past_key_values=cache)
+    turn = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    with pytest.raises(ValueError, match="padding after a past: must be none"):
+        model(ids[:, :3], attention_mask=torch.cat([mask, turn], 1), past_key_values=cache)
+    one = {"position_ids": torch.full((2, 1), 8), "past_key_values": cache}
+    model(ids[:, :1], attention_mask=torch.tensor([[1], [0]]), **one)
+    other = cache.empty_like(2)
+    other.put_rows(torch.tensor([1]), cache, torch.tensor([0]))
+    model(ids[:1, :1].expand(2, 1), attention_mask=torch.tensor([[0], [1]]), **{**one, "past_key_values": other})
+    with pytest.raises(ValueError, match="a row sat out a step and then went on"):
+        model(ids[:, :1], attention_mask=torch.ones(2, 1), **one)
+    cache.reset_rows(torch.tensor([1]))
+    model(ids[:, :1], attention_mask=torch.ones(2, 1), **one)
+
+
+@pytest.mark.parametrize("family, rows", [("qwen2_vl", 4), ("llama", 1)])
+@torch.no_grad()
+def test_packed_documents_are_kept_apart_whatever_the_shape_of_their_positions(family, rows):
+    """Qwen-VL gives the text's positions and three of an image; others one row for the whole batch."""
+    model = gated(family)
+    ids = torch.randint(3, 40, (2, 16), generator=torch.Generator().manual_seed(0))
+    place = torch.cat([torch.arange(9), torch.arange(7)])
+    place = place.expand(4, 2, -1) if rows == 4 else place[None]
+    other = ids.clone()
+    other[:, :9] = 7
+    first, second = (model(x, position_ids=place, use_cache=False).logits[:, 9:] for x in (ids, other))
+    torch.testing.assert_close(first, second)
+
+
+@torch.no_grad()
+def test_padding_mask_of_a_multimodal_model_counts_when_given_by_position():
+    model = gated("gemma3")
+    ids, mask = torch.ones(2, 9, dtype=torch.long), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    names = list(inspect.signature(model.forward).parameters)
+    assert names[0] == "input_ids"
+    before = [None] * (names.index("attention_mask") - 1)
+    assert torch.equal(model(ids, *before, mask).logits, model(ids, attention_mask=mask).logits)
+
+
+def test_layers_with_other_numbers_of_heads_count_in_means():
+    cache = DMSCache(CONFIG, 2)
+    for layer, heads in zip(cache.layers, (3, 5), strict=True):
+        layer.lazy_initialization(torch.zeros(1, heads, 0, 8))
+        layer.rows.length.copy_(torch.arange(heads))
+    assert cache.live_tokens().shape == (2, 1, 15)
+    assert cache.live_tokens().float().mean(2)[:, 0].tolist() == [1.0, 2.0]
+
+
+@torch.no_grad()
+def test_offloaded_model_gets_gates_where_it_computes():
+    model, ids = tiny_model("llama"), torch.ones(1, 9, dtype=torch.long)
+    expected = model(ids).logits
+    accelerate = pytest.importorskip("accelerate")
+    attach(accelerate.cpu_offload(model), CONFIG)
+    assert all(p.device.type == "cpu" for p in model.dms.gate_parameters())
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+
+
+def test_changes_of_the_configuration_outlive_detach():
+    model = attach(tiny_model("llama"), CONFIG)
+    model.resize_token_embeddings(70)
+    assert detach(model).config.vocab_size == 70 and model.config._attn_implementation == "sdpa"
+
+
+def test_check_leaves_gradients_and_single_modules_alone_and_wants_fp32():
+    model = tiny_model("llama").train()
+    model.model.layers[1].eval()
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    assert check(model).passes
+    assert model.training and not model.model.layers[1].training and (model.lm_head.weight.grad == 1).all()
+    with pytest.raises(ValueError, match=r"model of torch\.bfloat16: must be torch\.float32"):
+        check(tiny_model("llama").bfloat16())
+
+
+@torch.no_grad()
+def test_tuple_of_a_call_without_a_cache_holds_logits_alone():
+    assert len(gated("llama")(torch.ones(1, 5, dtype=torch.long), return_dict=False)) == 1

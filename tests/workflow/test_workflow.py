@@ -361,3 +361,13 @@ def test_estimate_is_table_3_and_grows_with_chains_and_shrinks_with_cr():
     assert estimate.sampling_hours(ARCHITECTURES["qwen-r1-32b"], h100, 1, task, 1, 1) == (float("inf"), 0)
     text = estimate.lines(settings.settings(yaml.safe_load((ROOT / "workflow/config/qwen-r1-7b.yaml").read_text())))
     assert "525 GPU-hours (paper, Table 3)" in text[1]
+
+
+@pytest.mark.parametrize(
+    "resources, gpus", [(None, 1), ({"sample": {"mem": "16GB"}}, 1), ({"default": {"gpus": 2}}, 2)]
+)
+def test_estimate_takes_the_gpus_of_the_rule_else_of_the_default_else_one(resources, gpus):
+    given = yaml.safe_load((ROOT / "workflow/config/qwen-r1-7b.yaml").read_text())
+    given.pop("resources")
+    text = estimate.lines(settings.settings({**given, **({"resources": resources} if resources else {})}))
+    assert f"of {gpus} GPU{'s' * (gpus > 1)} each" in text[0]

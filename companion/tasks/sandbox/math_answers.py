@@ -12,6 +12,7 @@ from itertools import chain
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from sympy import Expr, Float, N, Rational
+from units import MEASURES, measures
 
 # Units are taken off here: those of Math-Verify hold "ab", "t" and "h", which are variables as well.
 READ = LatexExtractionConfig(normalization_config=NormalizationConfig(malformed_operators=True, nits=True, boxed="all"))
@@ -19,16 +20,18 @@ STYLE = re.compile(
     r"(?<=([\^_]))?\\(?:math(?:bf|rm|it|sf|tt|normal)|boldsymbol|bm|pmb|text(?:bf|it|rm|sf|tt|normal)?|[mh]box|emph"
     r"|underline|ensuremath|boxed|fbox|operatorname\*?|(?:text)?color\s*\{[^{}]*\})\s*\{"
 )
+DEGREE = r"(?:\u00b0|\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degrees?(?![A-Za-z]))"
 SPELLINGS = [  # one for many
     (r"[\u2212\u2013]", "-"),
     (r"[\u00a0\u2002-\u200a\u202f]", r"\\,"),
     (r"\\(?:mathrm|textrm|textnormal|[mh]box)\s*\{", r"\\text{"),
     (r"\\(?:(?:bf|rm|it|sf|tt)(?:series|family)?|(?:display|text)style|left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?", " "),
     (r"\\color\s*\{[^{}]*\}(?!\s*\{)|\\[vh]?phantom\s*\{[^{}]*\}", " "),
-    (r"\u00b0|\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degrees?(?![A-Za-z])", " "),
     (r"\\varnothing|\u2205|\\\{\s*\\\}", r"\\emptyset "),
     (r"\\[lc]?dots[cbmio]?(?![A-Za-z])|\.\.\.|\u2026", r"\\ldots "),
     (r"\\\$|\$|\\pounds|[\u20ac\u00a3\u00a5]|(?<!\\)\\[()\[\]]", ""),
+    (DEGREE + r"(?=[\s.]*$)", r"\\text{ degrees}"),
+    (DEGREE, " "),
     (r"\\text\{\s*(?:\\?%|percent(?:age)?)\s*\}|\bpercent(?:age)?\b|\uff05|(?<!\\)%", r"\\%"),
 ]
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
@@ -44,8 +47,10 @@ SPACE = re.compile(r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![A-Za-z])")
 LABEL = re.compile(r"(?:(?:\\text\{)?\s*(?:the )?(?:final )?answer(?: is)?\s*:?\s*\}?\s*[:=]?|=|\\therefore)\s*", re.I)
 GAP = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
 REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))")
+NAMED = "|".join(MEASURES)
 UNIT = re.compile(
-    r"(?<=[\d)}])(?:(?:\s|~|\\[,;: ])*(?:\\cdot|\\times|/)?\s*\\text\{\s*"
+    r"(?:(?<=[\d)}])|(?<=[A-Za-z])(?=[^{}]*\\text\{\s*(?:(?:square|cubic|sq|cu)\.?\s+)?(?:" + NAMED + r")(?:e?s)?\b))"
+    r"(?:(?:\s|~|\\[,;: ])*(?:\\cdot|\\times|/)?\s*\\text\{\s*"
     r"(?![ije]\}|(?:and|or)\W|[^{}]*\b(?:base|mod)\b)[^{}\d]*\}(?:\^(?:\{-?\d+\}|\d))?)+\s*$"
 )
 BARE_UNIT = re.compile(
@@ -73,17 +78,29 @@ EXACT, DECIMAL, ROUNDED = 1e-25, 1e-14, 1e-5  # relative: exact values, two deci
 def equal(gold: str, answer: str) -> bool:
     """Whether the answer has gold's value, and is as many things: 3 is not 3, 3, and 52_8 is not 52_9.
 
-    A unit, a base, a percent sign or a modulus may be left out, but not be another one or stand where gold has none.
+    A unit, a base, a percent sign or a modulus may be left out, but not be another one; only a unit may stand where
+    gold has none.  Words that count things, as in 4 ways, are no units.
     """
-    gold, answer = normal(gold) or gold.strip(), normal(answer) or answer.strip()
+    (gold, unit), (answer, other) = (
+        (text or whole.strip(), unit) for whole in (gold, answer) for text, unit in [normal(whole)]
+    )
+    if unit and other and unit != other:
+        return False
     return bool(gold and answer) and _same(gold, answer)
 
 
-def normal(text: str) -> str:
-    """The text without style, labels and units, and without spaces and commas within numbers."""
+def normal(text: str) -> tuple[str, dict[str, int]]:
+    """The text without style, labels and units, and without spaces and commas within numbers; the units (see units)."""
+    units = ["dollar "] if text.count("\\$") == 1 and "dollar" not in text else []
+
+    def take(found: re.Match) -> str:
+        kept = found[1] if found.re is BARE_UNIT else ""
+        units.append(found[0].removeprefix(kept))
+        return kept
+
     for pattern, new in SPELLINGS:
         text = pattern.sub(new, text)
-    text = _unstyled(UNIT.sub("", text.strip())).strip()
+    text = _unstyled(UNIT.sub(take, text.strip())).strip()
     if label := LABEL.match(text):
         text = text[label.end() :]
     for pattern in GROUPED:
@@ -92,7 +109,7 @@ def normal(text: str) -> str:
     text = REPEATING.sub(_fraction, re.sub(r"\+\s*-", "-", text))
     text = re.sub(r"(?<=\d)i(?![A-Za-z])", " i", text)  # Math-Verify takes 2i for a variable
     text = re.sub(r"^\s*[A-Za-z]\s*\\equiv", "", text)
-    return BARE_UNIT.sub(r"\1", UNIT.sub("", text).strip())
+    return BARE_UNIT.sub(take, UNIT.sub(take, text).strip()), measures(" ".join(units))
 
 
 def _unstyled(text: str) -> str:
