@@ -6,6 +6,7 @@ fed, one by one, to a model that decodes with another cache: at every token, is 
 agreement), and how far is its distribution (KL, nats)?  Tokens after the end of the dense model's answer do not count.
 """
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -101,7 +102,24 @@ class Decoder:
         """Every row becomes as many as there are questions to it, neighbours together, and takes in its own."""
         self.cache.fork(len(questions))
         self.position = self.position.repeat_interleave(len(questions))
-        self.prefill([question for row in zip(*questions, strict=True) for question in row])
+        rows = [question for row in zip(*questions, strict=True) for question in row]
+        lengths = sorted(set(map(len, rows)))
+        if len(lengths) == 1 or not self.model.dms.layout.mixes:
+            return self.prefill(rows)
+        parts = [self._part(rows, [i for i, row in enumerate(rows) if len(row) == length]) for length in lengths]
+        for at, part in parts:
+            self.cache.put_rows(at, part.cache, torch.arange(len(at), device=at.device))
+            self.position[at] = part.position
+        order = torch.cat([at for at, _ in parts]).argsort()
+        self.logits = torch.cat([part.logits for _, part in parts])[order]
+
+    def _part(self, rows: Sequence[Sequence[int]], which: list[int]) -> tuple[Tensor, "Decoder"]:
+        """Rows of one length in a cache of their own: states would take in padding after a past."""
+        at, part = torch.tensor(which, device=self.position.device), copy.copy(self)
+        part.cache, part.position = copy.deepcopy(self.cache), self.position[at]
+        part.cache.batch_select_indices(at)
+        part.prefill([rows[i] for i in which])
+        return at, part
 
     def feed(self, ids: Tensor, mask: Tensor) -> None:
         """ids (B, T), and mask (B, T): 0 for padding."""

@@ -19,8 +19,8 @@ OPENING = r"""(?:[\s*_$"'`\u2018\u201c([{<]|<\w+>|\\[(\[]
     |\\(?:boxed|fbox|text\w*|math\w+|bf|rm|bm|boldsymbol|underline)\b|(?i:(?:the\s+)?(?:correct\s+)?(?:option|choice|letter|answer)\b:?)){0,30}"""
 # After a letter that is none: a longer word (also D-glucose, B's), a formula (D = 3, C_{2v}), a list (A or B).
 NAME = r"""[A-Za-z0-9]|[-\u2010-\u2013][A-Za-z0-9]|\)[-\u2010-\u2013][a-z]|['\u2019]s\b|_[{A-Za-z0-9\\]
-    |\s*[=^\u2192\u21cc]|\s*->|\s*[<>+/&]\s*[\w\\]|\s*\\(?!text|q?quad)[A-Za-z]|\s*:\s*[A-D](?![A-Za-z])
-    |[)\s]+(?:or|and)\s+(?:option\s+)?\(?[A-Da-d](?![A-Za-z])"""
+    |\s*[=^\u2192\u21cc]|\s*->|(?!\s*</?[A-Za-z]{2,}>)\s*[<>+/&]\s*[\w\\]|\s*\\(?!text|q?quad)[A-Za-z]|\s*:\s*[A-D](?![A-Za-z])
+    |[)\s]+(?:or|and)\s+(?:option\s+)?\(?[A-Da-d](?![A-Za-z])(?!\)?\s+(?:is|was)\b)"""
 # What may follow on its line where "A" is no article, and "B" no part of a name such as "B lymphocyte".
 LINK = r"""(?:and|as|at|based|because|but|due|for|from|given|here|i|indeed|instead|is|not|of|on|or|rather|since|so
     |that|then|though|thus|too|with|which|while|where|when|after|by|again|overall|over|only)\b"""

@@ -47,9 +47,9 @@ SPACE = re.compile(r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![A-Za-z])")
 LABEL = re.compile(r"(?:(?:\\text\{)?\s*(?:the )?(?:final )?answer(?: is)?\s*:?\s*\}?\s*[:=]?|=|\\therefore)\s*", re.I)
 GAP = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
 REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))")
-NAMED = "|".join(MEASURES)
+MEASURE = r"(?:(?:square|cubic|sq|cu)\.?\s+)?(?:" + "|".join(MEASURES) + r")(?:e?s)?\b"
 UNIT = re.compile(
-    r"(?:(?<=[\d)}])|(?<=[A-Za-z])(?=[^{}]*\\text\{\s*(?:(?:square|cubic|sq|cu)\.?\s+)?(?:" + NAMED + r")(?:e?s)?\b))"
+    r"(?:(?<=[\d)}])|(?<=[A-Za-z])(?=[\s~\\,;:]*\\text\{\s*" + MEASURE + "))"  # n is odd is no unit after a letter
     r"(?:(?:\s|~|\\[,;: ])*(?:\\cdot|\\times|/)?\s*\\text\{\s*"
     r"(?![ije]\}|(?:and|or)\W|[^{}]*\b(?:base|mod)\b)[^{}\d]*\}(?:\^(?:\{-?\d+\}|\d))?)+\s*$"
 )
@@ -81,11 +81,10 @@ def equal(gold: str, answer: str) -> bool:
     A unit, a base, a percent sign or a modulus may be left out, but not be another one; only a unit may stand where
     gold has none.  Words that count things, as in 4 ways, are no units.
     """
-    (gold, unit), (answer, other) = (
-        (text or whole.strip(), unit) for whole in (gold, answer) for text, unit in [normal(whole)]
-    )
-    if unit and other and unit != other:
+    (one, unit), (other, other_unit) = normal(gold), normal(answer)
+    if unit and other_unit and unit != other_unit:
         return False
+    gold, answer = one or gold.strip(), other or answer.strip()
     return bool(gold and answer) and _same(gold, answer)
 
 

@@ -46,6 +46,12 @@ def test_exactly_one_of_model_and_family(arguments, capsys):
     assert "give one of --model and --family" in capsys.readouterr().err
 
 
+def test_dtype_is_no_choice(capsys):
+    """Rounding to bf16 flips decisions near zero, which says nothing about the model."""
+    assert main(["check", "--family", "llama", "--dtype", "bfloat16"]) == 2
+    assert "No such option: --dtype" in capsys.readouterr().err
+
+
 def test_model_is_left_as_it_was():
     from dms_core.check import check
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from companion.experiments.fidelity import Prompt, answer, compare, make_prompts, report
+from companion.experiments.fidelity import Decoder, Prompt, answer, compare, make_prompts, report
+from companion.families import tiny_model
 from companion.paths import REASONER
 from companion.tasks.programs import make_problem
 from companion.tasks.reasoner import load_tokenizer
@@ -92,3 +93,21 @@ def test_report_has_a_row_for_every_method(tokenizer, monkeypatch):
     assert [row["method"] for row in result["rows"]] == ["vanilla", "dms", "tova", "streaming-llm"]
     assert result["rows"][0]["agreement"] == 1 and result["plain"]["kv_bytes"] > 0
     assert getattr(model, "dms", None) is None
+
+
+@pytest.mark.parametrize("method", ["dms", "tova"])
+def test_questions_of_unequal_length_after_a_past_leave_no_padding_in_states(method):
+    model = attach(tiny_model("qwen3_next"), DMSConfig(window=4))
+    make = DMSCache.for_model if method == "dms" else lambda m: get_baseline("tova")(1.0)(m, 8)
+    texts = torch.randint(3, 60, (4, 24)).tolist()
+    contexts, questions = (texts[0][:9], texts[1][:12]), [texts[2][:3], texts[3][:5], texts[3][:3], texts[2][:7]]
+    with torch.inference_mode(), model.dms.disabled():
+        decoder = Decoder(model, make(model), contexts, 0)
+        decoder.branch(questions[::2], questions[1::2])
+        whole = [[*contexts[i // 2], *question] for i, question in enumerate(questions)]
+        for word in (7, 8):  # after the questions, and after decode steps
+            alone = torch.cat([model(torch.tensor([ids]), use_cache=False).logits[:, -1] for ids in whole])
+            torch.testing.assert_close(decoder.logits, alone, rtol=1e-3, atol=1e-4)
+            decoder.feed(torch.full((4, 1), word), torch.ones(4, 1, dtype=torch.long))
+            whole = [[*ids, word] for ids in whole]
+        assert decoder.position.tolist() == decoder.cache.tokens_seen().tolist() == [len(ids) for ids in whole]
