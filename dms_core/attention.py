@@ -7,6 +7,7 @@ sequence, or decisions that the cache acts on.
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 from dms_core.gate import hard_decisions, soft_decisions
 from dms_core.noise import keyed_noise, sample_noise
@@ -65,3 +66,17 @@ def _log_keep(dms, layer: int, z: Tensor | None, key: Tensor, segments: Tensor |
 
 
 AttentionInterface.register(NAME, dms_attention)
+
+
+def no_mask(batch_size, q_length, kv_length, q_offset=0, mask_function=None, **kwargs) -> None:
+    """transformers builds no mask: padding and documents come with the step, visibility from the decisions.
+
+    Raises ValueError where tokens see later ones, as those of an image do in some models.
+    """
+    if getattr(mask_function, "__qualname__", "").startswith("or_masks"):
+        row, query = torch.arange(batch_size)[:, None], q_offset + torch.arange(q_length - 1)
+        if mask_function(row, 0, query, query + 1).any():
+            raise ValueError("tokens that see later ones, such as an image's: attention with gates must be causal")
+
+
+AttentionMaskInterface.register(NAME, no_mask)

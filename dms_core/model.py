@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.masking_utils import AttentionMaskInterface
 
 from dms_core.attention import NAME
 from dms_core.cache.base import RowCache
@@ -291,20 +290,6 @@ def _own_configurations(model: PreTrainedModel) -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, PreTrainedConfig) and id(value) in copies:
                 setattr(module, name, copies[id(value)])
-
-
-def no_mask(batch_size, q_length, kv_length, q_offset=0, mask_function=None, **kwargs) -> None:
-    """transformers builds no mask: padding and documents come with the step, visibility from the decisions.
-
-    Raises ValueError where tokens see later ones, as those of an image do in some models.
-    """
-    if getattr(mask_function, "__qualname__", "").startswith("or_masks"):
-        row, query = torch.arange(batch_size)[:, None], q_offset + torch.arange(q_length - 1)
-        if mask_function(row, 0, query, query + 1).any():
-            raise ValueError("tokens that see later ones, such as an image's: attention with gates must be causal")
-
-
-AttentionMaskInterface.register(NAME, no_mask)
 
 
 def attach(model: PreTrainedModel, config: DMSConfig) -> PreTrainedModel:

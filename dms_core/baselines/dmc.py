@@ -23,11 +23,11 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from dms_core.attention import SINKS
+from dms_core.attention import SINKS, no_mask
 from dms_core.baselines.dmc_cache import DMCCache, running_average
 from dms_core.checkpoint import load_base, model_shape, read_settings
 from dms_core.gate import gate_logits, hard_decisions, soft_decisions
-from dms_core.model import DMS, install, no_mask
+from dms_core.model import DMS, install
 from dms_core.noise import sample_noise
 from dms_core.probe import Attention, layout_of
 from dms_core.visibility import align_decisions
