@@ -61,3 +61,16 @@ def test_model_is_left_as_it_was():
     assert all((tensor == before[name]).all() for name, tensor in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_model_that_attach_takes_and_a_forward_pass_breaks_has_failed_and_is_not_refused(monkeypatch):
+    from dms_core.check import check
+
+    def broken(*args, **kwargs):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr("dms_core.attention.train_attention", broken)
+    model = tiny_model("llama")
+    report = check(model)
+    assert report.refused is None and not report.passes
+    assert report.details == {"runs with gates": "ValueError: no such thing"} and not hasattr(model, "dms")
