@@ -12,6 +12,7 @@ import nbformat
 import papermill
 
 from companion.experiments import main as job
+from companion.experiments.stages import stages
 from companion.paths import checkout
 from companion.side_by_side import run_side_by_side
 from dms_core.storage import read_json
@@ -20,26 +21,27 @@ STAGELESS = ("01", "02", "03", "04", "08")  # chapters that need no stage
 TRAINED = ("05",)  # that need no records; all others need the summary
 
 
-def reproduce(profile: str, runs: Path, seed: int = 0, root: Path | None = None) -> dict:
+def reproduce(profile: str, runs: Path, seed: int = 0, root: Path | None = None, book: bool = True) -> dict:
     """Run the whole main job, what does not wait for each other side by side; a repeated call reuses finished stages.
 
-    Returns {"seconds", "parts": {stage or notebook: seconds}, "retrofit", "book"}.  Raises ValueError where there is no
-    repository, RuntimeError that names each stage and notebook that failed, after the others have finished.
+    book: also execute the chapters and render them.  Returns {"seconds", "parts": {stage or notebook: seconds},
+    "retrofit", "book"}, the last the first page or, without a book, the file of the curves.  Raises ValueError where
+    there is no repository, RuntimeError that names each stage and notebook that failed, after the others are done.
     """
-    began, root = time.time(), root or checkout("dms reproduce")
+    began, root = time.time(), root or (checkout("dms reproduce") if book else Path())
     run = job.Run.of(profile, Path(runs).resolve(), seed)
     dms = [sys.executable, "-m", "companion.cli.main"]
-    needs = job.stage_needs(run)
+    needs = {name: list(stage.needs) for name, stage in stages(run).items()}
     given = ["--profile", profile, "--seed", str(seed), "--run-dir", str(run.root)]
     commands = {stage: [*dms, "stage", stage, *given] for stage in needs}
     trained = [stage for stage in needs if stage.startswith(("retrofit-", "held-out-"))]
     values = ["-p", "profile", profile, "-p", "seed", str(seed), "-p", "run_dir", str(run.root)]
-    for chapter in sorted((root / "notebooks").glob("[0-9]*.ipynb")):
+    for chapter in sorted((root / "notebooks").glob("[0-9]*.ipynb")) if book else ():
         name, out = chapter.stem, root / "book" / "notebooks" / chapter.name
         needs[name] = [] if name[:2] in STAGELESS else trained if name[:2] in TRAINED else ["summary"]
         commands[name] = [*dms, "notebook", str(chapter), str(out), *values]
     parts = run_side_by_side(commands, needs, run.root / "logs")
-    page = build_book(root / "book")
+    page = build_book(root / "book") if book else run.root / "curves.json"
     facts = read_json(run.root / "curves.json")["retrofit"]
     return {"seconds": round(time.time() - began, 1), "parts": parts, "retrofit": facts, "book": str(page)}
 

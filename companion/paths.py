@@ -5,7 +5,7 @@ from pathlib import Path
 _ROOT = Path(__file__).parents[1]
 CHECKOUT = _ROOT if (_ROOT / "book" / "_toc.yml").exists() else None
 DATA = _ROOT / "data" if CHECKOUT else Path(__file__).parent / "data"  # in a wheel data/ is inside the package
-PUBLISHED, RESULTS, REASONER = DATA / "published", DATA / "results", DATA / "reasoner"
+PUBLISHED, PROTOCOLS, RESULTS, REASONER = (DATA / name for name in ("published", "protocols", "results", "reasoner"))
 RUNS = (CHECKOUT or Path()) / "runs"  # results of long work; outside a checkout below the working directory
 
 

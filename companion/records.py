@@ -33,9 +33,15 @@ class Method:
 
     name: str  # vanilla, dms, dms-immediate, tova, ...
     cr: float
+    seed: int = 0  # of its retrofit, counted from the run's
 
     def __str__(self) -> str:
-        return f"{self.name}-cr{self.cr:g}"
+        return f"{self.name}-cr{self.cr:g}{seed_suffix(self.seed)}"
+
+
+def seed_suffix(seed: int) -> str:
+    """What names of files and stages end with: nothing for the first seed of a run."""
+    return f"-seed{seed}" if seed else ""
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ def records_file(
     settings = {k: v for k, v in asdict(config).items() if k not in ("batch", "page") and LATER.get(k) != (v,)}
     dms = None if method.name == "vanilla" or baseline else model.dms.config.to_dict()
     asked = [[problem.id, problem.gold, list(task.prompt_ids(tokenizer, problem))] for problem in task.problems]
-    facts = [weights, asdict(method), settings, dms, task.name, task.version, asked]
+    facts = [weights, {"name": method.name, "cr": method.cr}, settings, dms, task.name, task.version, asked]
     facts += [baseline.settings()] if baseline else []
     facts += [{"template": dict(task.template)}] if task.template else []
     stop = stop_tokens(model, tokenizer)
@@ -115,6 +121,7 @@ def sample_records(
         raise ValueError(f"chains {chains}: must be >= 1")
     task.ready()
     mark = {"budget_length": config.max_new_tokens} if baseline else {}
+    mark |= {"retrofit_seed": method.seed} if method.seed else {}
     wanted = [(p, c) for p in range(len(task.problems)) for c in range(chains)][shard.index - 1 :: shard.count]
     split = model.dms.split
     prompts = [task.prompt_ids(tokenizer, problem) for problem in task.problems]

@@ -41,14 +41,14 @@ def read_evaluation(file: Path | str, cr: float) -> list[Evaluation]:
     """
     summary = read_json(Path(file))
     rows = [
-        Evaluation(summary.get("task") or "programs", x["method"], x["cr"], x["L"], x["problems"], x["accuracy"])
+        Evaluation(x.get("task") or "traces", x["method"], x["cr"], x["L"], x["problems"], x["accuracy"])
         for x in summary.get("pass_at_1", ())
         if (x["method"], x["cr"]) in (("dms", cr), ("vanilla", 1))
     ]
     if not any(row.method == "dms" for row in rows):
         raise ValueError(f"{file}: no results of dms at CR {cr:g}; must be a curves.json with that checkpoint's")
-    longest = max(row.length for row in rows if row.method == "dms")
-    return [row for row in rows if row.length == longest]
+    longest = {row.task: max(r.length for r in rows if (r.task, r.method) == (row.task, "dms")) for row in rows}
+    return [row for row in rows if row.length == longest[row.task]]
 
 
 def licence_of(base_model: str) -> str | None:

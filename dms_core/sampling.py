@@ -5,10 +5,12 @@ Refills wait until an eighth of the rows is free, so that prompts are prefilled 
 Every (problem, chain) has a random stream of its own, so what a chain says does not depend on the batch size, on
 the order, or on its neighbours.  Budgets are counted as in paper section 5.1: KV reads are the items attended to
 at each decode step, summed over steps, per KV head (mean over layers and heads); prefill does not count.
+Wall time is counted too: a prefill's is divided among the rows that it fills, a decode step's among those under way.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -65,6 +67,9 @@ class Chain:
     prompt_tokens: int
     live: list[float]  # live items per KV head
     reads: list[float]  # cumulative KV reads per KV head
+    seconds: list[float] = field(
+        default_factory=list, compare=False
+    )  # cumulative share of the wall time, prefill's too
 
 
 def chain_uniforms(seed: int, problem: int, chain: int, length: int) -> np.ndarray:
@@ -130,6 +135,8 @@ class _Batch:
         self.device, self.look = model.device, 1 if model.device.type == "cpu" else LOOK
         self.jobs: list[tuple[int, int] | None] = [None] * size
         self.since = [0] * size  # the step in which the row's chain began
+        self.prefill_seconds = [0.0] * size  # its share of the prefill
+        self.seconds = [0.0]  # a row's share of the decode steps so far, after each
         self.step = self.shrunk = 0
         on = {"device": self.device}
         self.stop_ids = torch.tensor(sorted(stop), dtype=torch.long, **on)
@@ -144,16 +151,33 @@ class _Batch:
         self.live, self.reads = (torch.zeros(size, entries, **on) for _ in range(2))
 
     def run(self) -> Iterator[Chain]:
+        began = time.perf_counter()
         while self.queue or any(self.jobs):
+            admitted: list[int] = []
             idle = [row for row, job in enumerate(self.jobs) if job is None]
             if self.queue and (len(idle) > len(self.jobs) // 8 or len(idle) >= len(self.queue)):
-                self._admit(idle[: len(self.queue)])
+                admitted = idle[: len(self.queue)]
+                self._admit(admitted)
             else:
                 if not self.queue and 2 * len(idle) >= len(self.jobs) > 8:
                     self._shrink()
                 for _ in range(min(self.look, self.config.max_new_tokens - min(self._ages()))):
                     self._decode()
-            yield from self._finish()
+            active = self.active.tolist()  # waits for the device
+            looked = time.perf_counter()
+            self._charge(looked - began, admitted)
+            chains = list(self._finish([row for row, on in enumerate(active) if self.jobs[row] and not on]))
+            paused = time.perf_counter()
+            yield from chains
+            began = looked + time.perf_counter() - paused  # what the caller did meanwhile is no time of ours
+
+    def _charge(self, seconds: float, admitted: list[int]) -> None:
+        """Divide wall time among the rows that were ``admitted`` in it, else among the steps and the rows under way."""
+        for row in admitted:
+            self.prefill_seconds[row] = seconds / len(admitted)
+        if steps := self.step + 1 - len(self.seconds):
+            share = seconds / steps / sum(job is not None for job in self.jobs)
+            self.seconds += [self.seconds[-1] + share * step for step in range(1, steps + 1)]
 
     def _admit(self, rows: list[int]) -> None:
         """Prefill prompts for idle rows, each distinct prompt once, and sample their first tokens."""
@@ -241,9 +265,8 @@ class _Batch:
         """Live items and reads so far per KV head, means over layers and heads: (B,) each."""
         return tuple(map(self.model.dms.split.mean, (self.cache.live_tokens(), self.cache.kv_reads())))
 
-    def _finish(self) -> Iterator[Chain]:
-        """The chains that have ended since the last look, which waits for the device."""
-        ended = [row for row, on in enumerate(self.active.tolist()) if self.jobs[row] and not on]
+    def _finish(self, ended: list[int]) -> Iterator[Chain]:
+        """The chains of the rows that have ended since the last look."""
         if not ended:
             return
         self.model.dms.check_logits()
@@ -255,14 +278,22 @@ class _Batch:
             problem, chain = self.jobs[row]
             live, reads = ([*log[:entries], last] for log, last in zip((live, reads), end, strict=True))
             tokens = tokens[:-1] if finished else tokens
-            yield Chain(problem, chain, tokens, finished, len(self.prompts[problem]), live, reads)
+            prompt, seconds = len(self.prompts[problem]), self._seconds_of(row, entries)
+            yield Chain(problem, chain, tokens, finished, prompt, live, reads, seconds)
             self.jobs[row] = None
         self.cache.reset_rows(rows)
+
+    def _seconds_of(self, row: int, entries: int) -> list[float]:
+        """The row's wall time after 0, stride, ... tokens and now, when the host sees that its chain has ended."""
+        since, stride = self.since[row], self.config.stride
+        ends = [*(since + max(entry * stride - 1, 0) for entry in range(entries)), self.step]
+        return [self.prefill_seconds[row] + self.seconds[end] - self.seconds[since] for end in ends]
 
     def _shrink(self) -> None:
         """Nothing is queued: go on with the active rows alone."""
         rows = [row for row, job in enumerate(self.jobs) if job]
-        self.jobs, self.since = ([x[row] for row in rows] for x in (self.jobs, self.since))
+        for name in ("jobs", "since", "prefill_seconds"):
+            setattr(self, name, [getattr(self, name)[row] for row in rows])
         self.shrunk += 1
         at = torch.tensor(rows, device=self.device)
         self.cache.batch_select_indices(at)

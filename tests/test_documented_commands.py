@@ -91,7 +91,6 @@ LONG = "trains and samples for long; test_reproduce.py runs the smoke profile"
 SINGLE = {
     "dms COMMAND --help": each_help,
     "dms ablate NAME": parsed("trains for long; test_ablations.py trains a variant", NAME="window|steps|loss|weights"),
-    "dms ablate seeds": parsed(LONG),
     "dms bench KIND --device cuda": parsed("needs a card", KIND="train|prefill|decode|cache|sampling"),
     "dms bench decode": whole("--quick --repeats 1"),
     "dms bench sampling": parsed("minutes; test_bench.py runs each kind with --quick"),
@@ -109,7 +108,9 @@ SINGLE = {
     "dms kernels --aot --target 90": parsed("minutes; test_aot.py compiles the heaviest"),
     "dms plan --model llama-3.1-8b --batch 64 --context 32768 --cr 8": whole(),
     "dms published": whole(),
-    "dms reproduce --profile smoke|tiny": parsed(LONG),
+    "dms reproduce --profile full --no-book": parsed(LONG),
+    "dms reproduce --profile smoke|tiny|full": parsed(LONG),
+    "dms runtime [--memory 2MB]": parsed("trains and samples for long; test_runtime.py times a small run"),
     "dms retrofit --recipe qwen-r1-1.5b --show": whole(),
     "for i in 1 2 3 4; do CUDA_VISIBLE_DEVICES=$((i - 1)) dms sample ... --out runs/aime --shard $i/4 & done; "
     "wait": loop,

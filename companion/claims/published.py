@@ -14,7 +14,8 @@ from companion.claims.wording import table as markdown_table
 from companion.figures.style import style_of
 from companion.paths import PUBLISHED
 
-EMBEDDED = "embedded model, program traces (another task: direction, not size, can be compared)"
+EMBEDDED = "embedded model, its own tasks (direction, not size, can be compared)"
+STANDS_FOR = {"AIME 24": "traces", "MATH-500": "traces", "GPQA Diamond": "choice", "LiveCodeBench": "search"}
 AXES = {"reads": "KV reads", "peak": "peak memory", "throughput": "throughput"}
 
 
@@ -34,6 +35,12 @@ def table(number: int) -> pd.DataFrame:
     return read(f"table{number}.csv" if number < 10 else "tables10-12.csv")
 
 
+def measured_by_others() -> pd.DataFrame:
+    """What others measured in 2026, by date; text that a source does not give is "", ``highest`` NaN but in ranges."""
+    rows = read("measured_by_others.csv").fillna(dict.fromkeys(("setting", "hardware", "note"), ""))
+    return rows.assign(date=pd.to_datetime(rows["date"], format="%Y-%m-%d")).sort_values("date", kind="stable")
+
+
 def margins() -> pd.DataFrame:
     """Tables 7-9: table, axis, task, model, a, b, value (points, a minus b; NaN where the paper has NA)."""
     return pd.concat([table(number) for number in (7, 8, 9)], ignore_index=True).astype({"table": str})
@@ -48,7 +55,7 @@ def accuracies() -> pd.DataFrame:
 
 
 def compare(summary: dict, model: str | None = None, task: str | None = None) -> dict:
-    """A run beside the published rows.
+    """A run beside the published rows, where it has several tasks each beside those of the benchmark it stands for.
 
     summary: of ``curves.summarise``, with "model" and "task" where the run has told them (they may also be given here),
     under their names in ``data/published``.  Returns, ready for JSON,
@@ -135,9 +142,15 @@ def _interval(measured: dict | None, key: str) -> str:
 
 
 def _measured_margin(row: dict, measured: list[dict]) -> dict:
-    found = [m for m in measured if all(m[key] == row[key] for key in ("a", "b", "axis"))]
+    found = [m for m in _of_task(row, measured) if all(m[key] == row[key] for key in ("a", "b", "axis"))]
     values = {m["scale"]: {key: m[key] for key in ("value", "low", "high")} for m in found}
     return {"measured": values or None, "direction": _direction(row["value"], **values["log2"]) if values else None}
+
+
+def _of_task(row: dict, found: list[dict]) -> list[dict]:
+    """The rows of the task that stands for a published row's benchmark; all where there is one task."""
+    wanted = STANDS_FOR.get(row["task"]) if len({one.get("task") for one in found}) > 1 else None
+    return [one for one in found if wanted in (None, one.get("task"))]
 
 
 def _direction(published: float | None, value: float | None, low: float | None, high: float | None) -> str:
@@ -150,9 +163,10 @@ def _direction(published: float | None, value: float | None, low: float | None, 
 
 
 def _measured_accuracy(row: dict, summary: dict) -> dict | None:
-    longest, kind = max(point["L"] for point in summary["points"]), (row["method"], row["cr"])
-    at = (p for p in summary["points"] if (p["method"], p["cr"], p["L"], p["W"]) == (*kind, longest, 1))
-    pairs = (p for p in summary["paired"] if (p["a"], p["cr"], p["b"]) == (*kind, "vanilla"))
+    points, pairs = (_of_task(row, summary[name]) for name in ("points", "paired"))
+    longest, kind = max((point["L"] for point in points), default=0), (row["method"], row["cr"])
+    at = (p for p in points if (p["method"], p["cr"], p["L"], p["W"]) == (*kind, longest, 1))
+    pairs = (p for p in pairs if (p["a"], p["cr"], p["b"]) == (*kind, "vanilla"))
     if (point := next(at, None)) is None:
         return None
     difference = next(({key: p[key] for key in ("difference", "low", "high")} for p in pairs), None)

@@ -13,6 +13,11 @@ def points(value: float, low: float, high: float) -> str:
     return f"{signed(value)} points (95 % interval {signed(low)} to {signed(high)})"
 
 
+def interval(value: float | None, low: float | None, high: float | None) -> str:
+    """A number of points with its 95 % interval, such as "+1.3 [−0.4, +3.0]"."""
+    return "NA" if value is None else f"{signed(value)} [{signed(low)}, {signed(high)}]"
+
+
 def verdict(low: float, high: float, problems: int, better: str = "higher", worse: str = "lower") -> str:
     """What the 95 % interval of a difference allows one to say."""
     if low > 0:
@@ -20,9 +25,12 @@ def verdict(low: float, high: float, problems: int, better: str = "higher", wors
     return worse if high < 0 else f"no difference that {problems} problems can resolve"
 
 
-def margin(rows: Sequence[dict], a: str, b: str, axis: str, scale: str) -> dict:
-    """The margin of ``a`` over ``b`` among ``curves.summarise``'s margins.  ValueError if it was not computed."""
-    keys = {"a": a, "b": b, "axis": axis, "scale": scale}
+def margin(rows: Sequence[dict], a: str, b: str, axis: str, scale: str, task: str | None = None) -> dict:
+    """The margin of ``a`` over ``b`` among ``curves.summarise``'s margins.  ValueError if it was not computed.
+
+    task: None for the first that is there.
+    """
+    keys = {"a": a, "b": b, "axis": axis, "scale": scale} | ({"task": task} if task else {})
     if (found := next((row for row in rows if keys.items() <= row.items()), None)) is None:
         raise ValueError(f"no margin for {keys}: the records hold other methods")
     return found

@@ -11,7 +11,7 @@ BATCH = "Batch"
 
 @command(BATCH, "stage")
 def stage(
-    name: arg(str, "such as records-dms-cr4", "[NAME]") = None,
+    name: arg(str, "such as records-traces-dms-cr4", "[NAME]") = None,
     profile: Profile = "tiny",
     run_dir: opt(Path, "where results are kept and reused (default: runs/PROFILE)") = None,
     seed: Seed = 0,
@@ -19,16 +19,17 @@ def stage(
     out: opt(Path, "also write the result to this JSON file") = None,
     device: Device = None,
 ):
-    """one stage of the main job, such as records-dms-cr4; no name lists them"""
-    from companion.experiments import main as job
+    """one stage of the main job, such as records-traces-dms-cr4; no name lists them"""
+    from companion.experiments.main import Run
     from companion.experiments.profiles import get_profile
+    from companion.experiments.stages import run_stage, stages
 
-    run = job.Run(get_profile(profile), run_dir or RUNS / profile, seed=seed, device=device)
+    run = Run(get_profile(profile), run_dir or RUNS / profile, seed=seed, device=device)
     if name is None:
-        names = job.stage_names(run)
+        names = list(stages(run))
         yield "\n".join(names)
         return {"stages": names}
-    result = job.stage(run, name, code)
+    result = run_stage(run, name, code)
     if out:
         write_json(out, result)
     yield f"{result['stage']}: {result['seconds']} s"

@@ -10,7 +10,10 @@ from dms_core.storage import read_json
 
 REPRODUCE = "Reproduce"
 FINISHED = (RUNS / "tiny", RESULTS / "tiny")  # where curves.json is looked for
-PAIR = "accuracy {a} - {b}, CR {cr:g}: {difference:+.1f} [{low:+.1f}, {high:+.1f}]"
+SCORE = (
+    "avg@{chains:g} {method} CR {cr:g}, L {L}: {accuracy:.1f} %, SE {questions} over questions, {samples} over chains"
+)
+PAIR = "{task}: accuracy {a} - {b}, CR {cr:g}: {difference:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 @command(REPRODUCE, "reproduce")
@@ -19,19 +22,21 @@ def reproduce(
     runs: Runs = RUNS,
     seed: Seed = 0,
     fresh: opt(bool, "forget earlier results of this profile first", "--fresh") = False,
+    book: opt(bool, "without it: the curves alone, no chapters") = True,
     device: Device = None,
 ):
     """retrofit the embedded model, compute the curves, render the book"""
     import shutil
 
-    checkout("dms reproduce")
     choose_card(device)
+    if book:
+        checkout("dms reproduce")
     from companion.book import reproduce
     from companion.experiments.profiles import get_profile
 
     if fresh and (runs / get_profile(profile).name).exists():
         shutil.rmtree(runs / profile)
-    result = reproduce(profile, runs, seed)
+    result = reproduce(profile, runs, seed, book=book)
     print(f"{result['seconds']:.0f} s; read {result['book']}", file=sys.stderr)
     return result
 
@@ -68,11 +73,21 @@ def curves(
         from companion.figures.curves import draw_curves
 
         draw_curves(summary, figure)
+    rows = sorted(summary.get("pass_at_1", ()), key=lambda row: row["L"])
+    longest = {(row.get("task"), row["method"], row["cr"]): row for row in rows}  # the last of each
+    yield from map(score_line, longest.values())
     for row in summary["margins"]:
         if row["value"] is not None:
-            yield "margin {a} - {b}, {axis}, {scale}: {value:+.1f} [{low:+.1f}, {high:+.1f}]".format(**row)
+            yield "{task}: margin {a} - {b}, {axis}, {scale}: {value:+.1f} [{low:+.1f}, {high:+.1f}]".format(**row)
     yield from (PAIR.format(**row) for row in summary["paired"])
     return summary
+
+
+def score_line(row: dict) -> str:
+    """avg@k of one method, ratio and length, with the error from drawing questions and the one from drawing chains."""
+    errors = {name: row[f"se_{name}"] for name in ("questions", "samples")}
+    errors = {name: "—" if error is None else f"{error:.1f}" for name, error in errors.items()}
+    return (f"{row['task']}: " if row.get("task") else "") + SCORE.format(**row, **errors)
 
 
 @command(REPRODUCE, "grid")
@@ -88,6 +103,33 @@ def grid(profile: Profile = "tiny", runs: Runs = RUNS, seed: Seed = 0, device: D
             yield line.format(**point)
     yield from (PAIR.format(**row) for row in summary["paired"])
     return summary
+
+
+@command(REPRODUCE, "runtime")
+def runtime(
+    profile: Profile = "full",
+    runs: Runs = RUNS,
+    seed: Seed = 0,
+    memory: opt(str, "of keys and values, the same for each method") = "2MB",
+    problems: opt(int, "of each task") = 48,
+    device: Device = None,
+):
+    """seconds of generation at equal cache memory, dense against DMS, on this machine"""
+    from companion.experiments.main import Run
+    from companion.experiments.runtime import parse_bytes, runtime
+
+    size = parse_bytes(memory)
+    if problems < 1:
+        raise ValueError(f"problems {problems}: must be >= 1")
+    result = runtime(Run.of(profile, runs, seed, device), size, problems)
+    yield f"{result['machine']}, {memory} of keys and values"
+    for task, methods in result["batches"].items():
+        yield f"{task}: " + ", ".join(f"{name} {found['batch']} rows" for name, found in methods.items())
+    line = "{task}: margin {a} - {b} over log2 seconds {value:+.1f} [{low:+.1f}, {high:+.1f}]"
+    for row in result["margins"]:
+        if (row["axis"], row["scale"]) == ("seconds", "log2") and row["value"] is not None:
+            yield line.format(**row)
+    return result
 
 
 @command(REPRODUCE, "published")

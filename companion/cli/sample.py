@@ -8,7 +8,7 @@ from dms_core.storage import write_json
 
 SAMPLE = "Sample and grade"
 METHODS = "dms; vanilla: gates off; on the original weights h2o, quest, random, snapkv, streaming-llm, tova"
-Task = opt(str, "programs, aime24, math500, ..., reasoning_gym:DATASET")
+Task = opt(str, "traces, aime26, hmmt_feb26, math500, ..., reasoning_gym:DATASET")
 Source = opt(Path, "a local JSONL file in place of the hub", metavar="FILE")
 Limit = opt(int, "the first N problems only", metavar="N")
 Options = opt(list[str], "an option of the task, such as seed=1; may be repeated", "--option", metavar="NAME=VALUE")

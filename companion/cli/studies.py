@@ -1,4 +1,4 @@
-"""Studies of the embedded model's retrofit: short ablations, other seeds, and what the delay is used for."""
+"""Studies of the embedded model's retrofit: short ablations, and what the delay is used for."""
 
 from pathlib import Path
 
@@ -10,10 +10,6 @@ ABLATED = (
     "{variant}: KL {kl:.4f}, agreement {agreement:.4f}, CR {cr_decisions:.2f} by decisions, {cr_live:.2f} live, "
     "accuracy {accuracy:.1f} [{low:.1f}, {high:.1f}]"
 )
-REPLICATED = (
-    "{method} CR {cr:g}, seed {seed}: {accuracy:.1f} %, minus dense {difference:+.1f} [{low:+.1f}, {high:+.1f}], "
-    "KL {kl:.4f}, CR {cr_decisions:.2f} by decisions"
-)
 FOLLOWED = (
     "{model}, {patched}: follows the other digit {follows:.1f} % [{follows_low:.1f}, {follows_high:.1f}], "
     "log-odds moved {effect:.3f} [{effect_low:.3f}, {effect_high:.3f}]"
@@ -22,19 +18,15 @@ FOLLOWED = (
 
 @command("Reproduce", "ablate")
 def ablate(
-    name: arg(
-        str, "window, steps, loss or weights; seeds: the main job's retrofit again; delay: an intervention", "NAME"
-    ),
-    runs: opt(Path, "where retrofits are kept (default: runs/ablations; seeds: runs/tiny)", metavar="DIR") = None,
+    name: arg(str, "window, steps, loss or weights; delay: an intervention", "NAME"),
+    runs: opt(Path, "where retrofits are kept", metavar="DIR") = RUNS / "ablations",
     finished: opt(bool, "only what was measured before; train nothing", "--finished") = False,
-    seeds: opt(list[int], "of seeds", metavar="SEED...") = (0, 1, 2),
-    profile: opt(str, "of seeds: smoke or tiny") = "tiny",
     documents: opt(int, "of delay: validation documents") = 200,
     save: opt(bool, "also store the result in data/results", "--save") = False,
     device: Device = None,
 ):
     """what a part of the method is worth: retrofits that differ in one thing"""
-    if finished and name in ("delay", "seeds"):
+    if finished and name == "delay":
         raise ValueError(f"--finished with {name}: must be an ablation by short retrofits")
     from transformers.utils import logging
 
@@ -45,24 +37,16 @@ def ablate(
         result = delay(documents=documents, device=device)
         yield from (FOLLOWED.format(**row) for row in result["rows"] if row["kind"] == "all")
         yield result["verdict"]
-    elif name == "seeds":
-        from companion.experiments.profiles import get_profile
-        from companion.experiments.seeds import replicate
-
-        result = replicate(get_profile(profile), runs or RUNS / profile, seeds, device=device)
-        yield from (REPLICATED.format(**row) for row in result["rows"])
-        line = "mean of {seeds}, {a} - {b}, CR {cr:g}: {difference:+.1f} [{low:+.1f}, {high:+.1f}]"
-        yield from (line.format(**row) for row in result["means"])
     else:
         from companion.experiments.ablations import ablation, open_ablations
 
-        result = ablation(name, open_ablations(runs or RUNS / "ablations", device=device), finished)
+        result = ablation(name, open_ablations(runs, device=device), finished)
         yield from (ABLATED.format(**row) for row in result["rows"])
         line = "accuracy {a} - {b}: {difference:+.1f} [{low:+.1f}, {high:+.1f}]"
         yield from (line.format(**row) for row in result["pairs"])
         yield from (f"{variant}: not finished" for variant in result["missing"])
-    if save and (file := {"delay": RESULTS / "delay.json", "seeds": RESULTS / profile / "seeds.json"}.get(name)):
-        write_json(file, result)
+    if save and name == "delay":
+        write_json(RESULTS / "delay.json", result)
     elif save:
         update_json(RESULTS / "ablations.json", **{name: result})
     return result

@@ -25,7 +25,8 @@ from companion.experiments.sample import checked_device
 from companion.paths import REASONER, RESULTS, RUNS
 from companion.provenance import describe
 from companion.records import Method, records_file, sample_records
-from companion.tasks.program_traces import ProgramTraces, TraceDataset
+from companion.tasks.embedded import Traces
+from companion.tasks.mixture import TraceDataset
 from companion.tasks.reasoner import load_tokenizer
 from dms_core.baselines.dmc import DMCConfig, attach_dmc, load_dmc, zero_neurons
 from dms_core.budgets.curves import summarise
@@ -87,7 +88,7 @@ def train(arm: str, recipe: RetrofitConfig, out: Path, tokenizer, place: str = "
 
 def sample(model, weights: str, method: Method, problems: int, chains: int, seed: int, runs: Path, tokenizer) -> dict:
     """One chain's accuracy at the longest length, in percent with a 95 % interval over problems, and its budgets."""
-    task, length = ProgramTraces(size=problems, split="validation", seed=seed), max(TINY.lengths)
+    task, length = Traces(size=problems, split="validation", seed=seed), max(TINY.lengths)
     config = SamplingConfig(max_new_tokens=length, batch=TINY.batch, seed=seed)
     file = runs / "records" / records_file(model, weights, tokenizer, task, method, config, None)
     point = summarise(sample_records(model, tokenizer, task, method, chains, config, file), [length], [1])["points"][0]

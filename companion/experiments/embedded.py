@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from companion.paths import REASONER
-from companion.tasks.program_traces import TraceDataset
+from companion.tasks.mixture import TraceDataset
 from companion.tasks.reasoner import load_tokenizer
 from dms_core.checkpoint import load_base
 from dms_core.train.recipe import Recipe

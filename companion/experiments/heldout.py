@@ -2,8 +2,9 @@
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -44,7 +45,20 @@ def held_out(model, teacher, documents: Sequence[dict] | Dataset, pad: int, batc
     retention = kept / tokens
     compression = {"cr_decisions": 1 / retention.mean().item(), "cr_live": tokens / live}
     distance = {"kl": kl / labelled, "agreement": same / labelled}
-    return {"documents": len(ordered), "tokens": tokens, **compression, "retention": retention.tolist(), **distance}
+    facts = {"documents": len(ordered), "tokens": tokens, "labelled": labelled}
+    return {**facts, **compression, "retention": retention.tolist(), **distance}
+
+
+def together(parts: Iterable[dict]) -> dict:
+    """What ``held_out`` finds on the documents of all ``parts`` together."""
+    parts = list(parts)
+    documents, tokens, labelled = (sum(part[name] for part in parts) for name in ("documents", "tokens", "labelled"))
+    retention = sum(np.array(part["retention"]) * part["tokens"] for part in parts) / tokens
+    live = sum(part["tokens"] / part["cr_live"] for part in parts)
+    mean = {name: sum(part[name] * part["labelled"] for part in parts) / labelled for name in ("kl", "agreement")}
+    facts = {"documents": documents, "tokens": tokens, "labelled": labelled}
+    compression = {"cr_decisions": 1 / retention.mean(), "cr_live": tokens / live}
+    return {**facts, **compression, "retention": retention.tolist(), **mean}
 
 
 @torch.inference_mode()

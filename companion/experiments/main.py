@@ -1,15 +1,15 @@
 """The main job, a function a stage: retrofit → held out → records → summary.
 
-Each stage keeps its result in the run's directory under a name that carries a hash of what it depends on: a second
-call reads it, an interrupted one goes on, a changed parameter starts anew beside the old.  A study is a ``Run`` of its
-own: other variants, other profile, the same functions.
+A ``Run`` measures one task; those of the embedded model's three tasks share a directory and their retrofits.  Each
+stage keeps its result in that directory under a name that carries a hash of what it depends on: a second call reads it,
+an interrupted one goes on, a changed parameter starts anew beside the old.  A study is a ``Run`` of its own: other
+variants, other profile, the same functions.
 """
 
 import hashlib
 import json
-import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,21 +17,23 @@ import numpy as np
 
 from companion.experiments.embedded import train_recipe
 from companion.experiments.heldout import held_out as measure
+from companion.experiments.heldout import together
 from companion.experiments.profiles import Profile, get_profile
-from companion.experiments.sample import checked_device, load_tokenizer
+from companion.experiments.sample import checked_device, load_tokenizer, merged
 from companion.paths import REASONER
 from companion.provenance import describe
 from companion.records import Method, records_file, sample_records
-from companion.tasks import Task
+from companion.tasks import Task, get_task
+from companion.tasks.embedded import EMBEDDED
 from companion.tasks.grading import canonical, grade_file
-from companion.tasks.program_traces import ProgramTraces, TraceDataset
+from companion.tasks.mixture import TraceDataset
 from dms_core.baselines import Baseline, Quest, get_baseline
-from dms_core.budgets.curves import summarise
+from dms_core.budgets.curves import default_pairs, summarise
 from dms_core.checkpoint import fingerprint, load_base, load_model
 from dms_core.config import DMSConfig
 from dms_core.model import attach
 from dms_core.sampling import SamplingConfig
-from dms_core.storage import read_json, update_json, write_json, write_text
+from dms_core.storage import read_json, update_json, write_json
 from dms_core.train.recipe import Recipe
 from dms_core.train.trainer import checkpoint_dir
 
@@ -49,7 +51,7 @@ class Run:
     seed: int = 0
     variants: dict[str, Recipe] | None = None  # retrofits that are trained here, by method; None: the main job's
     checkpoints: dict[float, Path] = field(default_factory=dict)  # retrofits made elsewhere, by compression ratio
-    benchmark: Task | None = None  # None: program traces
+    benchmark: Task | None = None  # None: the embedded one that the profile names
     label: str = "this book"  # what its curves are called
     device: str | None = None  # where models train and run; None: a GPU where there is one
 
@@ -60,13 +62,22 @@ class Run:
             object.__setattr__(self, "variants", main_variants(self.profile, self.seed))
 
     @classmethod
-    def of(cls, profile: str, runs: Path, seed: int = 0, device: str | None = None) -> "Run":
-        """The main job of a profile below ``runs``."""
-        return cls(get_profile(profile), Path(runs) / profile, seed=seed, device=device)
+    def of(cls, profile: str, runs: Path, seed: int = 0, device: str | None = None, task: str = "traces") -> "Run":
+        """The main job of a profile below ``runs``, at one of the embedded tasks."""
+        return cls(get_profile(profile, task), Path(runs) / profile, seed=seed, device=device)
 
     @cached_property
     def task(self) -> Task:
-        return self.benchmark or ProgramTraces(size=self.profile.problems, split="test", seed=self.seed)
+        return self.benchmark or get_task(self.profile.task, size=self.profile.problems, split="test", seed=self.seed)
+
+    def at(self, task: str) -> "Run":
+        """The same run at another of the embedded tasks."""
+        return replace(self, profile=self.profile.at(task))
+
+    @property
+    def all_tasks(self) -> list["Run"]:
+        """The runs, one a task, that this one belongs to."""
+        return [self] if self.benchmark else [self.at(task) for task in EMBEDDED]
 
     @cached_property
     def place(self) -> str:
@@ -101,33 +112,51 @@ def main_variants(profile: Profile, seed: int) -> dict[str, Recipe]:
 # Retrofit.
 
 
-def retrofit(run: Run, name: str = "dms") -> dict:
-    """Train a variant, or read what was trained: recipe, steps, seconds and the log."""
-    out = _retrofit_dir(run, name)
+def retrofit(run: Run, name: str = "dms", seed: int = 0) -> dict:
+    """Train a variant, or read what was trained: recipe, steps, seconds and the log.
+
+    seed: of the retrofit, counted from the run's.
+    """
+    out = retrofit_dir(run, name, seed)
     if not (out / "retrofit.json").exists():
         began = time.time()
-        train_recipe(run.variants[name], out, cpu=run.place == "cpu", base=run.base)
+        train_recipe(recipe_of(run, name, seed), out, cpu=run.place == "cpu", base=run.base)
         update_json(out / "retrofit.json", seconds=time.time() - began)
     return read_json(out / "retrofit.json")
 
 
-def checkpoint(run: Run, name: str, cr: float) -> Path:
+def checkpoint(run: Run, name: str, cr: float, seed: int = 0) -> Path:
     """Where the checkpoint of a variant at a compression ratio is, or will be."""
-    return run.checkpoints[cr] if run.checkpoints else checkpoint_dir(_retrofit_dir(run, name), cr)
+    return run.checkpoints[cr] if run.checkpoints else checkpoint_dir(retrofit_dir(run, name, seed), cr)
 
 
-def held_out(run: Run, name: str, cr: float) -> dict:
-    """Compression, retention per head, KL and agreement of a checkpoint on validation documents."""
-    file = checkpoint(run, name, cr) / f"held_out-{run.profile.held_out}.json"
+def held_out(run: Run, name: str, cr: float, seed: int = 0) -> dict:
+    """Compression, retention per head, KL and agreement of a checkpoint on validation documents.
+
+    Of all tasks together, and of each in ``by_task``.
+    """
+    directory = checkpoint(run, name, cr, seed)
+    file = directory / f"held_out-{run.profile.held_out}.json"
     if not file.exists():
-        documents = TraceDataset(run.tokenizer, run.profile.held_out, 1, "validation", run.seed)
-        model, teacher = (x.to(run.place) for x in (load_model(checkpoint(run, name, cr)), load_base(run.base)))
-        write_json(file, measure(model, teacher, documents, run.tokenizer.pad_token_id))
+        model, teacher = (x.to(run.place) for x in (load_model(directory), load_base(run.base)))
+        size, pad = run.profile.held_out // len(EMBEDDED), run.tokenizer.pad_token_id
+        parts = {
+            task: measure(model, teacher, TraceDataset(run.tokenizer, size, 1, "validation", run.seed, [task]), pad)
+            for task in EMBEDDED
+        }
+        write_json(file, together(parts.values()) | {"by_task": parts})
     return read_json(file)
 
 
-def _retrofit_dir(run: Run, name: str) -> Path:
-    facts = [run.variants[name].to_dict(), run.base_weights]
+def recipe_of(run: Run, name: str, seed: int = 0) -> Recipe:
+    """How a variant is trained."""
+    recipe = run.variants[name]
+    return recipe.changed(recipe.name, retrofit={"seed": recipe.retrofit.seed + seed}) if seed else recipe
+
+
+def retrofit_dir(run: Run, name: str, seed: int = 0) -> Path:
+    """Where a variant's training and checkpoints lie."""
+    facts = [recipe_of(run, name, seed).to_dict(), run.base_weights]
     return run.root / f"{name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
 
 
@@ -135,9 +164,10 @@ def _retrofit_dir(run: Run, name: str) -> Path:
 
 
 def methods(run: Run) -> list[Method]:
-    """The dense model, its retrofits at each ratio and, in the main job, immediate eviction."""
-    compared = [Method("vanilla", 1.0), *(Method("dms", cr) for cr in run.profile.crs)]
-    return compared + [Method("dms-immediate", run.profile.compare_cr)] * ("dms-immediate" in run.variants)
+    """The dense model, its retrofits at each ratio and, in the main job, immediate eviction; all seeds of each."""
+    compared = [("dms", cr) for cr in run.profile.crs]
+    compared += [("dms-immediate", run.profile.compare_cr)] * ("dms-immediate" in run.variants)
+    return [Method("vanilla", 1.0), *(Method(*which, seed) for which in compared for seed in range(run.profile.seeds))]
 
 
 def grid_methods(run: Run) -> list[Method]:
@@ -149,11 +179,16 @@ def records(run: Run, method: Method) -> list[dict]:
     """Graded chain records of one method on the test problems, answers that the grader holds equal spelt alike."""
     profile, baseline = run.profile, _baseline(method)
     config = SamplingConfig(max_new_tokens=max(profile.lengths), batch=profile.batch, seed=run.seed)
-    model, weights = _model(run, method)
+    model, weights = model_of(run, method)
     name = records_file(model, weights, run.tokenizer, run.task, method, config, baseline)
-    file = run.root / "records" / name
+    file = records_dir(run) / name
     found = sample_records(model, run.tokenizer, run.task, method, profile.chains, config, file, baseline)
     return canonical(grade_file(file, run.task, missing=True) if run.task.grades_later else found)
+
+
+def records_dir(run: Run) -> Path:
+    """Where the records of the run's task lie."""
+    return run.root / "records" / run.task.name.replace(":", "-")
 
 
 def right(run: Run, method: Method) -> np.ndarray:
@@ -171,15 +206,15 @@ def _baseline(method: Method) -> Baseline | None:
     return Quest(method.cr, page=QUEST_PAGE) if method.name == "quest" else get_baseline(method.name)(method.cr)
 
 
-def _model(run: Run, method: Method) -> tuple:
+def model_of(run: Run, method: Method) -> tuple:
     """(model, what tells its weights from others')."""
     if method.name == "vanilla" or _baseline(method):  # gates stay off; the same cache and counters
         config = run.profile.recipe.dms if run.profile.recipe else DMSConfig()
         model, weights = attach(load_base(run.base), config), run.base_weights
     else:
         if method.name in run.variants:
-            retrofit(run, method.name)
-        directory = checkpoint(run, method.name, method.cr)
+            retrofit(run, method.name, method.seed)
+        directory = checkpoint(run, method.name, method.cr, method.seed)
         model, weights = load_model(directory), fingerprint(directory)
     return model.to(run.place), weights
 
@@ -190,15 +225,16 @@ def _model(run: Run, method: Method) -> tuple:
 def run_all(run: Run) -> dict:
     """Every stage in order; returns the summary."""
     for name in run.variants:
-        retrofit(run, name)
+        for seed in range(run.profile.seeds):
+            retrofit(run, name, seed)
     return summary(run)
 
 
 def summary(run: Run) -> dict:
-    """Points, margins and paired differences of everything sampled; also written to curves.json."""
-    result = _summarised(run, methods(run))
+    """Points, margins and paired differences of all tasks, and what was held out; also written to curves.json."""
+    result = merged([_summarised(one, methods(one)) for one in run.all_tasks])
     facts, top = retrofit(run), run.profile.recipe.retrofit.final_cr
-    held = {str(method): held_out(run, method.name, method.cr) for method in methods(run)[1:]}
+    held = {str(m): held_out(run, m.name, m.cr, m.seed) for m in methods(run) if m.name in run.variants}
     result["retrofit"] = {
         "steps": facts["recipe"]["steps"],
         "seconds": round(facts["seconds"], 1),
@@ -206,7 +242,7 @@ def summary(run: Run) -> dict:
         "cr_measured": held_out(run, "dms", top)["cr_decisions"],
         "cr_live": held_out(run, "dms", top)["cr_live"],
     }
-    result |= {"held_out": held, "profile": run.profile.facts(), "environment": describe()}
+    result |= {"held_out": held, "profile": profile_facts(run), "environment": describe()}
     write_json(run.root / "curves.json", result)
     return result
 
@@ -214,71 +250,23 @@ def summary(run: Run) -> dict:
 def grid(run: Run) -> dict:
     """``summary``'s points, margins and differences with the training-free methods; also written to grid.json."""
     began = time.time()
-    result = _summarised(run, grid_methods(run))
-    result |= {"profile": run.profile.facts(), "environment": describe(), "seconds": round(time.time() - began, 1)}
+    result = merged([_summarised(one, grid_methods(one)) for one in run.all_tasks])
+    result |= {"profile": profile_facts(run), "environment": describe(), "seconds": round(time.time() - began, 1)}
     write_json(run.root / "grid.json", result)
     return result
+
+
+def profile_facts(run: Run) -> dict:
+    """The profile's settings, those of each task in "tasks"."""
+    tasks = {one.task.name: one.profile.facts() for one in run.all_tasks}
+    own = ("task", "problems", "lengths", "widths")
+    shared = {name: value for name, value in run.profile.facts().items() if name not in own}
+    return shared | {"tasks": {task: {name: facts[name] for name in own[1:]} for task, facts in tasks.items()}}
 
 
 def _summarised(run: Run, compared: list[Method]) -> dict:
     chains = [record for method in compared for record in records(run, method)]
     lengths, widths = list(run.profile.lengths), list(run.profile.widths)
-    return summarise(chains, lengths, widths, aggregate=run.task.aggregate)
-
-
-# Stages by name, for batch runs.
-
-
-def stage_needs(run: Run) -> dict[str, list[str]]:
-    """retrofit-METHOD, records-METHOD-crN, held-out-METHOD-crN and summary, with the stages that each needs."""
-    needs = {f"retrofit-{name}": [] for name in run.variants}
-    trained = {method: [f"retrofit-{method.name}"] * (method.name in run.variants) for method in methods(run)}
-    needs |= {f"records-{method}": needed for method, needed in trained.items()}
-    needs |= {f"held-out-{method}": needed for method, needed in trained.items() if needed}
-    return {**needs, "summary": list(needs)}
-
-
-def stage_names(run: Run) -> list[str]:
-    """The stages, each after those that it needs."""
-    return list(stage_needs(run))
-
-
-def stage(run: Run, name: str, code: str = "") -> dict:
-    """Run one stage, or read what is there of it, as all functions here do: {"stage", "seconds", "result"}.
-
-    code: a digest of the sources that shape this stage, or "" for whatever they were.  What was begun with another
-    digest is deleted first, since names of kept results tell settings but not code.  ValueError for an unknown name.
-    """
-    if name not in stage_names(run):
-        raise ValueError(f"stage {name!r}: must be one of {', '.join(stage_names(run))}")
-    began = time.time()
-    kind = next(kind for kind in ("retrofit", "held-out", "records", "summary") if name.startswith(kind))
-    method = next((m for m in methods(run) if name == f"{kind}-{m}"), None)
-    note = run.root / "stages" / f"{name}.code"
-    if code and note.exists() and note.read_text() != code:
-        _forget(run, kind, method or name.removeprefix("retrofit-"))
-    if code:
-        write_text(note, code)
-    if kind == "retrofit":
-        result = retrofit(run, name.removeprefix("retrofit-"))
-    elif kind == "held-out":
-        result = held_out(run, method.name, method.cr)
-    elif kind == "summary":
-        result = summary(run)
-    else:
-        found = records(run, method)
-        facts = {"right": sum(r["answer"] == r["gold"] for r in found), "tokens": sum(r["tokens"] for r in found)}
-        result = {"chains": len(found), **facts}
-    return {"stage": name, "result": result, "seconds": round(time.time() - began, 1)}
-
-
-def _forget(run: Run, kind: str, method: Method | str) -> None:
-    """Delete what a stage keeps.  A summary is computed anew each time."""
-    if kind == "retrofit":
-        shutil.rmtree(_retrofit_dir(run, method), ignore_errors=True)
-    elif kind == "held-out":
-        for file in checkpoint(run, method.name, method.cr).glob("held_out-*.json"):
-            file.unlink()
-    elif kind == "records":
-        for file in (run.root / "records").glob(f"{method}-*.jsonl"):
-            file.unlink()
+    pairs = default_pairs(dict.fromkeys(method.name for method in compared))
+    pairs.margins_per_cr.extend(pair for pair in pairs.margins if pair == ("dms", "dms-immediate"))
+    return summarise(chains, lengths, widths, aggregate=run.task.aggregate, pairs=pairs)

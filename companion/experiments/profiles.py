@@ -1,15 +1,21 @@
-"""How large a run is: ``smoke`` proves that everything runs, ``tiny`` computes the book's curves."""
+"""How large a run is: ``smoke`` shows that all runs, ``tiny`` computes the book's curves, ``full`` the stored ones."""
 
 from dataclasses import asdict, dataclass, replace
 
+from companion.tasks.embedded import EMBEDDED
 from dms_core.train.recipe import Recipe, load_recipe
 
-PROFILE_NAMES = ("smoke", "tiny")
+PROFILE_NAMES = ("smoke", "tiny", "full")
+LENGTHS = {  # L, generated tokens, of each embedded task
+    "traces": (64, 96, 128, 192, 256, 320, 384, 448),
+    "choice": (64, 96, 128, 192, 256, 320, 384, 464),
+    "search": (64, 96, 128, 192, 256, 384, 512, 640),
+}
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What is sampled and reported, and the retrofit that precedes it."""
+    """What is sampled of one task and reported, and the retrofit that precedes it."""
 
     name: str
     crs: tuple[float, ...]  # compression ratios that are evaluated
@@ -18,9 +24,21 @@ class Profile:
     lengths: tuple[int, ...]  # L, generated tokens
     widths: tuple[int, ...]  # W
     batch: int = 128  # chains decoded together
-    held_out: int = 256  # documents for compression and KL
+    held_out: int = 255  # documents for compression and KL, of all tasks
     recipe: Recipe | None = None  # None: the retrofits were made elsewhere
     compare_cr: float | None = None  # where immediate eviction is compared with delayed
+    task: str = "traces"  # the embedded one
+    seeds: int = 1  # retrofits of each kind
+
+    def at(self, task: str) -> "Profile":
+        """The same at another of the embedded tasks, with its lengths unless these were changed.
+
+        Raises ValueError for an unknown task.
+        """
+        if task not in LENGTHS:
+            raise ValueError(f"task {task!r}: must be one of {', '.join(EMBEDDED)}")
+        usual = self.lengths == LENGTHS[self.task]
+        return replace(self, task=task, lengths=LENGTHS[task] if usual else self.lengths)
 
     def facts(self) -> dict:
         """Ready for JSON, the recipe as its settings ``dms`` and ``recipe``."""
@@ -28,22 +46,24 @@ class Profile:
         return {**asdict(replace(self, recipe=None)), **parts}
 
 
-def get_profile(name: str) -> Profile:
-    """Raises ValueError for an unknown name."""
+def get_profile(name: str, task: str = "traces") -> Profile:
+    """Raises ValueError for an unknown name or task."""
     if name not in PROFILE_NAMES:
         raise ValueError(f"profile {name!r}: must be one of {sorted(PROFILE_NAMES)}")
     tiny = Profile(
         name="tiny",
         crs=(4.0, 8.0),
-        problems=300,
+        problems=100,
         chains=8,
-        lengths=(64, 96, 128, 192, 256, 320, 384, 448),
+        lengths=LENGTHS["traces"],
         widths=(1, 2, 4, 8),
         recipe=load_recipe("reasoner"),
         compare_cr=4.0,
-    )
+    ).at(task)
     if name == "tiny":
         return tiny
+    if name == "full":
+        return replace(tiny, name="full", problems=300, seeds=3)
     short = {"final_cr": 3.0, "steps_per_unit": 4, "rests": ((3.0, 2),), "batch": 4, "save_steps": 5, "warmup": 0}
     return replace(
         tiny,
@@ -53,7 +73,7 @@ def get_profile(name: str) -> Profile:
         chains=2,
         widths=(1, 2),
         batch=12,
-        held_out=8,
+        held_out=9,
         recipe=tiny.recipe.changed(retrofit=short),
         compare_cr=2.0,
     )

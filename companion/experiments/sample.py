@@ -7,6 +7,7 @@ widths to report, and for each method its file and the arguments of the chat tem
 import inspect
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from companion.experiments.profiles import get_profile
 from companion.records import WHOLE, Method, Shard, record_files, records_file, sample_records
 from companion.tasks import Task, get_task, task_class
+from companion.tasks.embedded import EMBEDDED
 from companion.tasks.grading import canonical, grade_file
 from companion.tasks.sandbox import sandbox
 from dms_core import checkpoint
@@ -178,7 +180,8 @@ def _noted(out: Path, task: Task) -> dict:
 def summarise_directory(directory: Path, lengths: Sequence[int] | None, widths: Sequence[int] | None) -> dict:
     """The curves of the records in a directory, at these budgets or those of its run.json.
 
-    Records of the embedded model's main job, which have no run.json, are summarised at the budgets of the profile tiny.
+    Records of the embedded model's main job, which have no run.json, are summarised task by task, at the budgets of the
+    profile tiny.
     """
     if (directory / SIDECAR).exists():
         note = read_json(directory / SIDECAR)
@@ -186,13 +189,26 @@ def summarise_directory(directory: Path, lengths: Sequence[int] | None, widths: 
             raise ValueError(f"{directory / SIDECAR}: must hold task, lengths, widths and records")
         named = [directory / "records" / name for name in note["records"].values()]
         files = [file for whole in named for file in record_files(whole) or [whole]]
-    else:
-        profile = get_profile("tiny")
-        note = {"task": "programs", "lengths": profile.lengths, "widths": profile.widths}
-        files = sorted([*directory.glob("*.jsonl"), *directory.glob("records/*.jsonl")])
-    if not files:
+        if files:
+            return summarise_files(files, lengths or note["lengths"], widths or note["widths"], note["task"])
+    by_task: dict[str, list[Path]] = defaultdict(list)
+    for file in sorted([*directory.glob("*.jsonl"), *directory.glob("records/**/*.jsonl")]):
+        by_task[next(iter(read_jsonl(file)), {}).get("task", EMBEDDED[0])].append(file)
+    if not by_task:
         raise ValueError(f"{directory}: no records/*.jsonl for curves; dms reproduce and dms sample write them")
-    return summarise_files(files, lengths or note["lengths"], widths or note["widths"], note["task"])
+    if unknown := set(by_task) - set(EMBEDDED):
+        raise ValueError(f"{directory}: records of {min(unknown)!r} without {SIDECAR}, which would say its budgets")
+    plans = {task: get_profile("tiny", task) for task in EMBEDDED if task in by_task}
+    return merged(
+        summarise_files(by_task[task], lengths or plan.lengths, widths or plan.widths, task)
+        for task, plan in plans.items()
+    )
+
+
+def merged(summaries: Iterable[dict]) -> dict:
+    """The lists of several tasks' summaries, one after the other; every row says its task."""
+    summaries = list(summaries)
+    return {name: [row for part in summaries for row in part[name]] for name in summaries[0]}
 
 
 def _checked(record: dict, file: Path) -> dict:
@@ -201,9 +217,7 @@ def _checked(record: dict, file: Path) -> dict:
     return record
 
 
-def summarise_files(
-    paths: Iterable[Path], lengths: Sequence[int], widths: Sequence[int], task: str = "programs"
-) -> dict:
+def summarise_files(paths: Iterable[Path], lengths: Sequence[int], widths: Sequence[int], task: str = "traces") -> dict:
     """The curves of the records in JSONL files, and in those anywhere below directories.
 
     Answers that the grader holds equal vote as one.  task: of records that do not say it.  Raises ValueError for a file

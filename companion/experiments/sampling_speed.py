@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from companion.paths import REASONER
-from companion.tasks.program_traces import TraceDataset
+from companion.tasks.mixture import TraceDataset
 from dms_core.checkpoint import load_base, load_model, load_tokenizer
 from dms_core.sampling import SamplingConfig, pad_left, pick_tokens, sample_chains
 from dms_kernels.benchmarks.measure import copy_gbps

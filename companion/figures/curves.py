@@ -14,18 +14,34 @@ from dms_core.budgets.pareto import frontier
 AXIS_LABELS = {
     "reads": "KV reads per problem (items per KV head)",
     "peak": "peak KV memory per problem (live tokens per KV head)",
+    "seconds": "seconds of generation per problem",
+}
+TASK_TITLES = {
+    "traces": "traces (vote, as AIME)",
+    "choice": "choice (vote, as GPQA)",
+    "search": "search (any, as LiveCodeBench)",
 }
 SCALING_LABELS = {"L": "length limit L (generated tokens)", "W": "width W (voting chains)"}
 
 
 def draw_curves(summary: dict, file: Path | str) -> None:
-    """Accuracy against KV reads and against peak tokens, side by side, as a PNG or SVG file."""
+    """Accuracy against each budget, a row an axis and a column a task, as a PNG or SVG file."""
     plt.switch_backend("agg")
     set_style()
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
-    for axis, ax in zip(AXIS_LABELS, axes, strict=True):
-        plot_curves(summary, axis, ax)
-    fig.savefig(file, dpi=120)
+    plot_panels(summary)
+    plt.savefig(file, dpi=120)
+
+
+def plot_panels(summary: dict, axes: Sequence[str] = ("reads", "peak")) -> plt.Figure:
+    """``plot_curves`` for each of the axes (rows) and tasks (columns)."""
+    tasks = list(dict.fromkeys(point.get("task") for point in summary["points"]))
+    size, shape = (4.2 * max(len(tasks), 2), 3.8 * len(axes)), (len(axes), len(tasks))
+    fig, panels = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False, sharey="col")
+    for row, axis in zip(panels, axes, strict=True):
+        for ax, task in zip(row, tasks, strict=True):
+            plot_curves({"points": [p for p in summary["points"] if p.get("task") == task]}, axis, ax)
+            ax.set_title(TASK_TITLES.get(task, task) or "", fontsize=10)
+    return fig
 
 
 def plot_curves(
@@ -33,8 +49,8 @@ def plot_curves(
 ) -> Axes:
     """Accuracy against a budget: all points with their intervals, and each method's frontier over all its CRs.
 
-    summary: of ``curves.summarise``.  axis: "reads" or "peak".  Frontier points of the labelled methods carry W-L, or
-    W-L-CR if compressed, where there is room.  Raises ValueError for another axis or a method without a style.
+    summary: of ``curves.summarise``, of one task.  axis: of AXIS_LABELS.  Frontier points of the labelled methods carry
+    W-L, or W-L-CR if compressed, where there is room.  Raises ValueError for another axis or a method without a style.
     """
     if axis not in AXIS_LABELS:
         raise ValueError(f"axis {axis!r}: must be one of {', '.join(AXIS_LABELS)}")

@@ -8,9 +8,15 @@ from companion.tasks.base import Task, TaskProblem
 from companion.tasks.source import Source
 
 TASKS = {  # name: module and class, imported when asked for
-    "programs": ("program_traces", "ProgramTraces"),
+    "traces": ("embedded", "Traces"),
+    "choice": ("embedded", "Choice"),
+    "search": ("embedded", "Search"),
     "aime24": ("math", "AIME24"),
     "aime25": ("math", "AIME25"),
+    "aime26": ("math", "AIME26"),
+    "hmmt_feb25": ("math", "HMMTFeb25"),
+    "hmmt_nov25": ("math", "HMMTNov25"),
+    "hmmt_feb26": ("math", "HMMTFeb26"),
     "math500": ("math", "MATH500"),
     "gpqa_diamond": ("gpqa", "GPQADiamond"),
     "livecodebench": ("livecodebench", "LiveCodeBench"),

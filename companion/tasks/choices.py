@@ -6,19 +6,22 @@ order, each compared by a difference, ``>`` for no and ``<`` for yes, then the l
 
     <j;T=4-I;e=I+8;I=3;q=j+2;j=T+e;A1B3C4D2;!                       prompt
     j=T+e>T;...;j=1+1=2<?;A1-2=9>B3-2=1>C4-2=2>D2-2=0<#D            trace
+
+No variable is called as an option is.
 """
 
 import random
 import re
 
-from companion.tasks.programs import ANSWER_MARK, DIGITS, EVALUATION_MIX, PROMPT_END, Problem, make_problem
+from companion.tasks.programs import ANSWER_MARK, DIGITS, EVALUATION_MIX, LETTERS, PROMPT_END, Problem, make_problem
 
 OPTIONS = "ABCD"
+NAMES = "".join(letter for letter in LETTERS if letter not in OPTIONS)
 
 
 def make_choice(split: str, seed: int, index: int, variables: tuple[int, int] = EVALUATION_MIX) -> Problem:
     """The ``index``-th choice of (split, seed); its answer is a letter.  ValueError as in ``make_problem``."""
-    problem = make_problem(split, seed, f"choice/{index}", variables)
+    problem = make_problem(split, seed, f"choice/{index}", variables, NAMES)
     rng = random.Random(f"options/{split}/{seed}/{index}")
     others = sorted(set(line_values(problem.prompt)) - {problem.answer})
     wrong = rng.sample(others, min(3, len(others)))

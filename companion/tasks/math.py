@@ -1,4 +1,4 @@
-"""AIME and MATH-500: the answer is the last closed ``\\boxed{...}``, compared by value."""
+"""AIME, HMMT and MATH-500: the answer is the last closed ``\\boxed{...}``, compared by value."""
 
 import re
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from companion.tasks.templates import fill
 
 TOKENS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 NAMED = {"percent": r"\s*\\?%\s*$", "base": r"(?<=[\dA-F)])_\s*(\{[^{}]*\}|\w)\s*$"}  # in a question: in an answer
+MATHARENA = {"problem_idx": (int, str), "problem": str, "answer": (str, int)}  # fields
 
 
 class MathTask(Task):
@@ -57,6 +58,46 @@ class AIME24(MathTask):
 class AIME25(AIME24):
     name = "aime25"
     data = HubData("yentinglin/aime_2025", AIME24.data.fields)  # the set that open-r1 evaluates on
+
+
+class MathArena(MathTask):
+    """A competition as MathArena publishes it: fields problem_idx, problem, answer, but for AIME also problem_type.
+
+    Names, fields, split and number of problems are those of the cards of aime_2026 and hmmt_feb_2026 on the hub (each
+    with an eval.yaml: config default, split train), and for the other two those of evalscope's hmmt25 and hmmt_nov25.
+    """
+
+    def problem(self, row: dict) -> TaskProblem:
+        types = {"types": row["problem_type"]} if row.get("problem_type") else {}
+        return TaskProblem(str(row["problem_idx"]), row["problem"], str(row["answer"]), types)
+
+
+class AIME26(MathArena):
+    """AIME 2026, both parts: thirty problems, integers."""
+
+    name = "aime26"
+    data = HubData("MathArena/aime_2026", MATHARENA)
+
+
+class HMMTFeb25(MathArena):
+    """Harvard-MIT tournament, February 2025: thirty problems; answers are fractions, radicals, several values."""
+
+    name = "hmmt_feb25"
+    data = HubData("MathArena/hmmt_feb_2025", MATHARENA)
+
+
+class HMMTNov25(MathArena):
+    """November 2025: thirty problems."""
+
+    name = "hmmt_nov25"
+    data = HubData("MathArena/hmmt_nov_2025", MATHARENA)
+
+
+class HMMTFeb26(MathArena):
+    """February 2026: 33 problems."""
+
+    name = "hmmt_feb26"
+    data = HubData("MathArena/hmmt_feb_2026", MATHARENA)
 
 
 class MATH500(MathTask):

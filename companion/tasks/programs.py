@@ -40,8 +40,10 @@ class Problem:
     variables: int  # needed variables: the goal and everything it depends on
 
 
-def make_problem(split: str, seed: int, index: int, variables: tuple[int, int] = EVALUATION_MIX) -> Problem:
-    """The ``index``-th problem of ``(split, seed)``, its needed variables uniform in ``variables``.
+def make_problem(
+    split: str, seed: int, index: int, variables: tuple[int, int] = EVALUATION_MIX, letters: str = LETTERS
+) -> Problem:
+    """The ``index``-th problem of ``(split, seed)``, its needed variables uniform in ``variables``, named by letters.
 
     Raises ValueError for an unknown split or a range outside 1..40.
     """
@@ -52,7 +54,7 @@ def make_problem(split: str, seed: int, index: int, variables: tuple[int, int] =
         raise ValueError(f"variables {variables}: must satisfy 1 <= low <= high <= 40")
     rng = random.Random(f"{split}/{seed}/{index}")
     needed, extra = rng.randint(low, high), rng.randint(*DISTRACTORS)
-    names = rng.sample(LETTERS, needed + extra)
+    names = rng.sample(letters, needed + extra)
     lines = _needed_lines(rng, names[:needed])
     for i in range(needed, needed + extra):
         lines[names[i]] = _line(rng, rng.sample(names[:i], min(i, rng.choice((0, 1, 1, 2, 2)))))

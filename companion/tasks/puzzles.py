@@ -23,7 +23,14 @@ from companion.tasks.programs import DIGITS, LETTERS, OPERATORS, PROMPT_END, SPL
 
 BLOCKS, UNKNOWNS = (1, 3), (2, 3)  # of a puzzle, of a block; inclusive
 WORKING = (1, 2)  # of the ten guesses in a block, inclusive
-LONGEST = 900  # characters of a trace in training
+CHECKER = """\
+names, digits = answer[0::2], answer[1::2]
+well_formed = sorted(names) == {names} and len(digits) == len(names) and set(digits) <= set("0123456789")
+v = dict(zip(names, map(int, digits))) if well_formed else dict()
+holds = well_formed and all([
+    {tests},
+])
+"""
 
 
 @dataclass(frozen=True)
@@ -65,13 +72,20 @@ def make_puzzle(split: str, seed: int, index: int, longest: int | None = None) -
     return Puzzle(prompt, trace, len(lines))
 
 
-def solves(prompt: str, answer: str) -> bool:
-    """Whether ``answer``, such as "n4U0", gives every unknown of ``prompt`` one digit so that all lines hold."""
-    values = dict(re.findall("([a-zA-Z])([0-9])", answer))
+def checker(prompt: str) -> str:
+    """A Python program that sets ``holds``: whether ``answer``, such as "n4U0", gives each unknown of ``prompt`` one
+    digit so that every line holds."""
     lines = re.findall(r"([a-zA-Z])=(\w)([+-])(\w);", prompt)
-    if {name for name, *_ in lines} != set(values) or len(answer) != 2 * len(values):
-        return False
-    return all(int(values[x]) == _compute(values.get(a, a), sign, values.get(b, b)) for x, a, sign, b in lines)
+    term = {letter: f'v["{letter}"]' for letter in LETTERS}
+    tests = [f"v[{x!r}] == ({term.get(a, a)} {sign} {term.get(b, b)}) % 10" for x, a, sign, b in lines]
+    return CHECKER.format(names=sorted(name for name, *_ in lines), tests=",\n    ".join(tests))
+
+
+def solves(prompt: str, answer: str) -> bool:
+    """Whether ``checker``'s program accepts ``answer``, run here."""
+    space = {"answer": answer}
+    exec(checker(prompt), space)
+    return space["holds"]
 
 
 def extract_assignment(text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The embedded reasoner: a character tokenizer and a small Llama for program traces."""
+"""The embedded reasoner: a character tokenizer and a small Llama."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from companion.paths import REASONER
 from companion.tasks.programs import ALPHABET, Problem
+from companion.tasks.puzzles import Puzzle
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -35,7 +36,7 @@ def make_model(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**shape, **sizes, **tokens, initializer_range=0.04))
 
 
-def encode_problem(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> tuple[list[int], int]:
+def encode_problem(tokenizer: PreTrainedTokenizerFast, problem: Problem | Puzzle) -> tuple[list[int], int]:
     """Token ids of prompt, trace and ``<eos>``, and the prompt's length in tokens."""
     prompt = tokenizer(problem.prompt)["input_ids"]
     return prompt + tokenizer(problem.trace)["input_ids"] + [tokenizer.eos_token_id], len(prompt)

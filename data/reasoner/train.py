@@ -1,14 +1,15 @@
-"""Train the embedded reasoner from scratch: ``python data/reasoner/train.py`` (33 minutes on one core).
+"""Train the embedded reasoner from scratch: ``python data/reasoner/train.py`` (about an hour on one core).
 
 Writes config.json, model.safetensors, tokenizer files, and train_log.jsonl beside this file.
-The curriculum goes from short programs to the evaluation mix.  ``--resume`` goes on from state.pt after an
-interruption and gives the same weights.
+Two stages, each with an optimizer of its own: program traces, from short ones to the evaluation mix, then all three
+tasks.  ``--resume`` goes on from state.pt after an interruption and gives the same weights.
 """
 
 import argparse
 import json
 import time
 from bisect import bisect_left
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -18,7 +19,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from companion.paths import REASONER
-from companion.tasks.programs import SPLITS, Problem, make_problem
+from companion.tasks import get_task
+from companion.tasks.embedded import EMBEDDED
+from companion.tasks.mixture import Document, documents, size_of
+from companion.tasks.programs import SPLITS, make_problem
 from companion.tasks.reasoner import encode_problem, make_model, make_tokenizer
 from dms_core.train.optim import make_optimizer
 
@@ -26,38 +30,52 @@ TOKENS_PER_STEP = 8192
 PROMPT_WEIGHT = 0.1  # the prompt is mostly random; learning to parse it helps a little
 POOL = 8  # batches drawn together and sorted by length, so that padding stays small
 CURRICULUM = ((0, (1, 5)), (200, (2, 8)), (600, (2, 14)))  # from this step on: needed variables
-RATE = (  # learning rate, piecewise linear; a second wind, since look-ups were still improving at step 1300
-    (0, 0.0), (100, 2e-3), (750, 2e-3), (1300, 0.0), (1320, 1.5e-3), (1500, 1.5e-3), (1900, 0.0)
-)  # fmt: skip
-STEPS = RATE[-1][0]
+SHARES = {"traces": 0.3, "choice": 0.3, "search": 0.4}  # of the second stage's tokens
 
 
-def stage_range(step: int) -> tuple[int, int]:
-    """Needed variables at ``step``."""
-    return [sizes for first, sizes in CURRICULUM if step >= first][-1]
+@dataclass(frozen=True)
+class Stage:
+    """Steps at a learning rate that is piecewise linear in the step."""
+
+    name: str
+    rate: tuple[tuple[int, float], ...]
+
+    @property
+    def steps(self) -> int:
+        return self.rate[-1][0]
+
+    def learning_rate(self, step: int) -> float:
+        return float(np.interp(step + 1, *zip(*self.rate, strict=True)))
+
+    def pool(self, first: int, seed: int) -> list[Document]:
+        """The documents of steps ``first`` .. ``first`` + POOL - 1."""
+        if self.name == "mixture":
+            return documents("train", seed + 1, first * 10_000, POOL * TOKENS_PER_STEP, SHARES)
+        found, tokens = [], 0
+        sizes = [sizes for start, sizes in CURRICULUM if first >= start][-1]
+        while tokens < POOL * TOKENS_PER_STEP:
+            found.append(make_problem("train", seed, first * 10_000 + len(found), sizes))
+            tokens += size_of(found[-1])
+        return found
 
 
-def pool_problems(first: int, seed: int) -> list[Problem]:
-    """The problems of steps ``first`` .. ``first`` + POOL - 1."""
-    sizes = stage_range(first)
-    problems, tokens = [], 0
-    while tokens < POOL * TOKENS_PER_STEP:
-        problems.append(make_problem("train", seed, first * 10_000 + len(problems), sizes))
-        tokens += len(problems[-1].prompt) + len(problems[-1].trace) + 1
-    return problems
+STAGES = (  # the first with a second wind, since look-ups were still improving at step 1300
+    Stage("traces", ((0, 0.0), (100, 2e-3), (750, 2e-3), (1300, 0.0), (1320, 1.5e-3), (1500, 1.5e-3), (1900, 0.0))),
+    Stage("mixture", ((0, 0.0), (50, 1.5e-3), (700, 1.5e-3), (1400, 0.0))),
+)
 
 
-def batches(tokenizer, seed: int, start: int):
-    """(ids, weights), both (B, T), from step ``start`` on; a pure function of seed and step."""
-    for first in range(start - start % POOL, STEPS, POOL):
-        pool = [encode_problem(tokenizer, problem) for problem in pool_problems(first, seed)]
+def batches(tokenizer, stage: Stage, seed: int, start: int):
+    """(ids, weights), both (B, T), from step ``start`` on; a pure function of stage, seed and step."""
+    for first in range(start - start % POOL, stage.steps, POOL):
+        pool = [encode_problem(tokenizer, document) for document in stage.pool(first, seed)]
         pool.sort(key=lambda item: len(item[0]))
         ends = list(accumulate(len(ids) for ids, _ in pool))
         inner = [bisect_left(ends, part * ends[-1] / POOL) + 1 for part in range(1, POOL)]
         cuts = [0, *inner, len(pool)]  # parts of equal tokens
         order = torch.randperm(POOL, generator=torch.Generator().manual_seed(seed + first)).tolist()
         for offset, part in enumerate(order):
-            if start <= first + offset < STEPS:
+            if start <= first + offset < stage.steps:
                 yield collate(pool[cuts[part] : cuts[part + 1]])
 
 
@@ -72,18 +90,83 @@ def collate(items) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, weights
 
 
-def learning_rate(step: int) -> float:
-    return float(np.interp(step + 1, *zip(*RATE, strict=True)))
-
-
 def overlap(seed: int) -> dict:
-    """How many of the first 2000 prompts of every other split occur among all training prompts."""
-    held_out = {make_problem(split, 0, i).prompt for split in SPLITS if split != "train" for i in range(2000)}
-    seen, programs = 0, 0
-    for first in tqdm(range(0, STEPS, POOL), desc="training prompts"):
-        prompts = {problem.prompt for problem in pool_problems(first, seed)}
-        seen, programs = seen + len(prompts & held_out), programs + len(prompts)
-    return {"training_programs": programs, "held_out_prompts": len(held_out), "in_training": seen}
+    """How many of the first 2000 prompts of each task's other splits occur among all training prompts."""
+    other = [split for split in SPLITS if split != "train"]
+    tasks = [get_task(name, size=2000, split=split) for name in EMBEDDED for split in other]
+    held_out = {problem.question for task in tasks for problem in task.problems}
+    seen, trained = 0, 0
+    for stage in STAGES:
+        for first in tqdm(range(0, stage.steps, POOL), desc=f"training prompts, {stage.name}"):
+            prompts = {document.prompt for document in stage.pool(first, seed)}
+            seen, trained = seen + len(prompts & held_out), trained + len(prompts)
+    return {"training_prompts": trained, "held_out_prompts": len(held_out), "in_training": seen}
+
+
+class Training:
+    """A run in a directory: what is trained, how far it is, and what it writes."""
+
+    def __init__(self, out: Path, seed: int, resume: bool) -> None:
+        self.out, self.seed, self.tokenizer = out, seed, make_tokenizer()
+        self.model = make_model(len(self.tokenizer), seed)
+        self.state_file, self.log_file = out / "state.pt", out / "train_log.jsonl"
+        self.facts = {"stage": 0, "step": 0, "tokens": 0, "seconds": 0.0}
+        state = torch.load(self.state_file, weights_only=True) if resume else {"model": None, "optimizer": None}
+        self.saved_optimizer = state["optimizer"]
+        kept = []
+        if resume:
+            self.model.load_state_dict(state["model"])
+            self.facts = {name: state[name] for name in self.facts}
+            rows = [json.loads(line) for line in self.log_file.read_text().splitlines()]
+            names = [stage.name for stage in STAGES]
+            at = (self.facts["stage"], self.facts["step"])
+            kept = [row for row in rows if (names.index(row["stage"]), row["step"]) < at]
+        self.log_file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def run(self) -> None:
+        for number in range(self.facts["stage"], len(STAGES)):
+            self._stage(number)
+        self.tokenizer.save_pretrained(self.out)
+
+    def _stage(self, number: int) -> None:
+        stage, start = STAGES[number], self.facts["step"]
+        optimizer = make_optimizer(list(self.model.named_parameters()), "muon", 0.0, weight_decay=0.1)
+        if self.saved_optimizer:
+            optimizer.load_state_dict(self.saved_optimizer)
+        began, tokens = time.time() - self.facts["seconds"], self.facts["tokens"]
+        steps = batches(self.tokenizer, stage, self.seed, start)
+        for step, batch in enumerate(tqdm(steps, stage.name, stage.steps, initial=start, mininterval=5), start):
+            rate = stage.learning_rate(step)
+            losses = self._step(optimizer, rate, *batch)
+            tokens += int((batch[1] > 0).sum())
+            seconds = round(time.time() - began, 1)
+            if step % 50 == 0:
+                row = {"stage": stage.name, "step": step, **losses, "lr": round(rate, 6)}
+                with self.log_file.open("a") as log:
+                    log.write(json.dumps(row | {"tokens": tokens, "seconds": seconds}) + "\n")
+            if (step + 1) % 100 == 0 or step + 1 == stage.steps:
+                last = step + 1 == stage.steps
+                self.facts = {"stage": number + last, "step": 0 if last else step + 1}
+                self.facts |= {"tokens": tokens, "seconds": seconds}
+                self._save(None if last else optimizer.state_dict())
+        self.saved_optimizer = None
+
+    def _step(self, optimizer, rate: float, ids: torch.Tensor, weights: torch.Tensor) -> dict:
+        logits = self.model(input_ids=ids[:, :-1]).logits
+        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+        self.model.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        trace = losses[weights[:, 1:].flatten() == 1].mean()
+        return {"loss": round(loss.item(), 5), "trace_loss": round(trace.item(), 5)}
+
+    def _save(self, optimizer: dict | None) -> None:
+        self.model.save_pretrained(self.out)
+        torch.save({"model": self.model.state_dict(), "optimizer": optimizer, **self.facts}, self.state_file)
 
 
 def main() -> None:
@@ -96,47 +179,8 @@ def main() -> None:
     if args.check:
         print(json.dumps(overlap(args.seed)))
         return
-
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer()
-    model = make_model(len(tokenizer), args.seed)
-    optimizer = make_optimizer(list(model.named_parameters()), "muon", learning_rate(0), weight_decay=0.1)
-    state_file, log_file = args.out / "state.pt", args.out / "train_log.jsonl"
-    start, tokens, spent = 0, 0, 0.0
-    if args.resume:
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, tokens, spent = state["step"], state["tokens"], state["seconds"]
-        kept = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] < start]
-        log_file.write_text("".join(line + "\n" for line in kept))
-    elif log_file.exists():
-        log_file.unlink()
-    began = time.time() - spent
-    steps = tqdm(batches(tokenizer, args.seed, start), initial=start, total=STEPS, mininterval=5)
-    for step, (ids, weights) in enumerate(steps, start):
-        rate = learning_rate(step)
-        logits = model(input_ids=ids[:, :-1]).logits
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        tokens += int((weights > 0).sum())
-        if step % 50 == 0:
-            trace = weights[:, 1:].flatten() == 1
-            row = {"step": step, "loss": round(loss.item(), 5), "trace_loss": round(losses[trace].mean().item(), 5),
-                   "lr": round(rate, 6), "tokens": tokens, "seconds": round(time.time() - began, 1)}  # fmt: skip
-            with log_file.open("a") as log:
-                log.write(json.dumps(row) + "\n")
-        if (step + 1) % 250 == 0 or step + 1 == STEPS:
-            model.save_pretrained(args.out)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save({**state, "tokens": tokens, "seconds": time.time() - began}, state_file)
-    tokenizer.save_pretrained(args.out)
+    Training(args.out, args.seed, args.resume).run()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 One generated chain gives every shorter length budget L for nothing: cut at L it answers only if its answer was
 complete by then, and its cost is its cost at that token. W chains vote; the paper calls such a configuration W-L-CR.
 
-    reads(L, W) = Σ_chains reads at the cut            items attended to, per KV head, mean over layers and heads
-    peak(L, W)  = prompt + Σ_chains max(live at the cut − prompt, 0)
+    reads(L, W)   = Σ_chains reads at the cut          items attended to, per KV head, mean over layers and heads
+    peak(L, W)    = prompt + Σ_chains max(live at the cut − prompt, 0)
+    seconds(L, W) = Σ_chains seconds at the cut        where they were measured
 
-The peak counts the shared prompt once and holds all W chains until the last one ends. Both costs are averaged over all
+The peak counts the shared prompt once and holds all W chains until the last one ends. Costs are averaged over all
 choices of W among the available chains (exactly, since they are linear in the chains), then over problems.
+
+Where a method was retrofitted with several seeds, its value is the mean over them.
 """
 
 from collections import defaultdict
@@ -18,10 +21,11 @@ from typing import NamedTuple
 import numpy as np
 
 from dms_core.budgets import bootstrap
-from dms_core.budgets.pareto import SCALES, margins_of_frontiers, padded_frontiers
-from dms_core.budgets.voting import AGGREGATES, Scores, make_scores
+from dms_core.budgets.headline import headline
+from dms_core.budgets.pareto import SCALES, common_interval, margins_of_frontiers, padded_frontiers
+from dms_core.budgets.voting import AGGREGATES, Scores, make_scores, resampled, shared_problems
 
-AXES = ("reads", "peak")
+FEW = 60  # problems up to which an accuracy has a Bayesian interval too
 FIRST = ("vanilla", "dms")  # in this order at the head of every list; the others follow by name
 
 
@@ -44,20 +48,23 @@ def default_pairs(methods: Iterable[str]) -> Pairs:
 def summarise(
     records: Iterable[dict], lengths: Sequence, widths: Sequence, resamples=1000, seed=0, aggregate="vote", pairs=None
 ) -> dict:
-    """Points, Pareto margins and paired differences, ready for `json.dumps`: what `dms curves --json` prints.
+    """Points, Pareto margins, paired differences and headline, for `json.dumps`: what `dms curves --json` prints.
 
     records: one dict a chain with RECORD_KEYS; `live` and `reads` hold the live items and the cumulative KV reads after
     0, stride, 2·stride, … generated tokens and at the end. lengths: budgets L in generated tokens, at most the limit of
     the run; records with "budget_length" count at that L alone (see `voting`). widths: numbers W of voting chains; a
     (method, CR) has no point at a W that one of its problems lacks chains for. Intervals are 95 % percentile bootstraps
-    over problems; whatever compares two methods uses the problems that both have, and the same resamples of them.
+    over problems and retrofit seeds (see `bootstrap`); whatever compares two methods uses the problems that both have,
+    the same resamples of them, and the same seeds, or one of them has a single seed.
     aggregate: how W chains count, "vote" or "any" (see `voting`). pairs: a `Pairs` of what is compared, by default
     `default_pairs`.
 
-    Returns {"points", "pass_at_1", "margins", "margins_per_cr", "paired"}. Accuracies, margins and differences are in
-    points (0–100). A margin is None (NA) where the budgets do not meet, and `na_share` is the share of resamples in
-    which they do not (left out of the interval). "paired" has differences of one-chain accuracy at the largest L.
-    Record order does not matter. ValueError names the offending value.
+    Returns {"points", "pass_at_1", "margins", "margins_per_cr", "paired", "headline"}, each a list of rows with "task".
+    Accuracies, margins and differences are in points (0–100). A margin is taken over the budgets "from" … "to" that the
+    frontiers of the full sample share, also in the resamples, and None (NA, `na_share` 1) where there are none;
+    "restricted" begins where half of b's chains have ended (None: nowhere). "paired" has differences of one-chain
+    accuracy at the largest L. "headline": see `headline`. Record order does not matter. ValueError names the offending
+    value.
 
     >>> chain = dict(method="dms", cr=8.0, problem=0, chain=0, tokens=2, stride=16, prompt_tokens=3, prompt_live=3.0)
     >>> chain |= dict(live=[3.0, 4.0], reads=[0.0, 4.0], answer="7", gold="7", finished_at=2)
@@ -76,7 +83,7 @@ def summarise(
         by_method[one.method].append(one)
     pairs = default_pairs(by_method) if pairs is None else pairs
     draws = (resamples, seed)
-    return {
+    summary = {
         "points": [row for one in scores if one.widths for row in _points(one, draws)],
         "pass_at_1": [row for one in scores for row in _pass_at_1(one)],
         "margins": [row for a, b in pairs.margins for row in _margins(by_method[a], by_method[b], draws)],
@@ -93,7 +100,9 @@ def summarise(
             and (one.cr == other.cr or pair in pairs.margins_per_cr)
             and set(one.problems) & set(other.problems)
         ],
+        "headline": [row for a, b in pairs.margins for row in headline(by_method[a], by_method[b], draws)],
     }
+    return {name: [{"task": scores[0].task} | row for row in rows] for name, rows in summary.items()}
 
 
 def _checked(name: str, values: Sequence[int]) -> tuple[int, ...]:
@@ -103,25 +112,15 @@ def _checked(name: str, values: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted({int(v) for v in values}))
 
 
-def _accuracies(credit: np.ndarray, draws: tuple[int, int]) -> np.ndarray:
-    """Resampled means in points. Rounded, since equal accuracies must stay equal: a frontier drops the costlier one."""
-    return np.round(100 * _resampled_means(credit, draws), 9)
-
-
-def _resampled_means(values: np.ndarray, draws: tuple[int, int]) -> np.ndarray:
-    """Means over problems of values (P, K), (1 + resamples, K): row 0 as measured."""
-    return bootstrap.weights(len(values), *draws) @ values
-
-
 def _points(scores: Scores, draws: tuple[int, int]) -> list[dict]:
-    accuracy = _accuracies(scores.rows("credit", scores.problems), draws)
+    accuracy = resampled([scores], "credit", scores.problems, draws)
     low, high = np.percentile(accuracy[1:], bootstrap.LEVELS, axis=0)
     columns = {"accuracy": accuracy[0], "low": low, "high": high}
-    columns |= {"reads": scores.reads.mean(0).ravel(), "peak": scores.peak.mean(0).ravel()}
+    columns |= {axis: cost.mean((0, 1)).ravel() for axis, cost in scores.costs.items()}
     rows = []
     for i, (length, width) in enumerate(product(scores.lengths, scores.widths)):
         row = {"method": scores.method, "cr": scores.cr, "L": length, "W": width}
-        row["problems"] = len(scores.problems)
+        row |= {"problems": len(scores.problems), "seeds": len(scores.seeds)}
         rows.append(row | {name: float(values[i]) for name, values in columns.items()})
     return rows
 
@@ -130,52 +129,75 @@ def _pass_at_1(scores: Scores) -> list[dict]:
     """Accuracy of one chain (avg@n) at each L with two standard errors, all in points.
 
     se_questions: of the mean over questions, these drawn from many; None for one question.  se_samples: what other
-    chains on these same questions would change, √(Σ p(1 − p)/(n − 1))/P; None where a question has one chain.
+    chains on these same questions would change, √(Σ p(1 − p)/(n − 1))/P; None where a question has one chain.  Neither
+    has the spread of retrofit seeds, nor have bayes_low and bayes_high, `bootstrap.beta_binomial` for few problems.
     """
-    questions = len(scores.problems)
+    questions, seeds, chains = len(scores.problems), len(scores.seeds), scores.chains
     rows = []
-    for length, p in zip(scores.lengths, scores.alone.T, strict=True):  # p (P,)
-        row = {"method": scores.method, "cr": scores.cr, "L": length, "problems": questions}
-        row |= {"chains": float(scores.chains.mean()), "accuracy": float(100 * p.mean())}
-        row["se_questions"] = float(100 * p.std(ddof=1) / np.sqrt(questions)) if questions > 1 else None
-        repeated = (scores.chains > 1).all()
-        variance = p * (1 - p) / (scores.chains - 1) if repeated else p
-        row["se_samples"] = float(100 * np.sqrt(variance.sum()) / questions) if repeated else None
+    for length, p in zip(scores.lengths, np.moveaxis(scores.alone, -1, 0), strict=True):  # p (S, P)
+        row = {"method": scores.method, "cr": scores.cr, "L": length, "problems": questions, "seeds": seeds}
+        row |= {"chains": float(chains.mean()), "accuracy": float(100 * p.mean())}
+        row["se_questions"] = float(100 * p.mean(0).std(ddof=1) / np.sqrt(questions)) if questions > 1 else None
+        repeated = (chains > 1).all()
+        variance = p * (1 - p) / (chains - 1) if repeated else p
+        row["se_samples"] = float(100 * np.sqrt(variance.sum()) / questions / seeds) if repeated else None
+        if questions <= FEW:
+            correct = (p * chains).sum(0).round().astype(int)
+            bayes = bootstrap.beta_binomial(correct, chains.sum(0).astype(int))
+            row |= dict(zip(("bayes_low", "bayes_high"), bayes, strict=True))
         rows.append(row)
     return rows
 
 
 def _margins(a: list[Scores], b: list[Scores], draws: tuple[int, int]) -> list[dict]:
-    """Margins of a over b, both axes and scales; a curve is the frontier over all points of its scores."""
-    if not all(any(one.widths for one in curve) for curve in (a, b)):
+    """Margins of a over b, all axes and scales; a curve is the frontier over all points of its scores."""
+    if not all(any(one.widths for one in curve) for curve in (a, b)) or not (problems := shared_problems([*a, *b])):
         return []
-    problems = sorted(set.intersection(*(set(one.problems) for one in [*a, *b])))
-    if not problems:
-        return []
-
-    def columns(curve: list[Scores], name: str) -> np.ndarray:
-        return np.concatenate([one.rows(name, problems) for one in curve], axis=1)
-
-    accuracy = [_accuracies(columns(curve, "credit"), draws) for curve in (a, b)]
+    accuracy = [resampled(curve, "credit", problems, draws) for curve in (a, b)]
+    about = {"a": a[0].method, "b": b[0].method}
+    sizes = {"problems": len(problems), "seeds": max(len(one.seeds) for one in [*a, *b])}
     rows = []
-    for axis in AXES:
-        budgets = [_resampled_means(columns(curve, axis), draws) for curve in (a, b)]
+    for axis in a[0].costs:
+        budgets = [resampled(curve, axis, problems, draws) for curve in (a, b)]
         frontiers = [padded_frontiers(x, y) for x, y in zip(budgets, accuracy, strict=True)]
+        low, high = (float(ends[0]) for ends in common_interval(*frontiers))
+        begin = max(low, _half_ended(b, axis, problems))
         for scale in SCALES:
-            values = margins_of_frontiers(*frontiers, scale)
-            known = not np.isnan(values[0])
-            low, high = bootstrap.interval(values[1:]) if known else (None, None)
-            row = {"a": a[0].method, "b": b[0].method, "axis": axis, "scale": scale}
-            row |= {"value": float(values[0]) if known else None, "low": low, "high": high}
-            rows.append(row | {"na_share": float(np.isnan(values[1:]).mean()), "problems": len(problems)})
+            row = about | {"axis": axis, "scale": scale} | _margin(frontiers, scale, low, high)
+            row |= {"na_share": float(row["value"] is None)} | sizes
+            row["restricted"] = _margin(frontiers, scale, begin, high) if begin <= high else None
+            rows.append(row)
     return rows
+
+
+def _margin(frontiers: list, scale: str, low: float, high: float) -> dict:
+    """Over the budgets from low to high; None where low is greater."""
+    if low > high:
+        return dict.fromkeys(("value", "low", "high", "from", "to"))
+    value, *drawn = margins_of_frontiers(*frontiers, scale, (low, high))
+    bounds = dict(zip(("low", "high"), bootstrap.interval(np.array(drawn)), strict=True))
+    return {"value": float(value)} | bounds | {"from": low, "to": high}
+
+
+def _half_ended(curve: list[Scores], axis: str, problems: list) -> float:
+    """The least budget, at W 1, of an L by which half of a (method, CR)'s chains have ended; infinite if none has."""
+    found = [np.inf]
+    for one in curve:
+        if 1 in one.widths:
+            ended = np.average(one.ended, axis=(0, 1), weights=one.chains)
+            budgets = one.rows(axis, problems).mean((0, 1)).reshape(len(one.lengths), -1)[:, one.widths.index(1)]
+            found += budgets[ended >= 0.5][:1].tolist()
+    return min(found)
 
 
 def _difference(a: Scores, b: Scores, length: int, draws: tuple[int, int]) -> dict:
     """a minus b in one-chain accuracy at the largest L, over the problems that both have."""
-    problems = sorted(set(a.problems) & set(b.problems))
-    difference = (a.rows("alone", problems) - b.rows("alone", problems))[:, -1:]  # (P, 1)
-    means = 100 * _resampled_means(difference, draws)[:, 0]
+    problems = shared_problems([a, b])
+    difference = (a.rows("alone", problems) - b.rows("alone", problems))[..., -1:]  # (S, P, 1)
+    means = 100 * bootstrap.means(difference, *draws)[:, 0]
     low, high = bootstrap.interval(means[1:])
     row = {"a": a.method, "b": b.method, "difference": float(means[0]), "low": low, "high": high}
-    return row | {"cr": a.cr, "L": length, "W": 1, "problems": len(problems)}
+    row |= {"cr": a.cr, "L": length, "W": 1, "problems": len(problems), "seeds": len(difference)}
+    seeds = max(a.seeds, b.seeds, key=len)
+    by_seed = {str(seed): 100 * float(of_seed.mean()) for seed, of_seed in zip(seeds, difference, strict=True)}
+    return row | ({"by_seed": by_seed} if len(seeds) > 1 else {})

@@ -66,17 +66,33 @@ def padded_frontiers(budgets: np.ndarray, accuracies: np.ndarray) -> tuple[np.nd
     return np.take_along_axis(budgets, vertex, axis=1), best
 
 
-def margins_of_frontiers(a: tuple, b: tuple, scale: str) -> np.ndarray:
-    """`margin` of many pairs of padded frontiers, unchecked: (R,), NaN where a pair does not meet."""
+def common_interval(a: tuple, b: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """The budgets that both of two padded frontiers cover, (R,) from and (R,) to; from > to where they do not meet."""
+    return np.maximum(a[0][:, 0], b[0][:, 0]), np.minimum(a[0][:, -1], b[0][:, -1])
+
+
+def margins_of_frontiers(a: tuple, b: tuple, scale: str, within: tuple | None = None) -> np.ndarray:
+    """`margin` of many pairs of padded frontiers, unchecked: (R,), NaN where a pair does not meet.
+
+    within: budgets (from, to) for all pairs, to which each frontier is extended flat; else those that a pair covers.
+    """
+    low, high = common_interval(a, b) if within is None else within
     (ax, ay), (bx, by) = a, b
     if scale == "log2":
-        ax, bx = np.log2(ax), np.log2(bx)
-    low, high = np.maximum(ax[:, 0], bx[:, 0]), np.minimum(ax[:, -1], bx[:, -1])
-    values = np.full(len(low), np.nan)
-    for row in np.flatnonzero(low <= high):
-        # A − B is linear between these, so the trapezoid rule is exact
-        x = np.clip(np.sort(np.concatenate([ax[row], bx[row]])), low[row], high[row])
-        lead = np.interp(x, ax[row], ay[row]) - np.interp(x, bx[row], by[row])
-        area = np.dot(x[1:] - x[:-1], lead[1:] + lead[:-1]) / 2
-        values[row] = area / (high[row] - low[row]) if high[row] > low[row] else lead[0]
-    return values
+        ax, bx, low, high = (np.log2(x) for x in (ax, bx, low, high))
+    lead = _mean_height(ax, ay, low, high) - _mean_height(bx, by, low, high)
+    return np.where(low <= high, lead, np.nan)
+
+
+def _mean_height(x: np.ndarray, y: np.ndarray, low: ArrayLike, high: ArrayLike) -> np.ndarray:
+    """Mean of padded frontiers (R, K), flat beyond their ends, over [low, high]; the height where these are equal."""
+    low, high = (np.broadcast_to(bound, len(x))[:, None] for bound in (low, high))
+    run = np.diff(x)
+    slope = np.divide(np.diff(y), run, out=np.zeros_like(run), where=run > 0)
+    cut = np.clip(x, low, high)
+    left, right = (y[:, :-1] + slope * (ends - x[:, :-1]) for ends in (cut[:, :-1], cut[:, 1:]))
+    area = (np.diff(cut) * (left + right) / 2).sum(1)
+    area += (cut[:, 0] - low[:, 0]) * y[:, 0] + (high[:, 0] - cut[:, -1]) * y[:, -1]
+    at_low = y[:, 0] + (slope * (np.clip(low, x[:, :-1], x[:, 1:]) - x[:, :-1])).sum(1)
+    width = (high - low)[:, 0]
+    return np.divide(area, width, out=at_low, where=width > 0)

@@ -2,6 +2,8 @@
 
 A chain cut at L answers only if its answer was complete by then.  A chain whose record has "budget_length", the L for
 which a method set its KV budget, stands for that L alone: at a smaller L the method would have evicted more.
+"retrofit_seed" (0 where there is none) tells the retrofits of a method apart: the same problems, sampled from each.
+"seconds", where records have them, are a cost as "reads" are.
 W chains vote (math, multiple choice), or one correct chain among them is enough (pass@all, for programs):
 
     credit = 1/k where the gold answer is among the k most frequent ones, else 0      "vote"
@@ -17,33 +19,60 @@ from math import comb
 
 import numpy as np
 
+from dms_core.budgets import bootstrap
+
 AGGREGATES = ("vote", "any")
 GOLD = 0  # the code of every correct answer
 MAX_SUBSETS = 32  # choices of W chains averaged per problem; all of them where there are no more than this
-CHAIN = ("method", "cr", "problem", "chain")  # what tells a record from the others
+CHAIN = ("method", "cr", "problem", "chain")  # what tells a record from the others, with its retrofit's seed
 COSTS = ("tokens", "stride", "live", "reads", "prompt_tokens", "prompt_live")
 RECORD_KEYS = (*CHAIN, "answer", "gold", "finished_at", *COSTS)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What one (method, CR) scores and costs, problem by problem; with a budget for one L, at that L."""
+    """What one (method, CR) scores and costs, problem by problem; with a budget for one L, at that L.
+
+    Arrays begin with S retrofit seeds and P problems, which all seeds have.
+    """
 
     method: str
     cr: float  # an int where it is whole
+    task: str | None
+    seeds: tuple[int, ...]  # ascending
     problems: tuple  # sorted identifiers
     lengths: tuple[int, ...]  # those of the requested lengths that the chains stand for, ascending, at least one
     widths: tuple[int, ...]  # the requested widths that every problem has chains for
-    credit: np.ndarray  # (P, L, W) in [0, 1]
-    reads: np.ndarray  # (P, L, W)
-    peak: np.ndarray  # (P, L, W) tokens per KV head
-    alone: np.ndarray  # (P, L) credit of one chain, mean over chains
-    chains: np.ndarray  # (P,) how many there are
+    credit: np.ndarray  # (S, P, L, W) in [0, 1]
+    costs: dict[str, np.ndarray]  # (S, P, L, W): KV "reads", "peak" tokens per KV head, and "seconds" where known
+    alone: np.ndarray  # (S, P, L) credit of one chain, mean over chains
+    ended: np.ndarray  # (S, P, L) share of the chains that were complete
+    chains: np.ndarray  # (S, P) how many there are
 
     def rows(self, name: str, problems: Sequence) -> np.ndarray:
-        """The named array for these problems, (len(problems), L·W), `alone` without W."""
+        """The named array or cost for these problems, (S, len(problems), L·W), `alone` without W."""
         where = {problem: row for row, problem in enumerate(self.problems)}
-        return getattr(self, name)[[where[p] for p in problems]].reshape(len(problems), -1)
+        values = self.costs[name] if name in self.costs else getattr(self, name)
+        return values[:, [where[p] for p in problems]].reshape(len(self.seeds), len(problems), -1)
+
+
+def shared_problems(scores: Sequence[Scores]) -> list:
+    """The problems that all have.  ValueError where several have several retrofit seeds, but not the same ones."""
+    seeds = sorted({one.seeds for one in scores if len(one.seeds) > 1})
+    if len(seeds) > 1:
+        names = ", ".join(dict.fromkeys(one.method for one in scores if len(one.seeds) > 1))
+        raise ValueError(f"retrofit seeds {seeds} of {names}: must be the same ones, or a single one of a method")
+    return sorted(set.intersection(*(set(one.problems) for one in scores)))
+
+
+def resampled(curve: Sequence[Scores], name: str, problems: Sequence, draws: tuple, half=None) -> np.ndarray:
+    """Means (1 + resamples, configurations of the curve), row 0 as measured; see `bootstrap.means`.
+
+    "credit" comes in points from 0 to 100, and rounded: equal accuracies must stay equal, since a frontier drops the
+    costlier one.
+    """
+    means = np.concatenate([bootstrap.means(one.rows(name, problems), *draws, half) for one in curve], axis=1)
+    return np.round(100 * means, 9).clip(0, 100) if name == "credit" else means
 
 
 def vote(answers: np.ndarray, gold: int) -> np.ndarray:
@@ -69,35 +98,38 @@ def _check_record(record: dict) -> None:
     if not fewest <= samples <= fewest + 1 or len(record["reads"]) != samples:
         given = f"live, reads of {samples}, {len(record['reads'])} samples ({where})"
         raise ValueError(f"{given}: must be {fewest} each for {tokens} tokens at stride {stride}")
+    if len(seconds := record.get("seconds", record["reads"])) != samples:
+        raise ValueError(f"seconds of {len(seconds)} samples ({where}): must be {samples}, as reads are")
     if record.get("correct", False) is None:
         raise ValueError(f"correct None ({where}): must be true or false; grade the records first: dms grade")
-    if not np.isfinite([*record["live"], *record["reads"], record["prompt_live"]]).all():
-        raise ValueError(f"live, reads or prompt_live ({where}): must be finite")
+    if not np.isfinite([*record["live"], *record["reads"], *seconds, record["prompt_live"]]).all():
+        raise ValueError(f"live, reads, seconds or prompt_live ({where}): must be finite")
 
 
 def make_scores(records: Iterable[dict], lengths: tuple, widths: tuple, aggregate: str, seed: int) -> list[Scores]:
     """One Scores a (method, CR), or one a "budget_length" where records have it, if it is among ``lengths``.
 
-    Sorted by these.  ValueError names the offending record.
+    Sorted by these.  seed: of the choices of W chains.  ValueError names the offending record.
     """
-    chains: dict = defaultdict(lambda: defaultdict(dict))  # (method, cr, budget length or 0) → problem → chain → record
+    records = list(records)
+    if not records:
+        raise ValueError("no chain records: must be at least one")
+    chains: dict = defaultdict(dict)  # (method, cr, budget length or 0) → (retrofit seed, problem, chain) → record
     gold: dict = {}
-    tasks: set = set()
     for record in records:
         _check_record(record)
-        of_length = chains[record["method"], float(record["cr"]), record.get("budget_length", 0)]
-        of_problem = of_length[record["problem"]]
-        if record["chain"] in of_problem:
-            key = [record[k] for k in CHAIN]
-            raise ValueError(f"(method, cr, problem, chain) {key}: must occur once")
-        tasks.add(record.get("task"))
+        if ("seconds" in record) != ("seconds" in records[0]):
+            known = {key: record[key] for key in CHAIN}
+            raise ValueError(f"record {known} {'with' if 'seconds' in record else 'without'} seconds: all or none must")
         if gold.setdefault(record["problem"], record["gold"]) != record["gold"]:
             both = f"{gold[record['problem']]!r} and {record['gold']!r}"
             raise ValueError(f"problem {record['problem']} with gold answers {both}: must have one")
-        of_problem[record["chain"]] = record
-    if not chains:
-        raise ValueError("no chain records: must be at least one")
-    if len(tasks) > 1:
+        of_length = chains[record["method"], float(record["cr"]), record.get("budget_length", 0)]
+        key = (record.get("retrofit_seed", 0), record["problem"], record["chain"])
+        if key in of_length:
+            raise ValueError(f"(method, cr, problem, chain) {[record[k] for k in CHAIN]}: must occur once")
+        of_length[key] = record
+    if len(tasks := {record.get("task") for record in records}) > 1:
         raise ValueError(f"records of the tasks {sorted(map(str, tasks))}: must be of one task")
     served = [(key, tuple(n for n in lengths if key[2] in (0, n))) for key in sorted(chains)]
     scores = [_score(key, chains[key], own, widths, aggregate, seed) for key, own in served if own]
@@ -107,24 +139,32 @@ def make_scores(records: Iterable[dict], lengths: tuple, widths: tuple, aggregat
     return scores
 
 
-def _score(key: tuple, by_problem: dict, lengths: tuple, widths: tuple, aggregate: str, seed: int) -> Scores:
-    problems = tuple(sorted(by_problem))
-    fewest = min(len(chains) for chains in by_problem.values())
-    widths = tuple(w for w in widths if w <= fewest)
-    credit, reads, peak = np.zeros((3, len(problems), len(lengths), len(widths)))
-    alone, chains = np.zeros((len(problems), len(lengths))), np.zeros(len(problems))
-    for row, problem in enumerate(problems):
-        records = [by_problem[problem][chain] for chain in sorted(by_problem[problem])]
-        answers = _answers(records, lengths)  # (L, chains)
-        alone[row], chains[row] = (answers == GOLD).mean(-1), len(records)
+def _score(key: tuple, chains: dict, lengths: tuple, widths: tuple, aggregate: str, seed: int) -> Scores:
+    groups = defaultdict(list)  # (retrofit seed, problem) → records
+    for *group, chain in sorted(chains):
+        groups[tuple(group)].append(chains[*group, chain])
+    seeds = sorted({one for one, _ in groups})
+    problems = sorted(set.intersection(*({p for one, p in groups if one == s} for s in seeds)))
+    if not problems:
+        raise ValueError(f"retrofit seeds {seeds} of method {key[0]}, CR {key[1]:g}: must have a problem in common")
+    widths = tuple(w for w in widths if w <= min(map(len, groups.values())))
+    first = next(iter(chains.values()))
+    names, shape = ["reads", "peak", *(["seconds"] if "seconds" in first else [])], (len(seeds), len(problems))
+    credit, *costs = np.zeros((1 + len(names), *shape, len(lengths), len(widths)))
+    (alone, ended), counts = np.zeros((2, *shape, len(lengths))), np.zeros(shape)
+    for at in np.ndindex(shape):
+        records = groups[seeds[at[0]], problems[at[1]]]
+        answers, complete = _answers(records, lengths)  # (L, chains) each
+        alone[at], ended[at], counts[at] = (answers == GOLD).mean(-1), complete.mean(-1), len(records)
         for column, w in enumerate(widths):
-            credit[row, :, column] = _credit(answers, w, aggregate, seed)
-        prompt = np.mean([r["prompt_live"] for r in records])
-        read, own = np.mean([_costs(r, lengths) for r in records], axis=0)  # (L,) each, mean over chains
-        reads[row] = np.outer(read, widths)
-        peak[row] = np.outer(own, widths) + prompt
-    cr = int(key[1]) if key[1].is_integer() else key[1]
-    return Scores(key[0], cr, problems, lengths, widths, credit, reads, peak, alone, chains)
+            credit[*at, :, column] = _credit(answers, w, aggregate, seed)
+        prompts = {"peak": np.mean([r["prompt_live"] for r in records])}  # counted once
+        means = np.mean([_costs(r, lengths, names) for r in records], axis=0)  # (names, L), over chains
+        for name, cost, mean in zip(names, costs, means, strict=True):
+            cost[at] = np.outer(mean, widths) + prompts.get(name, 0)
+    cr, costs = int(key[1]) if key[1].is_integer() else key[1], dict(zip(names, costs, strict=True))
+    about = (key[0], cr, first.get("task"), tuple(seeds), tuple(problems), lengths, widths)
+    return Scores(*about, credit, costs, alone, ended, counts)
 
 
 def _credit(answers: np.ndarray, width: int, aggregate: str, seed: int) -> np.ndarray:
@@ -140,12 +180,14 @@ def any_correct(correct: np.ndarray, chains: int, width: int) -> np.ndarray:
     return np.array(shares).reshape(correct.shape)
 
 
-def _answers(records: list[dict], lengths: tuple) -> np.ndarray:
-    """Answer codes (L, chains) of the chains cut at each length: GOLD where correct, −1 where there is none yet."""
+def _answers(records: list[dict], lengths: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """Of the chains cut at each length, (L, chains) each: codes of answers, GOLD where correct, −1 where there is none
+    yet; and whether the chain was complete."""
     codes: dict = {}
     code = np.array([_code(record, codes) for record in records])
     finished = np.array([np.inf if r["finished_at"] is None else r["finished_at"] for r in records])
-    return np.where(finished <= np.array(lengths)[:, None], code, -1)
+    complete = finished <= np.array(lengths)[:, None]
+    return np.where(complete, code, -1), complete
 
 
 def _code(record: dict, codes: dict) -> int:
@@ -155,13 +197,14 @@ def _code(record: dict, codes: dict) -> int:
     return GOLD if correct else codes.setdefault(record["answer"], len(codes) + 1)
 
 
-def _costs(record: dict, lengths: tuple) -> np.ndarray:
-    """Reads of the chain cut at each length, and its live items beyond the shared prompt: (2, L)."""
+def _costs(record: dict, lengths: tuple, names: Sequence[str]) -> np.ndarray:
+    """The named costs of the chain cut at each length, its peak without the shared prompt: (names, L)."""
     tokens = record["tokens"]
     at = np.minimum(np.arange(len(record["live"])) * record["stride"], tokens)
     cut = np.minimum(lengths, tokens)
     live = np.interp(cut, at, np.maximum.accumulate(record["live"]))
-    return np.stack([np.interp(cut, at, record["reads"]), np.maximum(live - record["prompt_live"], 0)])
+    own = {"peak": np.maximum(live - record["prompt_live"], 0)}
+    return np.stack([own[name] if name in own else np.interp(cut, at, record[name]) for name in names])
 
 
 @lru_cache(maxsize=256)

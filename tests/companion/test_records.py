@@ -9,7 +9,7 @@ import pytest
 
 from companion import records as module
 from companion.records import Method, Shard, make_record, records_file, sample_records
-from companion.tasks.program_traces import ProgramTraces
+from companion.tasks.embedded import Traces
 from companion.tasks.programs import ANSWER_MARK, make_problem
 from companion.tasks.reasoner import make_tokenizer
 from dms_core.budgets.curves import summarise
@@ -19,7 +19,7 @@ from dms_core.storage import JsonlWriter, read_jsonl
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = make_tokenizer()
-TASK = ProgramTraces(size=3, split="validation", variables=(1, 3))
+TASK = Traces(size=3, split="validation", variables=(1, 3))
 TRACE = make_problem("validation", 0, 0, (1, 3)).trace
 CONFIG = SamplingConfig(max_new_tokens=24, temperature=1.0, top_p=1.0, batch=4, stride=8)
 DMS, VANILLA = Method("dms", 2.0), Method("vanilla", 1.0)
@@ -109,15 +109,15 @@ def test_a_changed_setting_goes_to_another_file(model, tmp_path, change):
 
 
 def test_changed_task_prompts_weights_or_gates_give_another_file_but_batch_and_page_do_not(model, tiny_model):
-    class OtherPrompts(ProgramTraces):
+    class OtherPrompts(Traces):
         def prompt_ids(self, tokenizer, problem):
             return [2]
 
     def name(task=TASK, config=CONFIG, used=model, weights="weights"):
         return records_file(used, weights, TOKENIZER, task, DMS, config, None)
 
-    fewer, renamed, newer = (ProgramTraces(size=n, split="validation", variables=(1, 3)) for n in (2, 3, 3))
-    renamed.name, newer.version = "traces", 2
+    fewer, renamed, newer = (Traces(size=n, split="validation", variables=(1, 3)) for n in (2, 3, 3))
+    renamed.name, newer.version = "renamed", 2
     asked = OtherPrompts(size=3, split="validation", variables=(1, 3))
     wider = tiny_model(vocabulary=len(TOKENIZER), window=3)
     assert name() == name(config=replace(CONFIG, batch=1, page=2))
@@ -167,7 +167,7 @@ def test_a_record_says_when_the_answer_was_complete():
     record = made(TRACE)
     assert record["answer"] == record["gold"] == TASK.problems[0].gold and record["text"] == TRACE
     assert record["finished_at"] == len(TRACE) and record["tokens"] == len(TRACE) + 1
-    assert record["correct"] is True and (record["task"], record["id"]) == ("programs", "validation/0/0")
+    assert record["correct"] is True and (record["task"], record["id"]) == ("traces", "validation/0/0")
     record = made("a=1;#3garbage#4", finished=False)
     assert (record["answer"], record["finished_at"], record["tokens"]) == ("3", 6, 15)
     for text in ("a=1;", "a=1;" + ANSWER_MARK, "#x3"):
@@ -264,7 +264,7 @@ def test_shards_of_one_number_may_write_at_once(model, tmp_path):
 @pytest.mark.slow
 def test_processes_of_torchrun_split_the_model_and_write_the_records_of_one(tmp_path):
     """One of two shards too; the first process alone writes and speaks."""
-    model = ["--model", str(ROOT / "data/reasoner/dms-cr8"), "--task", "programs", "--limit", "2", "--method", "dms"]
+    model = ["--model", str(ROOT / "data/reasoner/dms-cr8"), "--task", "traces", "--limit", "2", "--method", "dms"]
     command = ["-m", "companion.cli.main", "sample", *model, "--chains", "2", "--length", "96", "--json", "--out"]
     split = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}

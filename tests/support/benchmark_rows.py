@@ -4,9 +4,19 @@ import json
 
 CASES = json.dumps([{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}])
 AIME = {"id": 60, "problem": "What is $1 + 1$?", "solution": "2", "answer": "033", "url": "", "year": "2024"}
+HMMT = {
+    "problem_idx": 7,
+    "problem": "Halve $\\sqrt{2}$.",
+    "answer": "\\frac{\\sqrt{2}}{2}",
+    "problem_type": ["Algebra"],
+}
 ROWS = {
     "aime24": AIME,
     "aime25": AIME | {"id": "1", "answer": 70},
+    "aime26": {"problem_idx": 1, "problem": "What is $1 + 2$?", "answer": 3},
+    "hmmt_feb25": HMMT,
+    "hmmt_nov25": HMMT,
+    "hmmt_feb26": HMMT,
     "math500": {"problem": "?", "answer": "\\frac{1}{2}", "subject": "Algebra", "level": 2, "unique_id": "t/1.json"},
     "gpqa_diamond": {
         "Record ID": "rec1",
@@ -30,5 +40,5 @@ ROWS = {
         "private_test_cases": "[]",
         "metadata": "{}",
     },
-    "programs": {"prompt": "?j;j=3;!", "answer": "3", "variables": 1},
+    "traces": {"prompt": "?j;j=3;!", "answer": "3", "variables": 1},
 }

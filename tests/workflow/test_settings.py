@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "workflow"))
 settings = importlib.import_module("settings")
 TASK = {"chains": 4, "lengths": [64, 128], "widths": [1, 4]}
 MODEL = {"model": "m", "name": "n", "recipe": "smollm2-135m", "methods": {"vanilla": [1], "dms": [2, 4]}}
-MODEL |= {"tasks": {"programs": TASK}}
+MODEL |= {"tasks": {"traces": TASK}}
 
 
 def read(text: str) -> dict:
@@ -28,8 +28,8 @@ def read(text: str) -> dict:
 
 
 def test_exponents_that_yaml_reads_as_text_are_numbers():
-    filled = read("tasks: {programs: {chains: 1e1, lengths: [8e3, 1.6e4], widths: [1]}}\nshards: '2'")
-    assert filled["tasks"]["programs"] | {"chains": 10, "lengths": [8000, 16000]} == filled["tasks"]["programs"]
+    filled = read("tasks: {traces: {chains: 1e1, lengths: [8e3, 1.6e4], widths: [1]}}\nshards: '2'")
+    assert filled["tasks"]["traces"] | {"chains": 10, "lengths": [8000, 16000]} == filled["tasks"]["traces"]
     assert filled["shards"] == 2
     assert read("methods: {vanilla: [1], dms: [2e0]}")["methods"]["dms"] == [2.0]
     filled = settings.settings(yaml.safe_load("profile: smoke\nseed: 1e1\nnotebooks: {06: {a: 2e2, b: [1e-4], c: e5}}"))
@@ -102,8 +102,8 @@ def test_checkout_in_a_directory_with_a_space_samples_summarises_and_executes_a_
     parameters = nbformat.v4.new_code_cell("word = ''", metadata={"tags": ["parameters"]})
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=[parameters], metadata=kernel), root / "notebooks" / "99_small.ipynb")
-    facts |= {"runs": "the runs", "tasks": {"programs": task}, "notebooks": {"99_small": {"word": "two words"}}}
+    facts |= {"runs": "the runs", "tasks": {"traces": task}, "notebooks": {"99_small": {"word": "two words"}}}
     (root / "my config.yaml").write_text(yaml.safe_dump(facts))
-    targets = ["the runs/a name/programs/published.md", "the runs/a name/notebooks/99_small.ipynb"]
+    targets = ["the runs/a name/traces/published.md", "the runs/a name/notebooks/99_small.ipynb"]
     snakemake(*targets, *local, "my config.yaml")
     assert all((root / target).stat().st_size for target in targets)

@@ -16,6 +16,7 @@ import yaml
 from companion.cli.main import main
 from companion.experiments import main as job
 from companion.experiments.profiles import get_profile
+from companion.experiments.stages import run_stage, stages
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "workflow" / "config").glob("*.yaml"))
@@ -111,7 +112,7 @@ def test_settings_refuse_a_configuration_that_is_half_a_model():
         settings.settings({"model": "m", "name": "n", "recipe": "r"})
     with pytest.raises(ValueError, match="either"):
         settings.settings({"model": "m", "profile": "smoke"})
-    model = {"model": "m", "name": "n", "recipe": "r", "methods": {"vanilla": [1]}, "tasks": {"programs": {}}}
+    model = {"model": "m", "name": "n", "recipe": "r", "methods": {"vanilla": [1]}, "tasks": {"traces": {}}}
     with pytest.raises(ValueError, match="shards 0: must be"):
         settings.settings({**model, "shards": 0})
     with pytest.raises(ValueError, match="unknown gpu"):
@@ -225,31 +226,31 @@ def test_stage_names_are_those_of_the_workflow(tmp_path):
     run = job.Run(get_profile("smoke"), tmp_path)
     status, output = snakemake(tmp_path, write(tmp_path / "config.yaml"), "-n")
     assert status == 0, output
-    assert set(job.stage_names(run)) == set(re.findall(r"^    output: .*/stages/([a-z0-9-]+)\.json$", output, re.M))
+    assert set(stages(run)) == set(re.findall(r"^    output: .*/stages/([a-z0-9-]+)\.json$", output, re.M))
 
 
 def test_results_of_other_sources_are_deleted_and_those_of_the_same_reused(tmp_path):
     run = job.Run(get_profile("smoke"), tmp_path)
-    name = "records-vanilla-cr1"
-    first = job.stage(run, name, "aaaa")
-    (file,) = (tmp_path / "records").glob("vanilla-cr1-*.jsonl")
+    name = "records-traces-vanilla-cr1"
+    first = run_stage(run, name, "aaaa")
+    (file,) = (tmp_path / "records" / "traces").glob("vanilla-cr1-*.jsonl")
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:-1]) + "\n")  # interrupted before the last chain
-    assert job.stage(run, name, "aaaa")["result"] == first["result"]
+    assert run_stage(run, name, "aaaa")["result"] == first["result"]
     assert file.read_text().splitlines()[:-1] == lines[:-1]  # gone on with, not begun again
 
-    spoilt = [json.dumps({**json.loads(line), "answer": None}) for line in lines]
+    spoilt = [json.dumps({**json.loads(line), "answer": None, "correct": False}) for line in lines]
     file.write_text("\n".join(spoilt) + "\n")
-    assert job.stage(run, name, "aaaa")["result"]["right"] == 0
-    assert job.stage(run, name, "bbbb")["result"] == first["result"]
-    with pytest.raises(ValueError, match="records-vanilla-cr1"):
-        job.stage(run, "records-vanilla-cr2")
+    assert run_stage(run, name, "aaaa")["result"]["right"] == 0
+    assert run_stage(run, name, "bbbb")["result"] == first["result"]
+    with pytest.raises(ValueError, match="records-traces-vanilla-cr1"):
+        run_stage(run, "records-traces-vanilla-cr2")
 
 
 @pytest.mark.slow
 def test_a_failed_job_is_tried_again_and_others_go_on(tmp_path):
     """The command fails on the first call for one stage, and always for another."""
-    once, broken = tmp_path / "failed_once", "records-dms-cr2"
+    once, broken = tmp_path / "failed_once", "records-search-dms-cr2"
     command = tmp_path / "dms"
     command.write_text(
         f'#!/bin/bash\nif [ "$2" = {broken} ]; then exit 1; fi\n'
@@ -277,18 +278,16 @@ def test_shards_of_which_one_is_lost_give_the_records_and_curves_of_one_job(tmp_
     facts = {"model": str(ROOT / "data" / "reasoner"), "recipe": "none", "methods": {"vanilla": [1]}}
     records, curves = [], []
     for shards in (1, 2):
-        values = {**facts, "name": f"of-{shards}", "shards": shards, "tasks": {"programs": task}, "dms": str(command)}
+        values = {**facts, "name": f"of-{shards}", "shards": shards, "tasks": {"traces": task}, "dms": str(command)}
         config = tmp_path / f"{shards}.yaml"
         config.write_text(yaml.safe_dump(values))
-        status, output = snakemake(tmp_path, config, f"runs/of-{shards}/programs/curves.json")
+        status, output = snakemake(tmp_path, config, f"runs/of-{shards}/traces/curves.json")
         assert status == 0, output
         assert len(re.findall(r"^(?:local)?rule sample:", output, re.M)) == (1 if shards == 1 else 3), output
         files = list((tmp_path / "runs" / f"of-{shards}").rglob("records/*.jsonl"))
         assert len(files) == shards
         records.append(sorted(line for file in files for line in file.read_text().splitlines()))
-        curves.append(
-            json.loads((tmp_path / "runs" / f"of-{shards}" / "programs" / "curves.json").read_text())["points"]
-        )
+        curves.append(json.loads((tmp_path / "runs" / f"of-{shards}" / "traces" / "curves.json").read_text())["points"])
     assert records[0] == records[1] and len(records[0]) == 6
     assert curves[0] == curves[1]
 

@@ -1,30 +1,27 @@
 # The main job with the embedded model: stages, chapters, book, and the comparison with the published tables.
 from companion.experiments import main as job
 from companion.experiments.profiles import get_profile
+from companion.experiments.stages import settings, stages
 
 try:
     JOB = job.Run(get_profile(S["profile"]), RUN, seed=S["seed"])
 except ValueError as error:
     raise WorkflowError(str(error)) from error
 
-PROFILE = JOB.profile
-TRAINED = {name: recipe.to_dict() for name, recipe in JOB.variants.items()}
-HELD_OUT = [f"held-out-{method}" for method in job.methods(JOB) if method.name in TRAINED]
-RECORDS = [f"records-{method}" for method in job.methods(JOB)]
-STAGES = [*(f"retrofit-{name}" for name in TRAINED), *HELD_OUT, *RECORDS, "summary"]
+STAGES = stages(JOB)
 BASE = [ROOT / "data" / "reasoner" / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
 RESULTS = ROOT / "data" / "results"
-GLUE = [ROOT / "companion" / "experiments" / "main.py"]
+GLUE = [ROOT / "companion" / "experiments" / name for name in ("main.py", "stages.py")]
 MODULES = {  # what a stage runs; profiles are no sources, since their values are parameters
-    "retrofit": ["dms_core.train.retrofit", "dms_core.checkpoint", "companion.tasks.program_traces"],
-    "held-out": ["companion.experiments.heldout", "dms_core.checkpoint", "companion.tasks.program_traces"],
+    "retrofit": ["dms_core.train.retrofit", "dms_core.checkpoint", "companion.tasks.mixture"],
+    "held-out": ["companion.experiments.heldout", "dms_core.checkpoint", "companion.tasks.mixture"],
     "records": ["companion.records", "dms_core.sampling", "dms_core.checkpoint", "dms_core.model"],
     "summary": ["dms_core.budgets.curves"],
 }
 SOURCES = {kind: [*GLUE, *sources(modules)] for kind, modules in MODULES.items()}
 CHAPTER_STAGES = {  # chapters that need no stage; the others wait for all of them
     "01_bottleneck": [], "02_gate": [], "03_delayed_eviction": [], "04_kernels": [], "08_real_model": [],
-    "05_retrofit": ["retrofit-dms", f"held-out-dms-cr{PROFILE.recipe.retrofit.final_cr:g}"],
+    "05_retrofit": [name for name, stage in STAGES.items() if stage.kind in ("retrofit", "held-out")],
 }
 RUN_PARAMETERS = {"profile": S["profile"], "seed": S["seed"], "run_dir": relpath(RUN, ROOT / "notebooks")}
 FINAL = [f"{RUN}/book/_build/html/index.html", f"{RUN}/curves.png", f"{RUN}/published.md"]
@@ -47,14 +44,12 @@ def chapter_data(chapter):
     return stored.get(chapter, [*BASE, *PUBLISHED])
 
 
-def needed_retrofit(wildcards):
-    return stage_files([f"retrofit-{wildcards.method}"] if wildcards.method in TRAINED else [])
+def needed(kind):
+    return lambda wildcards: stage_files(STAGES[f"{kind}-{wildcards.what}"].needs)
 
 
-def sampling_settings(wildcards):
-    """What shapes the chains of a method, apart from its retrofit."""
-    shape = {"problems": PROFILE.problems, "chains": PROFILE.chains, "length": max(PROFILE.lengths), "seed": S["seed"]}
-    return shape if wildcards.method in TRAINED else {**shape, "dms": PROFILE.recipe.dms.to_dict()}
+def shape(kind):
+    return lambda wildcards: settings(STAGES[f"{kind}-{wildcards.what}"])
 
 
 # With --code, a stage deletes what other sources have made of it, and goes on with what these sources have begun.
@@ -64,67 +59,66 @@ CODE = {kind: digest(files) for kind, files in SOURCES.items()}
 
 rule retrofit:
     input:
+        needed("retrofit"),
         base=BASE,
         sources=SOURCES["retrofit"],
     output:
-        f"{RUN}/stages/retrofit-{{method}}.json",
+        f"{RUN}/stages/retrofit-{{what}}.json",
     params:
-        settings=lambda w: TRAINED[w.method],
+        settings=shape("retrofit"),
     log:
-        f"{RUN}/logs/retrofit-{{method}}.txt",
+        f"{RUN}/logs/retrofit-{{what}}.txt",
     threads: threads(S, "retrofit")
     resources:
         **resources(S, "retrofit"),
     shell:
-        "{DMS} stage retrofit-{wildcards.method} {OPTIONS} --code {CODE[retrofit]} --out {output:q} > {log:q} 2>&1"
+        "{DMS} stage retrofit-{wildcards.what} {OPTIONS} --code {CODE[retrofit]} --out {output:q} > {log:q} 2>&1"
 
 
 rule held_out:
     input:
-        needed_retrofit,
+        needed("held-out"),
         base=BASE,
         sources=SOURCES["held-out"],
     output:
-        f"{RUN}/stages/held-out-{{method}}-cr{{cr}}.json",
+        f"{RUN}/stages/held-out-{{what}}.json",
     params:
-        settings={"documents": PROFILE.held_out, "seed": S["seed"]},
+        settings=shape("held-out"),
     log:
-        f"{RUN}/logs/held-out-{{method}}-cr{{cr}}.txt",
+        f"{RUN}/logs/held-out-{{what}}.txt",
     threads: threads(S, "held_out")
     resources:
         **resources(S, "held_out"),
     shell:
-        "{DMS} stage held-out-{wildcards.method}-cr{wildcards.cr} {OPTIONS} --code {CODE[held-out]} --out {output:q}"
-        " > {log:q} 2>&1"
+        "{DMS} stage held-out-{wildcards.what} {OPTIONS} --code {CODE[held-out]} --out {output:q} > {log:q} 2>&1"
 
 
 rule records:
     input:
-        needed_retrofit,
+        needed("records"),
         base=BASE,
         sources=SOURCES["records"],
     output:
-        f"{RUN}/stages/records-{{method}}-cr{{cr}}.json",
+        f"{RUN}/stages/records-{{what}}.json",
     params:
-        settings=sampling_settings,
+        settings=shape("records"),
     log:
-        f"{RUN}/logs/records-{{method}}-cr{{cr}}.txt",
+        f"{RUN}/logs/records-{{what}}.txt",
     threads: threads(S, "records")
     resources:
         **resources(S, "records"),
     shell:
-        "{DMS} stage records-{wildcards.method}-cr{wildcards.cr} {OPTIONS} --code {CODE[records]} --out {output:q}"
-        " > {log:q} 2>&1"
+        "{DMS} stage records-{wildcards.what} {OPTIONS} --code {CODE[records]} --out {output:q} > {log:q} 2>&1"
 
 
 rule summary:
     input:
-        stage_files([*(f"retrofit-{name}" for name in TRAINED), *HELD_OUT, *RECORDS]),
+        stage_files(STAGES["summary"].needs),
         sources=SOURCES["summary"],
     output:
         f"{RUN}/stages/summary.json",
     params:
-        settings={"lengths": PROFILE.lengths, "widths": PROFILE.widths},
+        settings=settings(STAGES["summary"]),
     log:
         f"{RUN}/logs/summary.txt",
     threads: threads(S, "summary")

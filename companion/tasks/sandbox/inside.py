@@ -80,9 +80,19 @@ def grade_gym(request: dict) -> float:
     return float(data.score_answer(request["answer"], data[request["index"]]))
 
 
+def grade_check(request: dict) -> bool:
+    """Run a checker, a program that reads ``answer`` and sets ``holds``."""
+    space = {"answer": request["answer"]}
+    exec(compile(request["program"], "checker.py", "exec"), space)
+    return bool(space["holds"])
+
+
+GRADERS = {"math": (grade_math, "math_answers"), "gym": (grade_gym, "reasoning_gym"), "check": (grade_check, "json")}
+
+
 def serve(settings: dict) -> None:
     """Answer requests with {"value"} or {"error"}."""
-    grade, module = {"math": (grade_math, "math_answers"), "gym": (grade_gym, "reasoning_gym")}[settings["grader"]]
+    grade, module = GRADERS[settings["grader"]]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # a library's own prints go to standard error
     sys.path += settings["path"]

@@ -27,12 +27,14 @@ LIMITS = sandbox.Limits(cpu=None, memory=4 << 30, processes=64)
 class Worker:
     """One grader process, started when first asked and again after it was killed."""
 
-    def __init__(self, grader: str, module: str, package: str, unsafe: bool, seconds: float = SECONDS) -> None:
-        self.grader, self.unsafe, self.seconds = grader, unsafe, seconds
-        found = importlib.util.find_spec(module)
-        if found is None:
-            raise ValueError(f"{package} is not installed: pip install {package}, or this project's extra [eval]")
-        self.site = str(Path(found.origin).parents[1])
+    def __init__(self, grader: str, unsafe: bool, module: str | None = None, seconds: float = SECONDS) -> None:
+        """module: what the grader imports of a package that may be missing, which is then a ValueError."""
+        self.grader, self.unsafe, self.seconds, self.path = grader, unsafe, seconds, (HERE,)
+        if module is not None:
+            found, package = importlib.util.find_spec(module), module.replace("_", "-")
+            if found is None:
+                raise ValueError(f"{package} is not installed: pip install {package}, or this project's extra [eval]")
+            self.path = (str(Path(found.origin).parents[1]), HERE)
         self.lock, self.process, self.owner = threading.Lock(), None, None
         atexit.register(self.close)
 
@@ -59,10 +61,9 @@ class Worker:
 
     def _start(self) -> None:
         self.close()
-        path = (self.site, HERE)
-        settings = {"mode": "serve", "grader": self.grader, "path": path, **asdict(LIMITS)}
+        settings = {"mode": "serve", "grader": self.grader, "path": self.path, **asdict(LIMITS)}
         pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process, self.owner = sandbox.launch(settings, self.unsafe, path, **pipes), os.getpid()
+        self.process, self.owner = sandbox.launch(settings, self.unsafe, self.path, **pipes), os.getpid()
         if self._line(START) is None:
             self.close()
             raise RuntimeError(f"the {self.grader} grader did not start")
@@ -85,10 +86,16 @@ class Worker:
 @lru_cache(maxsize=1)
 def math_worker() -> Worker:
     """Math-Verify: it parses, and evaluates nothing, so that it also runs where there is no sandbox."""
-    return Worker("math", "math_verify", "math-verify", unsafe=True)
+    return Worker("math", unsafe=True, module="math_verify")
 
 
 @lru_cache(maxsize=2)
 def gym_worker(unsafe: bool) -> Worker:
     """reasoning-gym; asking it raises SandboxError where there is no sandbox and ``unsafe`` is False."""
-    return Worker("gym", "reasoning_gym", "reasoning-gym", unsafe)
+    return Worker("gym", unsafe, "reasoning_gym")
+
+
+@lru_cache(maxsize=1)
+def check_worker() -> Worker:
+    """Checkers, programs of ours; without a sandbox where there is none."""
+    return Worker("check", unsafe=True)

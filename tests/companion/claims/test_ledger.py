@@ -6,31 +6,39 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from companion.claims.ledger import HEAD, MEASURES, NOT_TESTED, Evidence, gather, job, make_ledger, markdown
+from companion.claims.evidence import Evidence, gather, job
+from companion.claims.ledger import HEAD, MEASURES, NOT_TESTED, make_ledger, markdown
 from companion.paths import RESULTS
 from dms_core.storage import read_json, write_json
 
 ALL = {"problems": 300}
 
 
-def margin(axis, low, high):
-    return {"a": "dms", "b": "vanilla", "axis": axis, "scale": "log2", **interval("value", low, high)}
+def margin(axis, low, high, task="traces", b="vanilla", **more):
+    return {"task": task, "a": "dms", "b": b, "axis": axis, "scale": "log2", **interval("value", low, high), **more}
 
 
 def interval(name, low, high):
     return {name: (low + high) / 2, "low": low, "high": high, **ALL}
 
 
-def paired(a, b, cr, low, high):
-    return {"a": a, "b": b, "cr": cr, **interval("difference", low, high)}
+def paired(a, b, cr, low, high, task="traces"):
+    return {"task": task, "a": a, "b": b, "cr": cr, **interval("difference", low, high)}
 
 
-def evidence(reads=(1.0, 3.0), peak=(-1.0, 1.0), cr4=(-2.0, 1.0), delay=(-4.0, -1.0), stored=None):
+def evidence(
+    reads=(1.0, 3.0), peak=(-1.0, 1.0), cr4=(-2.0, 1.0), delay=(-4.0, -1.0), delay_peak=(-9.0, -7.0), stored=None
+):
     summary = {
         "margins": [margin("reads", *reads), margin("peak", *peak)],
+        "margins_per_cr": [
+            margin("reads", -1.0, 1.0, b="dms-immediate", cr=4.0),
+            margin("peak", *delay_peak, b="dms-immediate", cr=4.0),
+        ],
         "paired": [paired("dms", "vanilla", 4.0, *cr4), paired("dms", "dms-immediate", 4.0, *delay)],
+        "held_out": {"dms-cr4": {"cr_decisions": 4.2}, "dms-cr8": {"cr_decisions": 8.4}},
     }
-    return Evidence(summary, {"cr_decisions": 8.4, "cr_live": 5.8}, 900, 8.0, None, stored or {})
+    return Evidence(summary, 700, 8.0, None, stored or {})
 
 
 def verdicts(found: Evidence) -> dict[str, str]:
@@ -40,8 +48,53 @@ def verdicts(found: Evidence) -> dict[str, str]:
 def test_interval_beside_zero_agrees_or_disagrees_and_around_zero_is_unresolved():
     found = verdicts(evidence())
     assert found["At equal KV reads DMS is more accurate than the original"] == "agrees"
-    assert found["At equal peak memory too"] == "no difference that 300 problems can resolve"
+    assert found["At equal peak memory too"] == "unresolved"
     assert found["Delayed eviction is far better than immediate"] == "disagrees"
+
+
+@pytest.mark.parametrize(
+    "ratio, peak, word",
+    [
+        ((6.0, 9.0), (-1.0, 1.0), "agrees"),
+        ((1.0, 3.0), (-1.0, 1.0), "better, not far"),
+        ((6.0, 9.0), (-9.0, -7.0), "the axes disagree: better at equal ratio (traces); worse at equal peak (traces)"),
+        ((-1.0, 1.0), (-1.0, 1.0), "no difference that this design can resolve"),
+    ],
+)
+def test_delay_is_judged_on_every_axis(ratio, peak, word):
+    found = verdicts(evidence(delay=ratio, delay_peak=peak))
+    assert found["Delayed eviction is far better than immediate"] == word
+
+
+def test_tasks_that_differ_are_named():
+    found = evidence()
+    found.summary["margins"] += [margin("reads", -3.0, -1.0, "choice"), margin("reads", -1.0, 1.0, "search")]
+    words = verdicts(found)["At equal KV reads DMS is more accurate than the original"]
+    assert words == "mixed: agrees on traces, disagrees on choice, unresolved on search"
+
+
+def test_stored_runs_of_three_retrofits_judge_where_they_are():
+    full = evidence(reads=(-3.0, -1.0)).summary
+    assert verdicts(evidence(stored={"full": full}))["At equal KV reads DMS is more accurate than the original"] == (
+        "disagrees"
+    )
+
+
+@pytest.mark.parametrize(
+    "steps, reached, word", [(700, 8.4, "agrees"), (1115, 8.4, "disagrees (159 steps"), (700, 7, "dis")]
+)
+def test_rests_count_as_steps(steps, reached, word):
+    held = {"dms-cr8": {"cr_decisions": reached}}
+    found = evidence()
+    found = Evidence(found.summary | {"held_out": held}, steps, 8.0, None, {})
+    claim = "About a hundred steps per unit of CR suffice, and one run gives every ratio"
+    assert verdicts(found)[claim].startswith(word)
+
+
+def test_every_verdict_quotes_a_protocol():
+    for claim in make_ledger(evidence()):
+        assert (claim.verdict == NOT_TESTED) == (claim.rule == "—")
+        assert claim.verdict == NOT_TESTED or ".yaml, written" in claim.rule
 
 
 @pytest.mark.parametrize(
@@ -63,7 +116,7 @@ def test_margin_without_common_budgets_is_na():
     found = evidence()
     found.summary["margins"][0] |= {"value": None, "low": None, "high": None}
     claim = make_ledger(found)[0]
-    assert claim.measured.startswith("NA") and claim.verdict == "unresolved"
+    assert claim.measured.startswith("traces NA") and claim.verdict == "unresolved"
 
 
 def test_stored_results_of_the_repository_give_a_whole_table():
@@ -97,11 +150,10 @@ def test_published_numbers_are_read_from_the_tables():
 def test_gather_prefers_the_grid_of_the_run_to_the_stored_one(tmp_path, monkeypatch):
     results, root = tmp_path / "results", tmp_path / "run"
     write_json(results / "dmc.json", {"runs": []})
-    for name in ("grid", "seeds"):
-        write_json(results / "tiny" / f"{name}.json", {"of": "store"})
+    write_json(results / "tiny" / "grid.json", {"of": "store"})
+    write_json(results / "full" / "curves.json", {"of": "three"})
     write_json(root / "grid.json", {"of": "run"})
     monkeypatch.setattr(job, "summary", lambda run: {"retrofit": {"cr_target": 3.0, "steps": 7}})
-    monkeypatch.setattr(job, "held_out", lambda run, name, cr: {"method": name, "cr": cr})
     found = gather(SimpleNamespace(root=root), results)
-    assert found.stored == {"dmc": {"runs": []}, "grid": {"of": "run"}, "seeds": {"of": "store"}}
-    assert (found.steps, found.target, found.held) == (7, 3.0, {"method": "dms", "cr": 3.0})
+    assert found.stored == {"dmc": {"runs": []}, "grid": {"of": "run"}, "full": {"of": "three"}}
+    assert (found.steps, found.target, found.main) == (7, 3.0, {"of": "three"})

@@ -106,11 +106,40 @@ def test_frontier_configurations_are_distinct_and_within_the_papers_lengths():
     assert {(8192, 1), (16384, 1), (32768, 1)} <= set(map(tuple, rows[["length", "width"]].to_numpy()))
 
 
+def test_rows_measured_by_others_have_source_date_unit_and_number():
+    rows = published.measured_by_others()
+    columns = ["method", "model", "task", "setting", "metric", "unit", "value", "highest"]
+    assert list(rows) == [*columns, "hardware", "source", "url", "date", "note"]
+    required = ["method", "model", "task", "metric", "unit", "source", "url"]
+    assert rows[required].map(lambda text: bool(text.strip())).all(axis=None)
+    assert (
+        rows["url"]
+        .str.fullmatch(r"https://(github\.com/[\w.-]+/[\w.-]+/blob/[0-9a-f]{7,40}/|arxiv\.org/abs/)\S+")
+        .all()
+    )
+    assert rows["date"].dt.year.eq(2026).all() and rows["date"].is_monotonic_increasing
+    assert rows["value"].notna().all() and (rows["highest"].isna() | (rows["highest"] > rows["value"])).all()
+    assert rows["unit"].isin(["tokens/s", "GiB", "s", "points", "%", "ratio"]).all()
+    assert not rows.duplicated(["source", "method", "model", "task", "setting", "metric"]).any()
+    assert (rows.groupby("source")[["url", "date"]].nunique() == 1).all(axis=None)
+
+
 def test_ratios_measured_by_others_equal_the_stated_ones():
-    rows = load("measured_by_others").set_index(["model", "system", "quantity"])["value"]
-    speed = rows.xs("decode throughput", level="quantity")
-    assert round(speed["Qwen3-8B", "FastDMS"] / speed["Qwen3-8B", "vLLM BF16"], 2) == 2.06
-    assert round(speed["Llama-3.2-1B", "FastDMS"] / speed["Llama-3.2-1B", "vLLM BF16"], 2) == 1.53
+    rows = published.measured_by_others()
+    values = rows.set_index(["model", "setting", "method", "metric"])["value"].to_dict()
+    for model, context, metric, ratio in (
+        ("Qwen3-8B", "8192", "decode throughput", 2.06),
+        ("Qwen3-8B", "40832", "decode throughput", 0.49),
+        ("Llama-3.2-1B", "8192", "decode throughput", 1.53),
+        ("Qwen3-8B", "8192", "KV cache", 1 / 6.35),
+        ("Qwen3-8B", "40832", "KV cache", 1 / 49.2),
+    ):
+        ours, dense = (
+            values[model, f"context {context} + 128, 8 streams", m, metric] for m in ("FastDMS", "vLLM BF16")
+        )
+        assert ours / dense == pytest.approx(ratio, rel=0.01)
+    tri = rows[(rows["source"] == "TriAttention") & (rows["metric"] == "throughput")].set_index("method")["value"]
+    assert tri["TriAttention"] / tri["dense"] == pytest.approx(2.5, abs=0.05)
 
 
 def a_run(**facts):

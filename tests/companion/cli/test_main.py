@@ -15,7 +15,7 @@ from companion.paths import REASONER, RESULTS
 COMMANDS = get_command(app)
 NAMES = sorted(COMMANDS.commands)
 CHECKPOINT = str(REASONER / "dms-cr8")
-SAMPLE = ["sample", "--model", CHECKPOINT, "--task", "programs", "--method", "dms", "--length", "8", "--out", "out"]
+SAMPLE = ["sample", "--model", CHECKPOINT, "--task", "traces", "--method", "dms", "--length", "8", "--out", "out"]
 PLAN = ["plan", "--model", "qwen-r1-32b", "--batch", "64", "--context", "32768", "--cr", "8"]
 HEAVY = {"torch", "transformers", "numpy", "pandas", "matplotlib", "datasets"}
 
@@ -71,7 +71,7 @@ def test_help_of_a_command_shows_options_and_json(name, capsys):
     [
         ("curves --lengths 64 128 --json", "curves --lengths 64 --lengths 128 --json"),
         ("curves --lengths 64 --lengths 128", "curves --lengths 64 --lengths 128"),
-        ("ablate seeds --seeds -1 2", "ablate seeds --seeds -1 --seeds 2"),
+        ("curves --lengths -1 2", "curves --lengths -1 --lengths 2"),
         ("retrofit --set a=1 b=2 --set c=3", "retrofit --set a=1 --set b=2 --set c=3"),
         ("fidelity --gates a b --data c", "fidelity --gates a --gates b --data c"),
         ("tokens --gates a --save --data c", "tokens --gates a --save  --data c"),
@@ -95,14 +95,14 @@ def test_options_of_several_values_are_spread(given, parsed):
         (["plan", "--model"], "Option '--model' requires an argument"),
         (["plan", "--model", "x", "--frob"], "No such option: --frob"),
         (["curves", "--lengths", "x"], "Invalid value for '--lengths'"),
-        (["stage", "--profile", "huge"], "profile 'huge': must be one of ['smoke', 'tiny']"),
+        (["stage", "--profile", "huge"], "profile 'huge': must be one of ['full', 'smoke', 'tiny']"),
         (
             [
                 "sample",
                 "--model",
                 str(REASONER),
                 "--task",
-                "programs",
+                "traces",
                 "--limit",
                 "1",
                 "--method",
@@ -114,7 +114,7 @@ def test_options_of_several_values_are_spread(given, parsed):
             ],
             "method 'frob': must be one of vanilla, dms, h2o",
         ),
-        (["grade", "x.jsonl", "--task", "programs", "--option", "seed"], "--option seed: must be NAME=VALUE"),
+        (["grade", "x.jsonl", "--task", "traces", "--option", "seed"], "--option seed: must be NAME=VALUE"),
         (["converse", "--model", "x", "--out", "y", "--turns", "0"], "--turns 0: must be >= 1"),
         (["ablate", "delay", "--finished"], "--finished with delay: must be an ablation by short retrofits"),
     ],
@@ -145,7 +145,9 @@ def test_json_has_the_documented_type(arguments, kind, capsys):
 @pytest.mark.parametrize(
     ("file", "kind"),
     [
-        ("tiny/seeds.json", "ablate seeds"),
+        ("tiny/curves.json", "curves"),
+        ("full/curves.json", "curves"),
+        ("full/runtime.json", "runtime"),
         ("delay.json", "ablate delay"),
         ("smollm2.json", "fidelity"),
         ("smollm2-tokens.json", "tokens"),
@@ -185,7 +187,7 @@ def test_only_the_first_process_of_torchrun_prints_json(monkeypatch, capsys):
 @pytest.mark.slow
 def test_hub_id_out_of_reach_ends_a_command_at_once_in_one_line(tmp_path):
     """With no network: the hub's address refuses connections."""
-    task = ["--task", "programs", "--limit", "1", "--method", "vanilla", "--length", "4", "--out", "unused"]
+    task = ["--task", "traces", "--limit", "1", "--method", "vanilla", "--length", "4", "--out", "unused"]
     (tmp_path / "data.jsonl").write_text('{"messages": []}\n')
     commands = [
         ["plan", "--model", "no/such"],
@@ -225,7 +227,7 @@ def test_fresh_deletes_nothing_for_an_unknown_profile(profile, tmp_path, capsys)
     victim.write_text("kept")
     (tmp_path / "runs").mkdir()
     assert main(["reproduce", "--profile", profile, "--runs", str(tmp_path / "runs"), "--fresh"]) == 2
-    assert "must be one of ['smoke', 'tiny']" in capsys.readouterr().err and victim.read_text() == "kept"
+    assert "must be one of ['full', 'smoke', 'tiny']" in capsys.readouterr().err and victim.read_text() == "kept"
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_ratio_is_read_from_a_checkpoint_of_the_authors(tiny_model, tmp_path, mo
     (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dms_cr" or v}))
     place = module.local_directory
     monkeypatch.setattr(module, "local_directory", lambda name: directory if name == "some/Model-DMS" else place(name))
-    words = ["sample", "--model", "some/Model-DMS", "--task", "programs", "--limit", "1", "--method", "dms"]
+    words = ["sample", "--model", "some/Model-DMS", "--task", "traces", "--limit", "1", "--method", "dms"]
     status = main([*words, "--length", "4", "--out", str(tmp_path / "out"), "--json"])
     said = capsys.readouterr()
     if ratio is None:
@@ -82,6 +82,6 @@ def test_ratio_is_read_from_a_checkpoint_of_the_authors(tiny_model, tmp_path, mo
 
 
 def test_plain_model_is_refused_for_dms(tmp_path, capsys):
-    words = ["sample", "--model", str(REASONER), "--task", "programs", "--method", "dms", "--length", "4", "--out"]
+    words = ["sample", "--model", str(REASONER), "--task", "traces", "--method", "dms", "--length", "4", "--out"]
     assert main([*words, str(tmp_path / "out")]) == 2
     assert "is not a DMS checkpoint" in capsys.readouterr().err

@@ -26,7 +26,7 @@ def source(tmp_path):
 
 
 def test_a_run_samples_the_model_and_its_retrofits(tmp_path, source):
-    run = open_run("smoke", tmp_path, 0, str(REASONER), [CR4], "programs", source, [128, 64], 2)
+    run = open_run("smoke", tmp_path, 0, str(REASONER), [CR4], "traces", source, [128, 64], 2)
     assert run.benchmark is not None
     assert [(m.name, m.cr) for m in job.methods(run)] == [("vanilla", 1.0), ("dms", 4.0)]
     assert (run.profile.lengths, run.profile.widths, run.profile.problems) == ((64, 128), (1, 2), 2)
@@ -35,7 +35,7 @@ def test_a_run_samples_the_model_and_its_retrofits(tmp_path, source):
     points = summarise(records, [64, 128], [1, 2], 20, aggregate=run.task.aggregate)["points"]
     reads = {p["method"]: p["reads"] for p in points if (p["L"], p["W"]) == (128, 2)}
     assert reads["dms"] < reads["vanilla"]
-    files = sorted((tmp_path / "records").glob("*.jsonl"))
+    files = sorted((tmp_path / "records").glob("*/*.jsonl"))
     before = [file.read_text() for file in files]
     assert job.records(run, job.methods(run)[1]) == [
         r for r in records if r["method"] == "dms"
@@ -51,14 +51,14 @@ def test_without_a_model_the_profile_runs(tmp_path):
     "settings, message",
     [
         (
-            {"model": "no/such-model", "task": "programs"},
+            {"model": "no/such-model", "task": "traces"},
             "'no/such-model': neither a directory nor a hub id",
         ),
         ({"model": str(REASONER), "task": "aime24"}, "cannot fetch dataset HuggingFaceH4/aime_2024"),
     ],
 )
 def test_what_is_out_of_reach_is_named_and_replaced_only_if_asked(tmp_path, source, capsys, settings, message):
-    settings = {"checkpoints": [CR4], "source": source if settings["task"] == "programs" else "", **settings}
+    settings = {"checkpoints": [CR4], "source": source if settings["task"] == "traces" else "", **settings}
     with pytest.raises(ValueError, match=f"{message}.*Set fallback"):
         open_run("smoke", tmp_path, **settings)
     run = open_run("smoke", tmp_path, **settings, fallback=True)
@@ -78,7 +78,7 @@ def test_what_is_out_of_reach_is_named_and_replaced_only_if_asked(tmp_path, sour
 def test_bad_settings_are_named(tmp_path, source, settings, message):
     settings = {"checkpoints": [CR4], "lengths": [8], "chains": 1, **settings}
     with pytest.raises(ValueError, match=message):
-        open_run("smoke", tmp_path, 0, str(REASONER), task="programs", source=source, **settings)
+        open_run("smoke", tmp_path, 0, str(REASONER), task="traces", source=source, **settings)
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_chapter_6_draws_the_curves_of_another_model(tmp_path, source):
     parameters = {
         "model": str(REASONER),
         "checkpoints": [CR4, str(REASONER / "dms-cr8")],
-        "task": "programs",
+        "task": "traces",
         "source": source,
         "lengths": [64, 128],
         "chains": 2,
@@ -96,4 +96,4 @@ def test_chapter_6_draws_the_curves_of_another_model(tmp_path, source):
     out = tmp_path / "out.ipynb"
     execute(ROOT / "notebooks" / "06_hyperscaling.ipynb", out, parameters)
     assert "2 chains for each of 2 held-out problems" in out.read_text()
-    assert len(list((tmp_path / "records").glob("*.jsonl"))) == 3
+    assert len(list((tmp_path / "records").glob("*/*.jsonl"))) == 3

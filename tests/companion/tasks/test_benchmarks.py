@@ -5,15 +5,15 @@ import threading
 import time
 
 import pytest
-from benchmark_rows import AIME, ROWS
+from benchmark_rows import AIME, HMMT, ROWS
 from transformers import PreTrainedTokenizerFast
 
 from companion.tasks import TASKS, get_task, task_class
 from companion.tasks.base import TaskProblem
+from companion.tasks.embedded import Traces
 from companion.tasks.gpqa import GPQADiamond
 from companion.tasks.livecodebench import LiveCodeBench
 from companion.tasks.math import boxes
-from companion.tasks.program_traces import ProgramTraces
 from companion.tasks.reasoner import make_tokenizer
 from companion.tasks.sandbox import sandbox
 
@@ -56,7 +56,7 @@ def test_local_file_with_byte_order_mark_or_without_last_line_end_is_read(tmp_pa
         get_task("aime24", tmp_path / "aime.jsonl")
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name != "programs"])
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "traces"])
 def test_unreachable_hub_error_names_dataset_and_source_option(monkeypatch, name):
     datasets = pytest.importorskip("datasets")
 
@@ -70,8 +70,8 @@ def test_unreachable_hub_error_names_dataset_and_source_option(monkeypatch, name
 
 
 def test_get_task_rejects_unknown_name_option_limit_and_duplicate(load):
-    with pytest.raises(ValueError, match=r"task 'aime26': must be one of \['aime24'.*reasoning_gym:DATASET"):
-        get_task("aime26")
+    with pytest.raises(ValueError, match=r"task 'aime99': must be one of \['aime24'.*reasoning_gym:DATASET"):
+        get_task("aime99")
     with pytest.raises(ValueError, match=r"task 'gpqa_diamond' has no option \['sede'\]; allowed: \['seed'\]"):
         load("gpqa_diamond", sede=1)
     with pytest.raises(ValueError, match="limit 0: must be >= 1"):
@@ -157,7 +157,7 @@ def test_last_closed_program_is_extracted(load):
         ("aime24", "\\boxed{3} no \\boxed{33} so \\boxed{33} end", "\\boxed{33}"),
         ("gpqa_diamond", "Answer: A or Answer: B, that is Answer: B", "Answer: B"),
         ("livecodebench", "```\nx\n```\nor\n```\ny\n```\nbye", "y\n```"),
-        ("programs", "a=3;#7;#8", "#7"),
+        ("traces", "a=3;#7;#8", "#7"),
     ],
 )
 def test_complete_at_is_the_shortest_prefix_with_the_final_answer(load, name, text, closing):
@@ -212,6 +212,31 @@ def byte_tokenizer(merged=()):
 def test_math_answers_are_graded_by_value(load, gold, answer, right):
     pytest.importorskip("math_verify")
     assert load("math500").grade(answer, TaskProblem("1", "", gold)) is right
+
+
+@pytest.mark.parametrize(
+    "gold, answer, right",
+    [
+        ("\\frac{7}{18}", "7/18", True),
+        ("\\frac{7}{18}", "\\dfrac{14}{36}", True),
+        ("\\frac{7}{18}", "0.389", False),
+        ("\\frac{3\\sqrt{15}}{5}", "\\frac{9}{\\sqrt{15}}", True),
+        ("\\sqrt{29}-\\sqrt{5}", "-\\sqrt{5} + \\sqrt{29}", True),
+        ("\\sqrt{29}-\\sqrt{5}", "\\sqrt{24}", False),
+        ("2^{12} \\cdot 13!", "4096 \\cdot 13!", True),
+        ("-84, -1, 22", "22, -84, -1", True),
+        ("-84, -1, 22", "-84, 22", False),
+        ("\\frac{-1+\\sqrt{17}}{2}, \\frac{-1-\\sqrt{17}}{2}", "\\frac{-1\\pm\\sqrt{17}}{2}", True),
+        ("1-\\frac{2}{\\pi}", "\\frac{\\pi-2}{\\pi}", True),
+    ],
+)
+def test_answers_of_competitions_are_fractions_radicals_and_several_values(load, gold, answer, right):
+    pytest.importorskip("math_verify")
+    task = load("hmmt_feb26", HMMT | {"answer": gold})
+    (problem,) = task.problems
+    assert (problem.id, problem.gold, problem.metadata) == ("7", gold, {"types": ["Algebra"]})
+    text = f"Perhaps \\boxed{{12345}}, or rather \\boxed{{{answer}}}."
+    assert task.grade(task.extract(text), problem) is right
 
 
 def test_hanging_grader_is_stopped_in_any_thread_and_restarts():
@@ -280,7 +305,7 @@ def test_reasoning_gym_grades_later_without_sandbox(monkeypatch):
 def test_program_traces_match_generated_problems():
     from companion.tasks.programs import make_problem
 
-    task, made = ProgramTraces(size=3, seed=5), [make_problem("test", 5, i) for i in range(3)]
+    task, made = Traces(size=3, seed=5), [make_problem("test", 5, i) for i in range(3)]
     assert [(p.question, p.gold, p.metadata["variables"]) for p in task.problems] == [
         (m.prompt, m.answer, m.variables) for m in made
     ]

@@ -87,17 +87,17 @@ def command(capsys, *arguments) -> dict:
 
 def test_from_sampling_to_curves_with_the_embedded_model(programs, tmp_path, capsys):
     out = tmp_path / "out"
-    common = ["--task", "programs", "--source", programs, "--chains", 2, "--length", 160, "--out", out]
+    common = ["--task", "traces", "--source", programs, "--chains", 2, "--length", 160, "--out", out]
     vanilla = command(capsys, "sample", "--model", REASONER, "--method", "vanilla", *common)
     dms = command(capsys, "sample", "--model", REASONER / "dms-cr8", "--method", "dms", *common)
     assert (vanilla["cr"], dms["cr"], dms["records"]) == (1, 8, 8)
     assert vanilla["pass_at_1"]["accuracy"] > 20  # an untrained model has 10
     note = json.loads((out / "run.json").read_text())
-    assert (note["task"], note["lengths"], note["widths"]) == ("programs", [40, 80, 160], [1, 2])
+    assert (note["task"], note["lengths"], note["widths"]) == ("traces", [40, 80, 160], [1, 2])
     before = {file: file.read_text() for file in (out / "records").iterdir()}
     assert len(before) == 2 and set(note["records"].values()) == {file.name for file in before}
     assert command(capsys, "sample", "--model", REASONER, "--method", "vanilla", *common) == vanilla
-    graded = command(capsys, "grade", *before, "--task", "programs", "--source", programs)
+    graded = command(capsys, "grade", *before, "--task", "traces", "--source", programs)
     assert sum(file["records"] for file in graded["files"]) == 16
     assert {file: file.read_text() for file in (out / "records").iterdir()} == before
 
@@ -120,7 +120,7 @@ def test_sample_runs_on_unsolvable_benchmark_and_rejects_another_task(aime, tmp_
     records = read_jsonl(Path(result["file"]))
     assert {r["id"] for r in records} == {"0", "1"} and all(set(RECORD_KEYS) <= set(r) for r in records)
     other = ["sample", "--model", str(REASONER), "--method", "vanilla", "--length", "8", "--out", str(out)]
-    assert main([*other, "--task", "programs"]) == 2
+    assert main([*other, "--task", "traces"]) == 2
     assert "holds records of 'aime24'" in capsys.readouterr().err
     assert main([*other, "--task", "aime24", "--source", str(aime), "--option", "seed=1"]) == 2
     assert "has no option ['seed']" in capsys.readouterr().err
@@ -179,7 +179,7 @@ def test_curves_read_committed_results_and_directories_without_run_json(programs
 
 @pytest.mark.parametrize("method", ["tova", "quest"])
 def test_training_free_method_samples_and_requires_cr(method, tmp_path, capsys):
-    arguments = ["sample", "--model", str(REASONER), "--task", "programs", "--limit", "2", "--method", method]
+    arguments = ["sample", "--model", str(REASONER), "--task", "traces", "--limit", "2", "--method", method]
     arguments += ["--length", "12", "--out", str(tmp_path)]
     assert main(arguments) == 2 and "needs --cr" in capsys.readouterr().err
     assert main([*arguments, "--cr", "4"]) == 0

@@ -6,8 +6,9 @@ from itertools import pairwise
 import pytest
 
 from companion.tasks.choices import OPTIONS, line_values, make_choice
+from companion.tasks.mixture import LONGEST
 from companion.tasks.programs import ALPHABET, make_problem
-from companion.tasks.puzzles import LONGEST, WORKING, extract_assignment, make_puzzle, solves
+from companion.tasks.puzzles import WORKING, extract_assignment, make_puzzle, solves
 
 PUZZLES = [make_puzzle("validation", 0, i, LONGEST) for i in range(200)]
 CHOICES = [make_choice("validation", 0, i) for i in range(200)]

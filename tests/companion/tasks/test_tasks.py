@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from companion.tasks.program_traces import TraceDataset
+from companion.tasks.mixture import TraceDataset
 from companion.tasks.programs import ALPHABET, DISTRACTORS, EVALUATION_MIX, SPLITS, extract_answer, grade, make_problem
 from companion.tasks.reasoner import encode_problem, make_model, make_tokenizer
 
@@ -145,7 +145,7 @@ def test_tokenizer_survives_saving(tmp_path):
 
 def test_trace_dataset_labels_the_trace_and_groups_similar_lengths():
     tokenizer = make_tokenizer()
-    data = TraceDataset(tokenizer, 64, 4)
+    data = TraceDataset(tokenizer, 64, 4, tasks=["traces"])
     assert len(data) == 64 and data[3] == data[3]
     lengths = [len(data[i]["input_ids"]) for i in range(64)]
     for i in range(64):

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from companion.experiments.heldout import held_out
 from companion.paths import REASONER
-from companion.tasks.program_traces import TraceDataset
+from companion.tasks.mixture import TraceDataset
 from companion.tasks.reasoner import load_tokenizer, make_tokenizer
 from dms_core import detach, save_model
 from dms_core.baselines.dmc import DMCConfig, attach_dmc, load_dmc

@@ -5,7 +5,7 @@ import torch
 
 from companion.paths import REASONER
 from companion.records import Method, records_file, sample_records
-from companion.tasks.program_traces import ProgramTraces
+from companion.tasks.embedded import Traces
 from companion.tasks.reasoner import make_tokenizer
 from dms_core.baselines import BASELINES, H2O, TOVA, Quest, RandomEviction, StreamingLLM, get_baseline
 from dms_core.checkpoint import load_base
@@ -15,7 +15,7 @@ from dms_core.sampling import SamplingConfig, sample_chains
 from dms_core.storage import write_jsonl
 
 TOKENIZER = make_tokenizer()
-TASK = ProgramTraces(size=3, split="validation", variables=(1, 4))
+TASK = Traces(size=3, split="validation", variables=(1, 4))
 PROMPTS = [TASK.prompt_ids(TOKENIZER, problem) for problem in TASK.problems]
 JOBS = [(p, c) for p in range(3) for c in range(3)]
 METHODS = {name: Quest(4.0, page=4) if name == "quest" else cls(4.0) for name, cls in BASELINES.items()}

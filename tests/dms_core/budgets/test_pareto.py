@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dms_core.budgets.pareto import SCALES, frontier, margin
+from dms_core.budgets.pareto import SCALES, frontier, margin, margins_of_frontiers
 
 budgets = st.floats(1.0, 1e6)
 accuracies = st.floats(0.0, 100.0)
@@ -77,6 +77,16 @@ def test_margin_covers_only_the_common_interval_by_hand(scale, expected):
     # log2:   A is 30, 40, 50 and B 20, 30, 35 at u = 1, 2, 3; A − B is 10, 10, 15: (10 + 12.5)/2 = 11.25.
     a, b = [(1, 10), (2, 30), (8, 50)], [(2, 20), (4, 30), (16, 40)]
     assert margin(a, b, scale) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("scale", "expected"), [("linear", 170 / 7), ("log2", 20)])
+def test_a_given_interval_extends_frontiers_flat(scale, expected):
+    # A is 10 on [1, 2], rises to 30 at 4, and is 30 up to 8; B is 0 throughout.
+    # linear: (1·10 + 2·20 + 4·30)/7.  log2: (1·10 + 1·20 + 1·30)/3.
+    a, b = ((np.array([x], float), np.array([y], float)) for x, y in (([2, 4], [10, 30]), ([3, 3], [0, 0])))
+    assert margins_of_frontiers(a, b, scale, (1, 8)) == pytest.approx(expected)
+    assert margins_of_frontiers(b, a, scale, (8, 8)) == pytest.approx(-30)
+    assert np.isnan(margins_of_frontiers(a, b, scale, (8, 1)))
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -1,0 +1,193 @@
+"""What this book measured of each claim, and the verdict that the claim's protocol gives it.
+
+Each function takes the evidence and the protocol, and returns what was measured and the verdict, or None without data.
+Main results are judged on the stored runs of three retrofits where they are there, else on the run at hand.
+"""
+
+from collections.abc import Iterable
+
+from companion.claims import wording
+from companion.claims.evidence import Evidence
+from companion.claims.protocols import Protocol
+from companion.claims.wording import points
+from companion.cost.roofline import ARCHITECTURES, kv_share
+from companion.figures.style import style_of
+
+Found = tuple[str, str] | None  # what was measured, and the verdict; None without data
+AXES = {"reads": "equal reads", "peak": "equal peak", "seconds": "equal time"}
+
+
+def margin(evidence: Evidence, rule: Protocol, axis: str) -> Found:
+    """Of DMS over the dense model at each task."""
+    result = evidence.runtime if axis == "seconds" else evidence.main
+    rows = [
+        row for row in result.get("margins", ()) if (row["a"], row["b"], row["scale"]) == ("dms", "vanilla", "log2")
+    ]
+    rows = [row for row in rows if row["axis"] == axis]
+    if not rows:
+        return None
+    where = f", on {result['machine']}" if axis == "seconds" else evidence.of_main
+    return f"{_by_task(rows, 'value')} (log2 axis{where})", _all_tasks(rows)
+
+
+def fixed_budget(evidence: Evidence, rule: Protocol) -> Found:
+    """Little is less than the equivalence margin, with the whole interval, in every task."""
+    pairs, most = evidence.pairs("dms", "vanilla"), -rule.thresholds["equivalence"]
+    crs = dict.fromkeys(pair["cr"] for pair in pairs)
+    measured = [f"CR {cr:g}: {_by_task([p for p in pairs if p['cr'] == cr], 'difference')}" for cr in crs]
+    little, more = all(p["low"] > most for p in pairs), any(p["high"] < most for p in pairs)
+    verdict = "agrees" if little else "loses more here" if more else "unresolved"
+    return f"{'; '.join(measured)}{evidence.of_main}", f"{verdict} (little: less than {-most:g} points)"
+
+
+def schedule(evidence: Evidence, rule: Protocol) -> Found:
+    """Steps a unit of CR, rests included, and compression at each checkpoint."""
+    target, steps = evidence.target, evidence.steps
+    unit = steps / (target - 1)
+    held = {name: facts for name, facts in evidence.main["held_out"].items() if name.startswith("dms-cr")}
+    reached = {name: facts["cr_decisions"] for name, facts in held.items()}
+    shares = [cr / float(name.removeprefix("dms-cr").partition("-")[0]) for name, cr in reached.items()]
+    words = ", ".join(f"{name.removeprefix('dms-')} {cr:.2f}" for name, cr in reached.items())
+    measured = f"{steps} steps to CR {target:g}, {unit:.0f} a unit with rests; by decisions, held out: {words}"
+    few, enough = unit <= rule.thresholds["steps_a_unit"], min(shares) >= rule.thresholds["compression"]
+    if few and enough:
+        return measured, "agrees"
+    why = [f"{unit:.0f} steps a unit"] * (not few) + [f"{1 - min(shares):.0%} short of its target"] * (not enough)
+    return measured, f"disagrees ({'; '.join(why)})"
+
+
+def against_dmc(evidence: Evidence, rule: Protocol) -> Found:
+    """Ahead is more compressed and still more accurate, by intervals that do not overlap."""
+    runs = {run["arm"]: run | run["sampled"] | run["held_out"] for run in evidence.rows("dmc", "runs")}
+    if not {"dms", "dmc"} <= runs.keys():
+        return None
+    names = {"dms": "DMS", "dms-neuron": "DMS with a neuron gate", "dmc": "DMC"}
+    form = "{name} CR {cr_decisions:.2f}, {accuracy:.1f} % [{low:.1f}, {high:.1f}]"
+    measured = "; ".join(form.format(name=name, **runs[arm]) for arm, name in names.items() if arm in runs)
+    dmc = runs["dmc"]
+    ahead = {arm: r["cr_decisions"] > dmc["cr_decisions"] and r["low"] > dmc["high"] for arm, r in runs.items()}
+    verdict = "agrees" if ahead["dms"] else "unresolved"
+    if ahead["dms"] and not ahead.get("dms-neuron", True):
+        verdict = "agrees with the adapter gate, not with a neuron gate"
+    return f"after {runs['dms']['trained']['tokens']:,} tokens and the same target: {measured}", verdict
+
+
+def memory(evidence: Evidence, rule: Protocol) -> Found:
+    """Bytes after one long generation."""
+    if not (found := evidence.cache):
+        return None
+    form = "{ratio:.2f} times fewer bytes after {tokens} tokens, {ratio_excluding_window:.2f} without the window"
+    enough = found["ratio_excluding_window"] >= rule.thresholds["share"] * found["cr"]
+    return form.format(**found), "agrees" if enough else "disagrees"
+
+
+def delay(evidence: Evidence, rule: Protocol) -> Found:
+    """Delayed minus immediate at equal ratio, equal reads, equal peak, in every task."""
+    pairs = evidence.pairs("dms", "dms-immediate")
+    if not pairs:
+        return None
+    cr = pairs[0]["cr"]
+    pairs = [pair for pair in pairs if pair["cr"] == cr]
+    rows = [r for r in evidence.main["margins_per_cr"] if (r["a"], r["b"], r["cr"]) == ("dms", "dms-immediate", cr)]
+    by_axis = {axis: [r for r in rows if (r["axis"], r["scale"]) == (axis, "log2")] for axis in ("reads", "peak")}
+    measured = [f"CR {cr:g}, equal ratio: {_by_task(pairs, 'difference')}"]
+    measured += [f"{AXES[axis]}: {_by_task(found, 'value')}" for axis, found in by_axis.items()]
+    margins = [row for found in by_axis.values() for row in found if row["value"] is not None]
+    above, below = (any(_sign(row) == sign for row in [*pairs, *margins]) for sign in (1, -1))
+    better = all(_sign(pair) == 1 for pair in pairs) and not below
+    if better and all(pair["difference"] >= rule.thresholds["far"] for pair in pairs):
+        verdict = "agrees"
+    elif better:
+        verdict = "better, not far"
+    elif above and below:
+        verdict = f"the axes disagree: better at {_told(pairs, by_axis, 1)}; worse at {_told(pairs, by_axis, -1)}"
+    else:
+        verdict = "disagrees" if below else "no difference that this design can resolve"
+    return f"{'; '.join(measured)}{evidence.of_main}", verdict
+
+
+def absorbed(evidence: Evidence, rule: Protocol) -> Found:
+    """The stored intervention."""
+    study = evidence.stored.get("delay")
+    if not study:
+        return None
+    moved = study["window_minus_control"]
+    value, low, high = (wording.signed(moved[f"difference{end}"], 2) for end in ("", "_low", "_high"))
+    kept = f"some head keeps the digit in {study['kept_somewhere']:.0f} % of the look-ups"
+    verdict = "agrees" if moved["difference_low"] > 0 else f"no sign of it; {kept}"
+    return f"{value} % of the log-odds [{low}, {high}] sit in the window's tokens", verdict
+
+
+def training_free(evidence: Evidence, rule: Protocol) -> Found:
+    """The stored grid, method by method."""
+    rows = evidence.rows("grid", "paired")
+    pairs = [p for p in rows if p["a"] == "dms" and p["b"] not in ("vanilla", "dms-immediate")]
+    words = {1: "agrees", -1: "disagrees", 0: "no difference that {problems} problems can resolve"}
+    measured = "; ".join(f"{style_of(p['b'])[0]} CR {p['cr']:g}: {_difference(p)}" for p in pairs)
+    return (measured, " / ".join(sorted({words[_sign(p)].format(**p) for p in pairs}))) if pairs else None
+
+
+def rests(evidence: Evidence, rule: Protocol) -> Found:
+    """An equivalence claim: without a rest at most some points worse."""
+    studies = evidence.stored.get("ablations", {}).values()
+    pair = next((p for study in studies for p in study["pairs"] if p["a"] == "no-rest"), None)
+    if pair is None:
+        return None
+    most = -rule.thresholds["equivalence"]
+    verdict = "agrees" if pair["low"] > most else "disagrees" if pair["high"] < 0 else "unresolved"
+    measured = f"as many steps without a rest, hence at a constant rate, minus with one: {_difference(pair)}"
+    return measured, f"{verdict} (nothing: at most {-most:g} points)"
+
+
+def latency(evidence: Evidence, rule: Protocol) -> Found:
+    """By the roofline model."""
+    model, batch, context = ARCHITECTURES["llama-3.1-8b"], 256, 8192
+    dense, ours = (kv_share(model, batch, context, cr) for cr in (1, 8))
+    measured = f"roofline model, Llama 3.1 8B, batch {batch}, {context} tokens: {dense:.0%} of the bytes read, "
+    verdict = "agrees, by the same model" if dense > rule.thresholds["share"] else "disagrees"
+    return f"{measured}{ours:.0%} at CR 8", verdict
+
+
+def needle(evidence: Evidence, rule: Protocol) -> Found:
+    """The stored measurement on SmolLM2."""
+    rows = {(row["method"], row["cr"]): row for row in evidence.rows("smollm2", "rows")}
+    if not rows:
+        return None
+    dense, ours = rows["vanilla", 1.0], rows["dms", max(cr for method, cr in rows if method == "dms")]
+    found, kept = (f"{round(row['needles'] * row['prompts'])} of {row['prompts']}" for row in (dense, ours))
+    verdict = "agrees" if ours["needles"] >= dense["needles"] else "loses here; too few to tell how much"
+    return f"SmolLM2 135M, gates alone: {found} for the original, {kept} at CR {ours['cr']:g}", verdict
+
+
+def _sign(row: dict) -> int:
+    """1 or −1 where the interval excludes zero, else 0."""
+    return 0 if row["low"] is None else int(row["low"] > 0) - int(row["high"] < 0)
+
+
+def _all_tasks(rows: list[dict]) -> str:
+    """All tasks agree, all disagree, or which do what."""
+    signs = {row["task"]: _sign(row) for row in rows}
+    if len(set(signs.values())) == 1:
+        return {1: "agrees", -1: "disagrees", 0: "unresolved"}[next(iter(signs.values()))]
+    words = {1: "agrees on", -1: "disagrees on", 0: "unresolved on"}
+    parts = {words[s]: [task for task, sign in signs.items() if sign == s] for s in (1, -1, 0)}
+    return "mixed: " + ", ".join(f"{word} {' and '.join(tasks)}" for word, tasks in parts.items() if tasks)
+
+
+def _told(pairs: list[dict], by_axis: dict[str, list[dict]], sign: int) -> str:
+    """Where intervals exclude zero on one side: axis, and tasks."""
+    found = {"equal ratio": pairs, **{AXES[axis]: rows for axis, rows in by_axis.items()}}
+    tasks = {axis: [row["task"] for row in rows if _sign(row) == sign] for axis, rows in found.items()}
+    return ", ".join(f"{axis} ({', '.join(names)})" for axis, names in tasks.items() if names)
+
+
+def _by_task(rows: Iterable[dict], key: str) -> str:
+    """ "traces +1.2 [0.3, 2.0], choice …", in points with 95 % intervals."""
+    return ", ".join(f"{row['task']} {wording.interval(row[key], row['low'], row['high'])}" for row in rows)
+
+
+def _difference(row: dict) -> str:
+    return points(row["difference"], row["low"], row["high"])
+
+
+MEASURES = (margin, fixed_budget, schedule, against_dmc, memory, delay, absorbed, training_free, rests, latency, needle)

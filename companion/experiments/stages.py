@@ -1,0 +1,94 @@
+"""The main job's stages by name, for batch runs: what each needs, what shapes it, and running one."""
+
+import shutil
+import time
+from typing import NamedTuple
+
+from companion.experiments import main as job
+from companion.experiments.main import Run
+from companion.records import Method, seed_suffix
+from dms_core.storage import write_text
+
+
+class Stage(NamedTuple):
+    """What a stage works on: ``name`` is the variant's, or the method's with its ratio; ``run`` is its task's."""
+
+    kind: str  # retrofit, held-out, records, summary
+    run: Run
+    method: Method | None = None  # of a retrofit without ratio: 1
+    needs: tuple[str, ...] = ()
+
+
+def stages(run: Run) -> dict[str, Stage]:
+    """retrofit-VARIANT, held-out-METHOD, records-TASK-METHOD and summary, each after those that it needs.
+
+    METHOD is such as dms-cr4; what was retrofitted with another seed than the run's ends with -seedN.
+    """
+    found = {}
+    for name in run.variants:
+        for seed in range(run.profile.seeds):
+            found[f"retrofit-{name}{seed_suffix(seed)}"] = Stage("retrofit", run, Method(name, 1.0, seed))
+    for method in job.methods(run):
+        needs = (f"retrofit-{method.name}{seed_suffix(method.seed)}",) * (method.name in run.variants)
+        if needs:
+            found[f"held-out-{method}"] = Stage("held-out", run, method, needs)
+        for one in run.all_tasks:
+            found[f"records-{one.task.name}-{method}"] = Stage("records", one, method, needs)
+    return found | {"summary": Stage("summary", run, None, tuple(found))}
+
+
+def settings(stage: Stage) -> dict:
+    """The parameters that shape a stage's result, apart from what it needs; ready for JSON."""
+    run, method = stage.run, stage.method
+    if stage.kind == "retrofit":
+        return job.recipe_of(run, method.name, method.seed).to_dict()
+    if stage.kind == "held-out":
+        return {"documents": run.profile.held_out, "seed": run.seed}
+    if stage.kind == "summary":
+        return job.profile_facts(run)
+    shape = {"problems": run.profile.problems, "chains": run.profile.chains, "length": max(run.profile.lengths)}
+    return shape | {"seed": run.seed, **({} if stage.needs else {"dms": run.profile.recipe.dms.to_dict()})}
+
+
+def run_stage(run: Run, name: str, code: str = "") -> dict:
+    """Run one stage, or read what is there of it, as all functions of the job do: {"stage", "seconds", "result"}.
+
+    code: a digest of the sources that shape this stage, or "" for whatever they were.  What was begun with another
+    digest is deleted first, since names of kept results tell settings but not code.  ValueError for an unknown name.
+    """
+    known = stages(run)
+    if name not in known:
+        raise ValueError(f"stage {name!r}: must be one of {', '.join(known)}")
+    began, stage = time.time(), known[name]
+    note = run.root / "stages" / f"{name}.code"
+    if code and note.exists() and note.read_text() != code:
+        _forget(stage)
+    if code:
+        write_text(note, code)
+    return {"stage": name, "result": _result(stage), "seconds": round(time.time() - began, 1)}
+
+
+def _result(stage: Stage) -> dict:
+    run, method = stage.run, stage.method
+    if stage.kind == "retrofit":
+        return job.retrofit(run, method.name, method.seed)
+    if stage.kind == "held-out":
+        return job.held_out(run, method.name, method.cr, method.seed)
+    if stage.kind == "summary":
+        return job.summary(run)
+    found = job.records(run, method)
+    facts = {"right": sum(record["correct"] for record in found), "tokens": sum(record["tokens"] for record in found)}
+    return {"chains": len(found), **facts}
+
+
+def _forget(stage: Stage) -> None:
+    """Delete what a stage keeps.  A summary is computed anew each time."""
+    run, method = stage.run, stage.method
+    if stage.kind == "retrofit":
+        shutil.rmtree(job.retrofit_dir(run, method.name, method.seed), ignore_errors=True)
+    elif stage.kind == "held-out":
+        for file in job.checkpoint(run, method.name, method.cr, method.seed).glob("held_out-*.json"):
+            file.unlink()
+    elif stage.kind == "records":
+        for file in job.records_dir(run).glob(f"{method}-*.jsonl"):
+            file.unlink()
