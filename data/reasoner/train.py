@@ -90,10 +90,10 @@ def collate(items) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, weights
 
 
-def overlap(seed: int) -> dict:
-    """How many of the first 2000 prompts of each task's other splits occur among all training prompts."""
+def overlap(seed: int, size: int = 2000) -> dict:
+    """How many of the first ``size`` prompts of each task's other splits occur among all training prompts."""
     other = [split for split in SPLITS if split != "train"]
-    tasks = [get_task(name, size=2000, split=split) for name in EMBEDDED for split in other]
+    tasks = [get_task(name, size=size, split=split) for name in EMBEDDED for split in other]
     held_out = {problem.question for task in tasks for problem in task.problems}
     seen, trained = 0, 0
     for stage in STAGES:
