@@ -37,9 +37,8 @@ def test_a_run_resumed_after_its_first_stage_ends_with_the_same_weights(script, 
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert any(not torch.equal(first[name], other[name]) for name in first)
     logs = [[json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()] for out in (whole, parts)]
-    assert [[(row["stage"], row["step"], row["loss"]) for row in log] for log in logs][0] == [
-        (row["stage"], row["step"], row["loss"]) for row in logs[1]
-    ]
+    one, other = ([(row["stage"], row["step"], row["loss"]) for row in log] for log in logs)
+    assert one == other
     assert [row["stage"] for row in logs[0]] == ["traces", "mixture"]
 
 
