@@ -37,7 +37,10 @@ def fixed_budget(evidence: Evidence, rule: Protocol) -> Found:
     measured = [f"CR {cr:g}: {_by_task([p for p in pairs if p['cr'] == cr], 'difference')}" for cr in crs]
     little, more = all(p["low"] > most for p in pairs), any(p["high"] < most for p in pairs)
     verdict = "agrees" if little else "loses more here" if more else "unresolved"
-    return f"{'; '.join(measured)}{evidence.of_main}", f"{verdict} (little: less than {-most:g} points)"
+    bars = {4: rule.thresholds["bar_4"], 8: rule.thresholds["bar_8"]}
+    missed = [f"{p['task']} at CR {p['cr']:g}" for p in pairs if p["difference"] < -bars.get(p["cr"], 100)]
+    below = f"; a mean below the project's bar: {', '.join(missed)}" if missed else ""
+    return f"{'; '.join(measured)}{evidence.of_main}", f"{verdict} (little: less than {-most:g} points{below})"
 
 
 def schedule(evidence: Evidence, rule: Protocol) -> Found:
@@ -49,11 +52,17 @@ def schedule(evidence: Evidence, rule: Protocol) -> Found:
     shares = [cr / float(name.removeprefix("dms-cr").partition("-")[0]) for name, cr in reached.items()]
     words = ", ".join(f"{name.removeprefix('dms-')} {cr:.2f}" for name, cr in reached.items())
     measured = f"{steps} steps to CR {target:g}, {unit:.0f} a unit with rests; by decisions, held out: {words}"
-    few, enough = unit <= rule.thresholds["steps_a_unit"], min(shares) >= rule.thresholds["compression"]
-    if few and enough:
-        return measured, "agrees"
-    why = [f"{unit:.0f} steps a unit"] * (not few) + [f"{1 - min(shares):.0%} short of its target"] * (not enough)
-    return measured, f"disagrees ({'; '.join(why)})"
+    kl = {float(cr): ratio["kl"] for cr, ratio in evidence.main["retrofit"]["ratios"].items()}
+    measured += "; KL at each ratio " + ", ".join(f"{cr:g}: {value:.4f}" for cr, value in kl.items())
+    most = rule.thresholds["kl_factor"] * max(kl.get(cr, 0) for cr in (4, 8))
+    why = [f"{unit:.0f} steps a unit"] * (unit > rule.thresholds["steps_a_unit"])
+    why += [f"{1 - min(shares):.0%} short of its target"] * (min(shares) < rule.thresholds["compression"])
+    why += [
+        f"the KL at CR {cr:g} is {value / most * rule.thresholds['kl_factor']:.1f} times the larger of those at 4 and 8"
+        for cr, value in kl.items()
+        if value > most
+    ]
+    return measured, f"disagrees ({'; '.join(why)})" if why else "agrees"
 
 
 def against_dmc(evidence: Evidence, rule: Protocol) -> Found:
@@ -122,9 +131,20 @@ def training_free(evidence: Evidence, rule: Protocol) -> Found:
     """The stored grid, method by method."""
     rows = evidence.rows("grid", "paired")
     pairs = [p for p in rows if p["a"] == "dms" and p["b"] not in ("vanilla", "dms-immediate")]
-    words = {1: "agrees", -1: "disagrees", 0: "no difference that {problems} problems can resolve"}
-    measured = "; ".join(f"{style_of(p['b'])[0]} CR {p['cr']:g}: {_difference(p)}" for p in pairs)
-    return (measured, " / ".join(sorted({words[_sign(p)].format(**p) for p in pairs}))) if pairs else None
+    if not pairs:
+        return None
+    margins = [m for m in evidence.rows("grid", "margins") if m["a"] == "dms" and m["scale"] == "log2"]
+    measured, verdicts = [], {}
+    for name in dict.fromkeys(p["b"] for p in pairs):
+        found = {f"CR {cr:g}": [p for p in pairs if (p["b"], p["cr"]) == (name, cr)] for cr in (4, 8)}
+        axes = {what: [m for m in margins if (m["b"], m["axis"]) == (name, axis)] for axis, what in AXES.items()}
+        parts = [f"{what}: {_by_task(rows, 'difference')}" for what, rows in found.items() if rows]
+        parts += [f"{what}: {_by_task(rows, 'value')}" for what, rows in axes.items() if rows]
+        measured.append(f"{style_of(name)[0]}, {'; '.join(parts)}")
+        signs = {_sign(row) for rows in [*found.values(), *axes.values()] for row in rows}
+        words = {frozenset({1}): "agrees", frozenset({-1}): "disagrees", frozenset({0}): "unresolved"}
+        verdicts.setdefault(words.get(frozenset(signs), "the axes or tasks disagree"), []).append(style_of(name)[0])
+    return "; ".join(measured), "; ".join(f"{word}: {', '.join(names)}" for word, names in verdicts.items())
 
 
 def rests(evidence: Evidence, rule: Protocol) -> Found:

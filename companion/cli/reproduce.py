@@ -78,8 +78,9 @@ def curves(
     yield from map(score_line, longest.values())
     for row in summary["margins"]:
         if row["value"] is not None:
-            yield "{task}: margin {a} - {b}, {axis}, {scale}: {value:+.1f} [{low:+.1f}, {high:+.1f}]".format(**row)
-    yield from (PAIR.format(**row) for row in summary["paired"])
+            line = "{task}: margin {a} - {b}, {axis}, {scale}: {value:+.1f} [{low:+.1f}, {high:+.1f}]"
+            yield line.format_map({"task": "", **row})
+    yield from (PAIR.format_map({"task": "", **row}) for row in summary["paired"])
     return summary
 
 
@@ -110,7 +111,7 @@ def runtime(
     profile: Profile = "full",
     runs: Runs = RUNS,
     seed: Seed = 0,
-    memory: opt(str, "of keys and values, the same for each method") = "2MB",
+    memory: opt(str, "of keys and values, the same for each method") = "8MiB",
     problems: opt(int, "of each task") = 48,
     device: Device = None,
 ):

@@ -241,10 +241,20 @@ def summary(run: Run) -> dict:
         "cr_target": top,
         "cr_measured": held_out(run, "dms", top)["cr_decisions"],
         "cr_live": held_out(run, "dms", top)["cr_live"],
+        "ratios": {f"{cr:g}": _fidelity(held_out(run, "dms", cr)) for cr in _saved(run)},
     }
     result |= {"held_out": held, "profile": profile_facts(run), "environment": describe()}
     write_json(run.root / "curves.json", result)
     return result
+
+
+def _saved(run: Run) -> list[float]:
+    """The ratios at which the main retrofit left a checkpoint."""
+    return sorted(run.profile.recipe.retrofit.schedule.saves().values())
+
+
+def _fidelity(held: dict) -> dict:
+    return {name: held[name] for name in ("cr_decisions", "cr_live", "kl")}
 
 
 def grid(run: Run) -> dict:

@@ -91,7 +91,8 @@ def measure(
     key = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
     files = {method: directory / f"{Path(method.file).stem}-{key}.jsonl" for method in methods}
     blocks = _blocks(len(prompts), plan)
-    missing = {method: _missing(blocks, files[method]) for method in methods}
+    lacked = set().union(*(_missing(blocks, files[method]) for method in methods))
+    missing = dict.fromkeys(methods, sorted(lacked))  # of a block all methods, or one would have no turns
     facts = _facts(directory / f"runtime-{key}.json", methods, plan, complete=not any(missing.values()))
     batches = {method: facts["methods"][str(method.method)]["batch"] for method in methods}
     todo = sum(len(blocks[number]) for numbers in missing.values() for number in numbers)
@@ -110,7 +111,7 @@ def measure(
     return {**facts, "files": [str(file) for file in files.values()], "records": list(records.values())}
 
 
-def runtime(run: Run, memory: int, problems: int = 48, blocks: int = 4) -> dict:
+def runtime(run: Run, memory: int, problems: int = 48, blocks: int = 2) -> dict:
     """The dense model and the run's first retrofits timed on all its tasks; also written to runtime.json.
 
     memory: bytes.  Returns what ``curves.summarise`` does, with the axis "seconds", and "machine", "memory", "batches".

@@ -90,5 +90,5 @@ def _forget(stage: Stage) -> None:
         for file in job.checkpoint(run, method.name, method.cr, method.seed).glob("held_out-*.json"):
             file.unlink()
     elif stage.kind == "records":
-        for file in job.records_dir(run).glob(f"{method}-*.jsonl"):
+        for file in job.records_dir(run).glob(f"{method}-{'[0-9a-f]' * 12}*.jsonl"):  # no other seed's
             file.unlink()

@@ -7,7 +7,8 @@ order, each compared by a difference, ``>`` for no and ``<`` for yes, then the l
     <j;T=4-I;e=I+8;I=3;q=j+2;j=T+e;A1B3C4D2;!                       prompt
     j=T+e>T;...;j=1+1=2<?;A1-2=9>B3-2=1>C4-2=2>D2-2=0<#D            trace
 
-No variable is called as an option is.
+No variable is called as an option is.  Who reads only the prompt can do better than a quarter: the goal is never a
+line such as ``I=3``, so leaving out the options that are one is right in 30 % of the cases.
 """
 
 import random

@@ -98,5 +98,13 @@ class Search(_Embedded):
             yield text.index(ANSWER_MARK) + 1, answer
 
     def correct(self, answer: str, problem: TaskProblem) -> bool:
-        """What the puzzle's checker says, run in the sandbox; without one where there is none, since it is ours."""
-        return check_worker().ask({"program": checker(problem.question), "answer": answer}) is True
+        """What the puzzle's checker says, run in the sandbox; without one where there is none, since it is ours.
+
+        Raises RuntimeError where it says nothing, twice: every checker ends at once, so the machine is to blame.
+        """
+        request = {"program": checker(problem.question), "answer": answer}
+        if (said := check_worker().ask(request)) is None and (said := check_worker().ask(request)) is None:
+            raise RuntimeError(
+                f"problem {problem.id}: its checker gave no verdict on {answer!r} within its time, twice"
+            )
+        return said

@@ -106,12 +106,14 @@ def detectable(
     between: float = 0.05,
     seed_sd: float = 0.0,
     power: float = 0.8,
+    both: bool = False,
 ) -> float:
     """The smallest paired difference of one-chain accuracy, in points, that a two-sided test at 5 % finds.
 
         (z(0.975) + z(power)) · √( (p(1 − p)(1 + 1/S)/n + between²)/P + seed_sd²/S )
 
-    One method with S retrofit seeds of n chains against one that has no retrofit, both near accuracy p, on P problems.
+    One method with S retrofit seeds of n chains against one that has no retrofit, both near accuracy p, on P problems;
+    with ``both`` against another with as many retrofits: 2/S for 1 + 1/S, and twice the seeds' variance.
     between: standard deviation of the true difference over problems; seed_sd: of its mean over retrofit seeds; both, as
     ``accuracy``, as shares of 1.  Independent chains at equal accuracy give the greatest variance of chains: problems
     that differ in difficulty have less.
@@ -119,7 +121,7 @@ def detectable(
     >>> round(detectable(problems=200, chains=8, accuracy=0.75), 1)
     4.4
     """
-    chain = accuracy * (1 - accuracy) * (1 + 1 / seeds) / chains
-    error = np.sqrt((chain + between**2) / problems + seed_sd**2 / seeds)
+    chain = accuracy * (1 - accuracy) * ((1 + both) / seeds + (not both)) / chains
+    error = np.sqrt((chain + between**2) / problems + (1 + both) * seed_sd**2 / seeds)
     normal = NormalDist()
     return float(100 * (normal.inv_cdf(0.975) + normal.inv_cdf(power)) * error)

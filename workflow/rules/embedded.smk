@@ -15,7 +15,7 @@ GLUE = [ROOT / "companion" / "experiments" / name for name in ("main.py", "stage
 MODULES = {  # what a stage runs; profiles are no sources, since their values are parameters
     "retrofit": ["dms_core.train.retrofit", "dms_core.checkpoint", "companion.tasks.mixture"],
     "held-out": ["companion.experiments.heldout", "dms_core.checkpoint", "companion.tasks.mixture"],
-    "records": ["companion.records", "dms_core.sampling", "dms_core.checkpoint", "dms_core.model"],
+    "records": ["companion.records", "companion.tasks.embedded", "dms_core.sampling", "dms_core.checkpoint", "dms_core.model"],
     "summary": ["dms_core.budgets.curves"],
 }
 SOURCES = {kind: [*GLUE, *sources(modules)] for kind, modules in MODULES.items()}
@@ -38,7 +38,11 @@ def chapter_stages(chapter):
 def chapter_data(chapter):
     stored = {
         "01_bottleneck": [], "02_gate": [], "03_delayed_eviction": BASE, "04_kernels": [RESULTS / "kernels-cpu.json"],
-        "07_ablations": [*BASE, *PUBLISHED, *sorted(RESULTS.rglob("*.json")), ROOT / "companion/claims/claims.yaml"],
+        "06_hyperscaling": [*BASE, *PUBLISHED, *sorted((RESULTS / "full").glob("*.json"))],
+        "07_ablations": [
+            *BASE, *PUBLISHED, *sorted(RESULTS.rglob("*.json")), ROOT / "companion/claims/claims.yaml",
+            *sorted((ROOT / "data" / "protocols").glob("*.yaml")),
+        ],
         "08_real_model": [RESULTS / "smollm2.json", RESULTS / "smollm2-tokens.json"],
     }
     return stored.get(chapter, [*BASE, *PUBLISHED])

@@ -37,6 +37,7 @@ def evidence(
         ],
         "paired": [paired("dms", "vanilla", 4.0, *cr4), paired("dms", "dms-immediate", 4.0, *delay)],
         "held_out": {"dms-cr4": {"cr_decisions": 4.2}, "dms-cr8": {"cr_decisions": 8.4}},
+        "retrofit": {"ratios": {"4": {"kl": 0.001}, "7": {"kl": 0.0025}, "8": {"kl": 0.001}}},
     }
     return Evidence(summary, 700, 8.0, None, stored or {})
 
@@ -89,6 +90,28 @@ def test_rests_count_as_steps(steps, reached, word):
     found = Evidence(found.summary | {"held_out": held}, steps, 8.0, None, {})
     claim = "About a hundred steps per unit of CR suffice, and one run gives every ratio"
     assert verdicts(found)[claim].startswith(word)
+
+
+def test_a_ratio_that_the_run_only_passes_through_counts_too():
+    found = evidence()
+    found.summary["retrofit"]["ratios"]["7"]["kl"] = 0.012
+    words = verdicts(found)["About a hundred steps per unit of CR suffice, and one run gives every ratio"]
+    assert words == "disagrees (the KL at CR 7 is 12.0 times the larger of those at 4 and 8)"
+
+
+def test_a_mean_below_the_projects_bar_is_said_beside_the_verdict():
+    words = verdicts(evidence(cr4=(-4.9, -2.1)))["One chain at the longest length loses little"]
+    assert words.startswith("agrees") and "below the project's bar: traces at CR 4" in words
+
+
+def test_training_free_methods_are_judged_one_by_one_over_axes_and_tasks():
+    grid = {"paired": [], "margins": []}
+    for task in ("traces", "search"):
+        for name, low, high, peak in (("tova", 1, 3, 1), ("h2o", 1, 3, -3), ("quest", -3, -1, -3)):
+            grid["paired"].append(paired("dms", name, 4.0, low, high, task))
+            grid["margins"].append(margin("peak", peak, peak + 1, task, b=name))
+    words = verdicts(evidence(stored={"grid": grid}))["Learnt eviction beats training-free eviction"]
+    assert words == "agrees: TOVA; the axes or tasks disagree: H2O; disagrees: Quest"
 
 
 def test_every_verdict_quotes_a_protocol():

@@ -1,13 +1,17 @@
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+from companion.experiments import main
 from companion.experiments import runtime as module
 from companion.experiments.dense_rows import DenseRows, sample_dense
-from companion.experiments.runtime import Plan, measure, measure_run, parse_bytes
+from companion.experiments.main import Run
+from companion.experiments.profiles import get_profile
+from companion.experiments.runtime import Plan, measure, parse_bytes, runtime
 from companion.records import Method
 from companion.tasks.embedded import Traces
 from companion.tasks.reasoner import make_tokenizer
@@ -212,7 +216,7 @@ def test_interrupted_run_keeps_whole_blocks_and_goes_on(models, tmp_path, monkey
     assert timed(models, tmp_path) == result and begun[5:] == [0, 0, 0]
 
 
-def test_a_block_that_was_written_in_part_is_sampled_again(models, tmp_path):
+def test_a_block_that_was_written_in_part_is_sampled_again_by_all_methods(models, tmp_path):
     result = timed(models, tmp_path)
     file = next(tmp_path.glob("dms-*.jsonl"))
     lost = read_jsonl(file)[-1]
@@ -223,7 +227,8 @@ def test_a_block_that_was_written_in_part_is_sampled_again(models, tmp_path):
 
     old, new = by_job(result["records"]), by_job(timed(models, tmp_path)["records"])
     changed = [record for job, record in old.items() if new[job] != record]
-    assert {(r["method"], r["block"]) for r in changed} == {("dms", lost["block"])} and len(changed) == 6
+    assert {(r["method"], r["block"]) for r in changed} == {(name, lost["block"]) for name in ("dms", "vanilla")}
+    assert len(changed) == 12
 
 
 def test_another_machine_reads_what_is_complete_and_refuses_what_is_not(models, tmp_path, monkeypatch):
@@ -239,12 +244,16 @@ def test_another_machine_reads_what_is_complete_and_refuses_what_is_not(models, 
         timed(models, tmp_path)
 
 
-def test_the_task_of_a_run_is_measured_below_its_root(models, tmp_path):
-    profile = SimpleNamespace(lengths=(8, 16), chains=2)
-    run = SimpleNamespace(profile=profile, seed=0, root=tmp_path, task=TASK, tokenizer=TOKENIZER)
-    result = measure_run(run, [DENSE, DMS], models.get, memory=100_000, blocks=2, pilot=3)
-    assert len(result["records"]) == 2 * 6 * 2 and max(r["tokens"] for r in result["records"]) == 16
-    assert all(str(tmp_path / "runtime" / "traces") in file for file in result["files"])
+def test_a_run_is_timed_on_all_its_tasks_and_summarised_with_seconds(models, tmp_path, monkeypatch):
+    profile = replace(get_profile("smoke"), crs=(DMS.cr,), problems=9, chains=2, lengths=(8, 16), widths=(1, 2))
+    run = Run(profile, tmp_path, variants={})
+    monkeypatch.setattr(main, "model_of", lambda one, method: models[method])
+    monkeypatch.setattr(Run, "tokenizer", TOKENIZER)
+    result = runtime(run, 100_000, problems=2, blocks=1)
+    assert {row["axis"] for row in result["margins"]} == {"reads", "peak", "seconds"}
+    assert list(result["batches"]) == ["traces", "choice", "search"] and result["memory"] == 100_000
+    assert {(row["task"], row["problems"]) for row in result["points"]} == {(t, 2) for t in result["batches"]}
+    assert read_json(tmp_path / "runtime.json")["machine"] == result["machine"]
 
 
 def test_wrong_uses_are_refused(models, tmp_path):
