@@ -41,6 +41,10 @@ def plot_panels(summary: dict, axes: Sequence[str] = ("reads", "peak")) -> plt.F
         for ax, task in zip(row, tasks, strict=True):
             plot_curves({"points": [p for p in summary["points"] if p.get("task") == task]}, axis, ax)
             ax.set_title(TASK_TITLES.get(task, task) or "", fontsize=10)
+            ax.set_xlabel(ax.get_xlabel().partition(" (")[0], fontsize=10)
+            ax.get_legend().remove()
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return fig
 
 
