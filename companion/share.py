@@ -40,8 +40,9 @@ def read_evaluation(file: Path | str, cr: float) -> list[Evaluation]:
     Raises ValueError where it has none of them.
     """
     summary = read_json(Path(file))
+    told = summary.get("task")
     rows = [
-        Evaluation(x.get("task") or "traces", x["method"], x["cr"], x["L"], x["problems"], x["accuracy"])
+        Evaluation(told or x.get("task") or "traces", x["method"], x["cr"], x["L"], x["problems"], x["accuracy"])
         for x in summary.get("pass_at_1", ())
         if (x["method"], x["cr"]) in (("dms", cr), ("vanilla", 1))
     ]
