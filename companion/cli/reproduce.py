@@ -9,7 +9,7 @@ from companion.paths import REASONER, RESULTS, RUNS, checkout
 from dms_core.storage import read_json
 
 REPRODUCE = "Reproduce"
-FINISHED = (RUNS / "tiny", RESULTS / "tiny")  # where curves.json is looked for
+FINISHED = (RUNS / "tiny", RESULTS / "full")  # where curves.json is looked for
 SCORE = (
     "avg@{chains:g} {method} CR {cr:g}, L {L}: {accuracy:.1f} %, SE {questions} over questions, {samples} over chains"
 )
@@ -54,7 +54,7 @@ def choose_card(device: str | None) -> None:
 
 @command(REPRODUCE, "curves")
 def curves(
-    directory: opt(Path, "a run directory (default: runs/tiny, else data/results/tiny)", "--results") = None,
+    directory: opt(Path, "a run directory (default: runs/tiny, else data/results/full)", "--results") = None,
     lengths: opt(list[int], "budgets (default: those of the run)", metavar="L...") = None,
     widths: opt(list[int], "numbers of chains (default: the run's)", metavar="W...") = None,
     figure: opt(Path, "also draw the curves to this PNG or SVG file") = None,
@@ -136,7 +136,7 @@ def runtime(
 @command(REPRODUCE, "published")
 def published(
     directory: opt(
-        Path, "directory with curves.json (default: runs/tiny, else data/results/tiny)", "--results", metavar="DIR"
+        Path, "directory with curves.json (default: runs/tiny, else data/results/full)", "--results", metavar="DIR"
     ) = None,
     model: opt(str, "the run's model as data/published names it (default: what curves.json says)") = None,
     task: opt(str, "its benchmark, likewise") = None,

@@ -246,6 +246,7 @@ def test_fresh_deletes_nothing_for_an_unknown_profile(profile, tmp_path, capsys)
 )
 def test_bad_value_ends_in_one_line_before_anything_is_written(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("companion.cli.reproduce.RUNS", tmp_path)  # whatever lies in the checkout's
     assert main(arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("dms: ") and message in error and not list(tmp_path.iterdir())
