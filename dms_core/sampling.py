@@ -67,9 +67,8 @@ class Chain:
     prompt_tokens: int
     live: list[float]  # live items per KV head
     reads: list[float]  # cumulative KV reads per KV head
-    seconds: list[float] = field(
-        default_factory=list, compare=False
-    )  # cumulative share of the wall time, prefill's too
+    # Cumulative share of the wall time, prefill's too.
+    seconds: list[float] = field(default_factory=list, compare=False, repr=False)
 
 
 def chain_uniforms(seed: int, problem: int, chain: int, length: int) -> np.ndarray:

@@ -262,7 +262,18 @@ def test_device_that_is_not_here_is_refused(tmp_path):
 
 
 def test_every_command_that_runs_a_model_takes_a_device():
-    running = {"reproduce", "grid", "cache-report", "ablate", "stage", "retrofit", "converse", "sample", "eval"}
+    running = {
+        "reproduce",
+        "grid",
+        "cache-report",
+        "ablate",
+        "stage",
+        "retrofit",
+        "converse",
+        "sample",
+        "eval",
+        "runtime",
+    }
     running |= {"check", "fidelity", "tokens", "bench"}
     taking = {c.name for c in app.registered_commands if "device" in signature(c.callback).parameters}
     assert taking == running | {"plan"}  # which asks for a card's name

@@ -139,7 +139,7 @@ def held_out(run: Run, name: str, cr: float, seed: int = 0) -> dict:
     file = directory / f"held_out-{run.profile.held_out}.json"
     if not file.exists():
         model, teacher = (x.to(run.place) for x in (load_model(directory), load_base(run.base)))
-        size, pad = run.profile.held_out // len(EMBEDDED), run.tokenizer.pad_token_id
+        size, pad = max(run.profile.held_out // len(EMBEDDED), 1), run.tokenizer.pad_token_id
         parts = {
             task: measure(model, teacher, TraceDataset(run.tokenizer, size, 1, "validation", run.seed, [task]), pad)
             for task in EMBEDDED

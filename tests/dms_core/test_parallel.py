@@ -61,7 +61,8 @@ def chains(model, method: str | None, temperature: float) -> list[dict]:
     baseline = None if method in (None, "vanilla") else get_baseline(method)(2.0)
     model.dms.enabled = method is None
     found = sample_chains(model, tokenizer, PROMPTS, JOBS, config, baseline)
-    return sorted(map(asdict, found), key=lambda chain: (chain["problem"], chain["chain"]))
+    found = [{name: value for name, value in asdict(chain).items() if name != "seconds"} for chain in found]
+    return sorted(found, key=lambda chain: (chain["problem"], chain["chain"]))
 
 
 def run_split(directory: Path) -> None:

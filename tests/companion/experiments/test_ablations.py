@@ -32,7 +32,7 @@ QUICK = replace(
     problems=3,
     lengths=(8,),
     batch=6,
-    held_out=2,
+    held_out=3,
 )
 
 
@@ -110,7 +110,7 @@ def test_an_unknown_name_is_refused_with_what_is_allowed(capsys):
 def test_a_variant_is_trained_measured_and_then_read(tmp_path):
     run = open_ablations(tmp_path, QUICK)
     facts = measure(run, "reverse-kl")
-    assert len(facts["right"]) == 3 and facts["held_out"]["documents"] == 2
+    assert len(facts["right"]) == 3 and facts["held_out"]["documents"] == 3
     trained = json.loads((job.checkpoint(run, "reverse-kl", 2.0).parent / "retrofit.json").read_text())
     assert trained["recipe"]["direction"] == "reverse" and trained["recipe"]["steps"] == 2
     stamp = facts_file(run, "reverse-kl").stat().st_mtime_ns
