@@ -100,7 +100,7 @@ SINGLE = {
     "dms check --family qwen3_next": whole(),
     "dms check --model DIR": whole(DIR=str(ROOT / "data/reasoner")),
     "dms curves": whole(),
-    "dms curves --results runs/full --figure": parsed(LONG),
+    "dms curves --figure": whole("'a figure.png'"),
     "dms curves [--results DIR] [--figure FILE]": whole(DIR=str(ROOT / "data/results/tiny"), FILE="a figure.svg"),
     "dms eval --model DIR --tasks a,b": parsed("tasks lie on the hub; test_lm_eval.py runs local ones"),
     "dms grid --profile tiny": parsed(LONG),
