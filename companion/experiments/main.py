@@ -18,7 +18,7 @@ import numpy as np
 from companion.experiments.embedded import train_recipe
 from companion.experiments.heldout import held_out as measure
 from companion.experiments.heldout import together
-from companion.experiments.profiles import Profile, get_profile
+from companion.experiments.profiles import PROBLEMS_SEED, Profile, get_profile
 from companion.experiments.sample import checked_device, load_tokenizer, merged
 from companion.paths import REASONER
 from companion.provenance import describe
@@ -68,7 +68,8 @@ class Run:
 
     @cached_property
     def task(self) -> Task:
-        return self.benchmark or get_task(self.profile.task, size=self.profile.problems, split="test", seed=self.seed)
+        seed = PROBLEMS_SEED + self.seed
+        return self.benchmark or get_task(self.profile.task, size=self.profile.problems, split="test", seed=seed)
 
     def at(self, task: str) -> "Run":
         """The same run at another of the embedded tasks."""

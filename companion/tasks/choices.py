@@ -14,13 +14,13 @@ line such as ``I=3``, so leaving out the options that are one is right in 30 % o
 import random
 import re
 
-from companion.tasks.programs import ANSWER_MARK, DIGITS, EVALUATION_MIX, LETTERS, PROMPT_END, Problem, make_problem
+from companion.tasks.programs import ANSWER_MARK, DIGITS, LETTERS, PROMPT_END, TRAINING_MIX, Problem, make_problem
 
 OPTIONS = "ABCD"
 NAMES = "".join(letter for letter in LETTERS if letter not in OPTIONS)
 
 
-def make_choice(split: str, seed: int, index: int, variables: tuple[int, int] = EVALUATION_MIX) -> Problem:
+def make_choice(split: str, seed: int, index: int, variables: tuple[int, int] = TRAINING_MIX) -> Problem:
     """The ``index``-th choice of (split, seed); its answer is a letter.  ValueError as in ``make_problem``."""
     problem = make_problem(split, seed, f"choice/{index}", variables, NAMES)
     rng = random.Random(f"options/{split}/{seed}/{index}")

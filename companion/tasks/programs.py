@@ -26,7 +26,7 @@ ANSWER_MARK = "#"
 ALPHABET = LETTERS + DIGITS + OPERATORS + "?;=<>" + PROMPT_END + ANSWER_MARK
 SPLITS = ("train", "retrofit", "validation", "test")
 
-EVALUATION_MIX = (4, 18)  # needed variables, inclusive; the mix every reported accuracy refers to
+TRAINING_MIX = (4, 18)  # needed variables, inclusive, of the documents that the reasoner and its retrofits learn from
 DISTRACTORS = (2, 6)  # lines that the goal does not depend on, inclusive
 
 
@@ -41,7 +41,7 @@ class Problem:
 
 
 def make_problem(
-    split: str, seed: int, index: int, variables: tuple[int, int] = EVALUATION_MIX, letters: str = LETTERS
+    split: str, seed: int, index: int, variables: tuple[int, int] = TRAINING_MIX, letters: str = LETTERS
 ) -> Problem:
     """The ``index``-th problem of ``(split, seed)``, its needed variables uniform in ``variables``, named by letters.
 

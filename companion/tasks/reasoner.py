@@ -27,11 +27,13 @@ def load_tokenizer(directory: Path | str = REASONER) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(directory)
 
 
-def make_model(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
-    """A fresh reasoner: 4 layers of width 128, 4 query heads over 2 KV heads of 32, tied embeddings."""
+def make_model(vocabulary: int, seed: int = 0, width: int = 128) -> LlamaForCausalLM:
+    """A fresh reasoner: 4 layers, heads of 32 that fill the width, two query heads to a KV head, tied embeddings."""
     torch.manual_seed(seed)
-    shape = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    sizes = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 384, "max_position_embeddings": 1024}
+    heads = width // 32
+    shape = {"num_hidden_layers": 4, "num_attention_heads": heads, "num_key_value_heads": heads // 2}
+    sizes = {"hidden_size": width, "head_dim": 32, "intermediate_size": 3 * width, "max_position_embeddings": 1024}
+    shape |= {"tie_word_embeddings": True}
     tokens = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
     return LlamaForCausalLM(LlamaConfig(**shape, **sizes, **tokens, initializer_range=0.04))
 

@@ -2,7 +2,8 @@
 
 Writes config.json, model.safetensors, tokenizer files, and train_log.jsonl beside this file.
 Two stages, each with an optimizer of its own: program traces, from short ones to the evaluation mix, then all three
-tasks.  ``--resume`` goes on from state.pt after an interruption and gives the same weights.
+tasks.  ``--size large --out data/reasoner-large`` trains the one four times larger, in bf16 where torch's autocast puts
+it.  ``--resume`` goes on from state.pt after an interruption and gives the same weights.
 """
 
 import argparse
@@ -18,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from companion.experiments.profiles import PROBLEMS_SEED
 from companion.paths import REASONER
 from companion.tasks import get_task
 from companion.tasks.embedded import EMBEDDED
-from companion.tasks.mixture import Document, documents, size_of
-from companion.tasks.programs import SPLITS, make_problem
+from companion.tasks.mixture import MAKERS, Document, documents, size_of
+from companion.tasks.programs import make_problem
 from companion.tasks.reasoner import encode_problem, make_model, make_tokenizer
 from dms_core.train.optim import make_optimizer
+from dms_core.train.recipe import load_recipe
 
 TOKENS_PER_STEP = 8192
 PROMPT_WEIGHT = 0.1  # the prompt is mostly random; learning to parse it helps a little
@@ -59,10 +62,35 @@ class Stage:
         return found
 
 
-STAGES = (  # the first with a second wind, since look-ups were still improving at step 1300
-    Stage("traces", ((0, 0.0), (100, 2e-3), (750, 2e-3), (1300, 0.0), (1320, 1.5e-3), (1500, 1.5e-3), (1900, 0.0))),
-    Stage("mixture", ((0, 0.0), (50, 1.5e-3), (700, 1.5e-3), (1400, 0.0))),
-)
+@dataclass(frozen=True)
+class Size:
+    """A model's width, what its matrix products are computed in, and its stages."""
+
+    width: int
+    dtype: torch.dtype
+    stages: tuple[Stage, ...]
+
+
+SIZES = {
+    "small": Size(
+        128,
+        torch.float32,
+        (  # the first with a second wind, since look-ups were still improving at step 1300
+            Stage(
+                "traces", ((0, 0.0), (100, 2e-3), (750, 2e-3), (1300, 0.0), (1320, 1.5e-3), (1500, 1.5e-3), (1900, 0.0))
+            ),
+            Stage("mixture", ((0, 0.0), (50, 1.5e-3), (700, 1.5e-3), (1400, 0.0))),
+        ),
+    ),
+    "large": Size(
+        256,
+        torch.bfloat16,
+        (
+            Stage("traces", ((0, 0.0), (100, 1.5e-3), (500, 1.5e-3), (800, 0.0))),
+            Stage("mixture", ((0, 0.0), (50, 1.2e-3), (500, 1.2e-3), (1000, 0.0))),
+        ),
+    ),
+}
 
 
 def batches(tokenizer, stage: Stage, seed: int, start: int):
@@ -90,25 +118,40 @@ def collate(items) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, weights
 
 
-def overlap(seed: int, size: int = 2000) -> dict:
-    """How many of the first ``size`` prompts of each task's other splits occur among all training prompts."""
-    other = [split for split in SPLITS if split != "train"]
-    tasks = [get_task(name, size=size, split=split) for name in EMBEDDED for split in other]
-    held_out = {problem.question for task in tasks for problem in task.problems}
-    seen, trained = 0, 0
-    for stage in STAGES:
+def overlap(seed: int, size: str = "small", problems: int = 2000, retrofits: int = 3) -> dict:
+    """Which of the first ``problems`` of each task, split and seed that are evaluated occur among all training prompts.
+
+    Beside them: which occur among the documents of the first ``retrofits`` seeds of recipe ``reasoner``.
+    """
+    evaluated = [(split, of) for split in ("validation", "test") for of in (0, PROBLEMS_SEED)]
+    held_out = {
+        problem.question: f"{name} {problem.id}"
+        for name in EMBEDDED
+        for split, of in evaluated
+        for problem in get_task(name, size=problems, split=split, seed=of).problems
+    }
+    facts = {"held_out_prompts": len(held_out), "training_prompts": 0, "retrofit_prompts": 0}
+    met = {"in_training": set(), "in_retrofits": set()}
+    for stage in SIZES[size].stages:
         for first in tqdm(range(0, stage.steps, POOL), desc=f"training prompts, {stage.name}"):
             prompts = {document.prompt for document in stage.pool(first, seed)}
-            seen, trained = seen + len(prompts & held_out), trained + len(prompts)
-    return {"training_prompts": trained, "held_out_prompts": len(held_out), "in_training": seen}
+            facts["training_prompts"] += len(prompts)
+            met["in_training"] |= prompts & held_out.keys()
+    recipe, tasks = load_recipe("reasoner").retrofit, list(MAKERS.values())
+    for of in range(retrofits):
+        for i in tqdm(range(recipe.steps * recipe.batch), desc=f"prompts of retrofit {of}"):
+            prompt = tasks[i % len(tasks)]("retrofit", of, i // len(tasks)).prompt
+            facts["retrofit_prompts"] += 1
+            met["in_retrofits"] |= {prompt} & held_out.keys()
+    return facts | {name: sorted(held_out[prompt] for prompt in prompts) for name, prompts in met.items()}
 
 
 class Training:
     """A run in a directory: what is trained, how far it is, and what it writes."""
 
-    def __init__(self, out: Path, seed: int, resume: bool) -> None:
-        self.out, self.seed, self.tokenizer = out, seed, make_tokenizer()
-        self.model = make_model(len(self.tokenizer), seed)
+    def __init__(self, out: Path, seed: int, resume: bool, size: str = "small") -> None:
+        self.out, self.seed, self.tokenizer, self.size = out, seed, make_tokenizer(), SIZES[size]
+        self.model = make_model(len(self.tokenizer), seed, self.size.width)
         self.state_file, self.log_file = out / "state.pt", out / "train_log.jsonl"
         self.facts = {"stage": 0, "step": 0, "tokens": 0, "seconds": 0.0}
         state = torch.load(self.state_file, weights_only=True) if resume else {"model": None, "optimizer": None}
@@ -118,18 +161,18 @@ class Training:
             self.model.load_state_dict(state["model"])
             self.facts = {name: state[name] for name in self.facts}
             rows = [json.loads(line) for line in self.log_file.read_text().splitlines()]
-            names = [stage.name for stage in STAGES]
+            names = [stage.name for stage in self.size.stages]
             at = (self.facts["stage"], self.facts["step"])
             kept = [row for row in rows if (names.index(row["stage"]), row["step"]) < at]
         self.log_file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def run(self) -> None:
-        for number in range(self.facts["stage"], len(STAGES)):
+        for number in range(self.facts["stage"], len(self.size.stages)):
             self._stage(number)
         self.tokenizer.save_pretrained(self.out)
 
     def _stage(self, number: int) -> None:
-        stage, start = STAGES[number], self.facts["step"]
+        stage, start = self.size.stages[number], self.facts["step"]
         optimizer = make_optimizer(list(self.model.named_parameters()), "muon", 0.0, weight_decay=0.1)
         if self.saved_optimizer:
             optimizer.load_state_dict(self.saved_optimizer)
@@ -152,8 +195,9 @@ class Training:
         self.saved_optimizer = None
 
     def _step(self, optimizer, rate: float, ids: torch.Tensor, weights: torch.Tensor) -> dict:
-        logits = self.model(input_ids=ids[:, :-1]).logits
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        with torch.autocast("cpu", self.size.dtype, enabled=self.size.dtype != torch.float32):
+            logits = self.model(input_ids=ids[:, :-1]).logits
+        losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
         self.model.zero_grad(set_to_none=True)
         loss.backward()
@@ -172,15 +216,16 @@ class Training:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--out", type=Path, default=REASONER)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--check", action="store_true", help="only count evaluation prompts in the training stream")
+    parser.add_argument("--check", action="store_true", help="only list evaluated prompts that are trained on")
     args = parser.parse_args()
     if args.check:
-        print(json.dumps(overlap(args.seed)))
+        print(json.dumps(overlap(args.seed, args.size)))
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    Training(args.out, args.seed, args.resume).run()
+    Training(args.out, args.seed, args.resume, args.size).run()
 
 
 if __name__ == "__main__":

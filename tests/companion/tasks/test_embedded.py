@@ -7,9 +7,9 @@ import pytest
 
 from companion.tasks import get_task
 from companion.tasks.choices import NAMES, OPTIONS, line_values, make_choice
-from companion.tasks.embedded import EMBEDDED
+from companion.tasks.embedded import EMBEDDED, MIX
 from companion.tasks.mixture import MAKERS, SHORT, TraceDataset, documents, size_of
-from companion.tasks.programs import EVALUATION_MIX, SPLITS
+from companion.tasks.programs import SPLITS, TRAINING_MIX
 from companion.tasks.puzzles import extract_assignment
 from companion.tasks.reasoner import make_tokenizer
 
@@ -20,7 +20,8 @@ TOKENIZER = make_tokenizer()
 def test_a_correct_trace_is_graded_as_right_and_complete_before_its_end(name):
     task = get_task(name, size=8, split="validation")
     for index, problem in enumerate(task.problems):
-        made = MAKERS[name]("validation", 0, index) if name != "choice" else make_choice("validation", 0, index)
+        maker, mix = {"choice": make_choice}.get(name, MAKERS[name]), [MIX[name]] if name in MIX else []
+        made = maker("validation", 0, index, *mix)
         assert made.prompt == problem.question
         tokens = TOKENIZER(made.trace)["input_ids"]
         assert task.grade(task.extract(made.trace), problem)
@@ -105,4 +106,4 @@ def test_documents_take_the_tasks_in_turn_and_fit_the_context():
 
 def test_half_of_the_choices_in_training_are_short():
     sizes = [MAKERS["choice"]("train", 0, i).variables for i in range(60)]
-    assert max(sizes[1::2]) <= SHORT[1] and max(sizes[0::2]) > EVALUATION_MIX[1] // 2
+    assert max(sizes[1::2]) <= SHORT[1] and max(sizes[0::2]) > TRAINING_MIX[1] // 2

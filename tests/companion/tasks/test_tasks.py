@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from companion.tasks.mixture import TraceDataset
-from companion.tasks.programs import ALPHABET, DISTRACTORS, EVALUATION_MIX, SPLITS, extract_answer, grade, make_problem
+from companion.tasks.programs import ALPHABET, DISTRACTORS, SPLITS, TRAINING_MIX, extract_answer, grade, make_problem
 from companion.tasks.reasoner import encode_problem, make_model, make_tokenizer
 
 
@@ -76,12 +76,12 @@ def test_splits_share_no_evaluation_prompt():
     evaluation = {make_problem("test", 0, i).prompt for i in range(500)}
     assert len(evaluation) == 500
     for split in ("train", "retrofit", "validation"):
-        for variables in (EVALUATION_MIX, (2, 8)):
+        for variables in (TRAINING_MIX, (2, 8)):
             assert not evaluation & {make_problem(split, 0, i, variables).prompt for i in range(1500)}
 
 
 def test_evaluation_mix_is_uniform_over_needed_variables():
-    low, high = EVALUATION_MIX
+    low, high = TRAINING_MIX
     counts = [0] * (high + 1)
     for i in range(200 * (high - low + 1)):
         counts[make_problem("validation", 3, i).variables] += 1
@@ -153,7 +153,7 @@ def test_trace_dataset_labels_the_trace_and_groups_similar_lengths():
         prompt = item["labels"].count(-100)
         assert item["labels"][prompt:] == item["input_ids"][prompt:]
         goal, sides = program(tokenizer.decode(item["input_ids"][:prompt]))
-        assert EVALUATION_MIX[0] <= len(needed(goal, sides)) <= EVALUATION_MIX[1]
+        assert TRAINING_MIX[0] <= len(needed(goal, sides)) <= TRAINING_MIX[1]
     groups = [lengths[i : i + 4] for i in range(0, 64, 4)]
     padded = sum(4 * max(group) for group in groups)
     assert padded < 1.15 * sum(lengths)
