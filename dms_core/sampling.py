@@ -65,7 +65,7 @@ class Chain:
     tokens: list[int]  # without the stop token
     finished: bool  # it wrote a stop token
     prompt_tokens: int
-    live: list[float]  # live items per KV head
+    live: list[float]  # live items per KV head, the most so far
     reads: list[float]  # cumulative KV reads per KV head
     # Cumulative share of the wall time, prefill's too.
     seconds: list[float] = field(default_factory=list, compare=False, repr=False)
@@ -261,8 +261,8 @@ class _Batch:
             log.scatter_(1, at, torch.where(rows[:, None], now[:, None], log.gather(1, at)))
 
     def _budget(self) -> tuple[Tensor, Tensor]:
-        """Live items and reads so far per KV head, means over layers and heads: (B,) each."""
-        return tuple(map(self.model.dms.split.mean, (self.cache.live_tokens(), self.cache.kv_reads())))
+        """Most live items and reads so far per KV head, means over layers and heads: (B,) each."""
+        return tuple(map(self.model.dms.split.mean, (self.cache.peak_tokens(), self.cache.kv_reads())))
 
     def _finish(self, ended: list[int]) -> Iterator[Chain]:
         """The chains of the rows that have ended since the last look."""

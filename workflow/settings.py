@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 
-METHODS = ("dms", "vanilla", "h2o", "quest", "random", "snapkv", "streaming-llm", "tova")  # of `dms sample`
+METHODS = ("dms", "vanilla", "h2o", "quest", "random", "rkv", "snapkv", "streaming-llm", "tova")  # of `dms sample`
 MEMORY = re.compile(r"[0-9.]+ ?[kKMGTP]?i?B")
 EXPONENT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+")
 TIME = re.compile(r"([0-9.]+ ?[smhdw] ?)+")

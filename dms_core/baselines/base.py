@@ -4,9 +4,14 @@ The KV budget of a row is (prompt + max generation length) / CR tokens per KV he
 rounded down; it is fixed by the row's first prompt and follows the row into other caches.  The first tokens are
 prefilled densely up to the budget; from there on each token, also of the prompt, is a step that ends in an eviction.
 A row's slots depend on its own tokens alone, so what is evicted does not depend on the rest of the batch.
+
+With ``protect`` the row's first prompt is never evicted (in Quest: is always read), and what comes after competes for
+the rest of the same budget.  A prompt that leaves no room is kept all the same: the budget is then the prompt and one
+token, the least with which a step has a slot.  Such a row misses its ratio, which its counters show.  Only the first
+prompt is protected, as only it fixes the budget: a later turn's is evicted like anything generated.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import ClassVar, Self
 
@@ -26,6 +31,7 @@ class Baseline:
     """One method's settings.  An instance is what ``sample_chains`` takes as ``make_cache``."""
 
     cr: float  # target compression ratio
+    protect: bool = field(default=False, kw_only=True)  # keep the prompt; the papers' methods do not
 
     name: ClassVar[str]
     layer: ClassVar[type["BaselineLayer"]]
@@ -39,12 +45,14 @@ class Baseline:
         return BaselineCache(self, model, max_new_tokens)
 
     def settings(self) -> dict:
-        """Everything that shapes what a chain says and costs."""
-        return {"method": self.name, **asdict(self)}
+        """Everything that shapes what a chain says and costs; ``protect`` only if set, as older records lack it."""
+        settings = {"method": self.name, **asdict(self)}
+        return settings if self.protect else {k: v for k, v in settings.items() if k != "protect"}
 
     def budget(self, prompt: Tensor, max_new_tokens: int) -> Tensor:
         """Tokens per KV head for rows whose prompts have ``prompt`` (B,) tokens: (B,), at least 1."""
-        return ((prompt + max_new_tokens) / self.cr + ROUND).long().clamp_min(1)
+        tokens = ((prompt + max_new_tokens) / self.cr + ROUND).long().clamp_min(1)
+        return torch.maximum(tokens, prompt + 1) if self.protect else tokens
 
 
 class DenseLayer(RowLayer):
@@ -117,12 +125,13 @@ class BaselineLayer(DenseLayer):
     def __init__(self, method: Baseline, max_new_tokens: int, index: int, split: Split = WHOLE) -> None:
         super().__init__()
         self.method, self.max_new_tokens, self.index, self.split = method, max_new_tokens, index, split
-        self.per_row += ["budget", "held"]
+        self.per_row += ["budget", "pinned", "held"]
         self.sinks: Tensor | None = None  # (Hq,) of the call of attend under way
 
     def _allocate(self) -> None:
         super()._allocate()
-        self.budget, self.held = self._counter(self.batch), self._counter(self.batch)
+        # ``pinned``: tokens of a protected prompt, which lie in the first slots and stay there.
+        self.budget, self.pinned, self.held = (self._counter(self.batch) for _ in range(3))
         self.one = self.method.budget(self._counter(1) + 1, self.max_new_tokens)  # of a row without a prompt
         self.width = 0  # slots that some row uses
 
@@ -130,6 +139,16 @@ class BaselineLayer(DenseLayer):
     def live(self) -> Tensor:
         """Live tokens, (B, H)."""
         return self.held[:, None].expand(-1, self.heads)
+
+    def _keep_best(self, rows: Tensor, worth: Tensor, keep: Tensor) -> None:
+        """Of the tokens of ``rows`` (N,) the ``keep`` (N,) of largest ``worth`` (N, H, S) stay, in their order."""
+        best = torch.argsort(worth, dim=-1, descending=True, stable=True)[..., : int(keep.max())]
+        last = worth.shape[-1] - 1
+        behind = torch.arange(best.shape[-1], device=worth.device) >= keep[:, None]
+        best = best.masked_fill(behind[:, None], last + 1).sort(-1).values.clamp_max(last)  # behind ``keep`` anything
+        for pool in (self.keys, self.values):
+            pool[rows, :, : best.shape[-1]] = take(pool[rows], best)
+        self.held[rows] = keep
 
     def _measure(self) -> None:
         self.width = int(self.held.max()) if self.batch else 0
@@ -153,6 +172,7 @@ class BaselineLayer(DenseLayer):
             self._reserve(self.capacity + 64)
         self.width = min(self.width + 1, self.capacity - 1)
         self.budget = torch.where(self.seen == 0, self.one, self.budget)
+        self.pinned = torch.where(self.seen == 0, int(self.method.protect), self.pinned)
         slot = torch.where(active[:, None], self._place(), self.capacity - 1).expand(-1, self.heads)
         self._write(slot, k, v)
         count = self.held + active
@@ -194,6 +214,7 @@ class BaselineLayer(DenseLayer):
         lengths = valid.sum(1)
         fresh = (self.seen == 0) & (lengths > 0)
         self.budget = torch.where(fresh, self.method.budget(lengths, self.max_new_tokens), self.budget)
+        self.pinned = torch.where(fresh, lengths * self.method.protect, self.pinned)
         grown = self.held + lengths + fresh * self.max_new_tokens  # a prompt brings room for its chain
         slots = grown if self.keeps_all else self.budget + 1
         self._reserve(int(slots.max()) + 1)  # and the bin

@@ -2,6 +2,7 @@
 
 A heavy hitter has received much attention so far, summed over the queries since it came, per KV head (over the query
 heads of its group).  A step attends to budget + 1 items, the newest included, and drops the least among the others.
+With a protected prompt both halves are of what it leaves of the budget.
 """
 
 import torch
@@ -28,7 +29,8 @@ class H2OLayer(EvictLater):
     def _observe(self, weights: Tensor, count: Tensor, active: Tensor) -> None:
         scores, position = self.scores[:, :, : self.width], self.position[:, :, : self.width]
         scores += weights.sum(2) * active[:, None, None]
-        recent = position > (self.seen - (self.budget + 1) // 2)[:, None, None]  # the newest is at ``seen``
+        room = self.budget - self.pinned
+        recent = position > (self.seen - (room + 1) // 2)[:, None, None]  # the newest is at ``seen``
         self._evict(scores.masked_fill(recent, torch.inf), count, active)
 
     def _after_dense(self, q: Tensor, received: Tensor, dense: Tensor, fresh: Tensor, scale: float) -> None:

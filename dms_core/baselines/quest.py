@@ -4,7 +4,8 @@ A page of consecutive tokens is bounded by its keys' largest and smallest value 
 sum_d max(q_d max_d, q_d min_d).  Each query head takes the budget's number of pages (rounded up, so that CR 1 is dense)
 with the largest bounds; the newest page is always one of them, as in the authors' kernels.  Reads count every distinct
 page of a KV head's group once, and not the bounds themselves; nothing is freed.  The authors leave the first two layers
-dense; here every layer selects.
+dense; here every layer selects.  The pages of a protected prompt are always read too, within the budget's pages, which
+are then at least those and the newest.
 """
 
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ class QuestLayer(BaselineLayer):
         signed = torch.cat([q, -q], -1).relu().squeeze(3)  # (B, H, G, 2 D)
         bound = torch.matmul(signed, self.bounds[:, :, : len(page)].transpose(-1, -2)).float()  # (B, H, G, pages)
         bound = bound.masked_fill_((page > newest)[:, None, None], -torch.inf)
-        bound = bound.masked_fill_((page == newest)[:, None, None], torch.inf)
+        always = (page == newest) | (page * size < self.pinned[:, None])
+        bound = bound.masked_fill_(always[:, None, None], torch.inf)
         first = bound.sort(dim=-1, descending=True, stable=True).indices[..., : self.most]  # of equals, the oldest
         allowed = page[: first.shape[-1]] < -(-self.budget[:, None] // size)  # (B, most)
         chosen = torch.zeros_like(bound, dtype=torch.bool).scatter_(-1, first, allowed[:, None, None].expand_as(first))
@@ -94,3 +96,9 @@ class Quest(Baseline):
         super().__post_init__()
         if self.page < 1:
             raise ValueError(f"page {self.page}: must be >= 1")
+
+    def budget(self, prompt: Tensor, max_new_tokens: int) -> Tensor:
+        """Tokens per KV head that a step may read, in whole pages: (B,)."""
+        tokens = super().budget(prompt, max_new_tokens)
+        last = -(-prompt // self.page) * self.page  # where the prompt's last page ends
+        return torch.maximum(tokens, last + 1) if self.protect else tokens

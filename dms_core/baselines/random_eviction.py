@@ -1,5 +1,9 @@
 """Random eviction: once over the budget, a new token takes the slot of one that is drawn uniformly.  A floor.
 
+With a protected prompt this is Random Attention (Wang et al., arXiv 2609.03430), by its abstract: the prompt is kept,
+and each head evicts of what was generated uniformly at random.  Here one token goes at each step, so one that is n
+steps old is still there with probability (1 - 1 / room)^n, room being what the prompt leaves of the budget.
+
 The draw is a hash of (stream, position, layer, head), so it depends on nothing else in the batch.  Sampling gives
 each chain a stream of its own; evictions within a prompt are those of the one prefill that its chains share.
 """
@@ -26,7 +30,7 @@ class RandomEvictionLayer(BaselineLayer):
     def _place(self) -> Tensor:
         counter = (self.seen[:, None] << 24) + self.head
         drawn = splitmix64(self.stream[:, None] + self.method.seed + counter * GOLDEN) & (2**63 - 1)
-        drawn %= self.budget[:, None]
+        drawn = self.pinned[:, None] + drawn % (self.budget - self.pinned)[:, None]
         return torch.where((self.seen < self.budget)[:, None], self.seen[:, None], drawn)
 
 

@@ -29,12 +29,7 @@ class SnapKVLayer(BaselineLayer):
         votes = self._votes(q[rows], self.keys[rows, :, : len(slot)], length, window, scale)  # (N, H, S)
         votes = votes.masked_fill((slot >= (length - window)[:, None])[:, None], torch.inf)
         votes = votes.masked_fill((slot >= length[:, None])[:, None], -torch.inf)
-        best = torch.argsort(votes, dim=-1, descending=True, stable=True)[..., : int(keep.max())]
-        best = torch.where((slot[: best.shape[-1]] < keep[:, None])[:, None], best, len(slot)).sort(-1).values
-        best = best.clamp_max(len(slot) - 1)  # in order of position; behind ``keep`` anything
-        for pool in (self.keys, self.values):
-            pool[rows, :, : best.shape[-1]] = take(pool[rows], best)
-        self.held[rows] = keep
+        self._keep_best(rows, votes, keep)
 
     def _votes(self, q: Tensor, k: Tensor, length: Tensor, window: Tensor, scale: float) -> Tensor:
         """q (N, Hq, T, D), k (N, H, S, D), length and window (N,): what each token before the window got, (N, H, S)."""
@@ -63,6 +58,8 @@ class SnapKV(Baseline):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.protect:
+            raise ValueError("protect True: must be False, SnapKV compresses nothing but the prompt")
         if self.window < 1:
             raise ValueError(f"window {self.window}: must be >= 1")
         if self.kernel < 1 or self.kernel % 2 == 0:

@@ -2,6 +2,7 @@
 
 Slot i for token i < budget, then the recent tokens' slots in turn.  Keys keep the RoPE angle of their position in the
 text, as in kvpress; the paper counts positions inside the cache, which matters beyond the trained context only.
+A protected prompt is that many first tokens, if they are more.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ class StreamingLLMLayer(BaselineLayer):
     evicts_first = True
 
     def _place(self) -> Tensor:
-        sinks = (self.budget - 1).clamp_max(self.method.sinks)
+        sinks = torch.maximum((self.budget - 1).clamp_max(self.method.sinks), self.pinned)
         turn = sinks + (self.seen - sinks) % (self.budget - sinks)
         return torch.where(self.seen < self.budget, self.seen, turn)[:, None]
 

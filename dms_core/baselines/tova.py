@@ -23,7 +23,9 @@ class EvictLater(BaselineLayer):
 
     def _evict(self, worth: Tensor, count: Tensor, active: Tensor) -> None:
         """Rows with ``count`` (B,) beyond their budget lose the token of least ``worth``, (B, H or 1, width)."""
-        worth = worth.masked_fill((torch.arange(self.width, device=count.device) >= count[:, None])[:, None], torch.inf)
+        slot = torch.arange(self.width, device=count.device)
+        stays = (slot >= count[:, None]) | (slot < self.pinned[:, None])
+        worth = worth.masked_fill(stays[:, None], torch.inf)
         free = torch.where((count > self.budget)[:, None], worth.argmin(-1), count[:, None])
         self.free = torch.where(active[:, None], free, self.free)
 

@@ -19,7 +19,7 @@ from dms_core.cache.pages import PagedRows, make_room
 class RowLayer(CacheLayerMixin):
     """One layer.  A subclass has attend, _allocate, _select, _copy, _empty, and the properties live, count, nbytes."""
 
-    counters = ("reads", "peak")  # (B, H) int64: KV reads so far; most live tokens before the last prefill
+    counters = ("reads", "peak")  # (B, H) int64: KV reads so far; most live tokens before they last shrank
     rows: PagedRows | None = None  # where keys and values lie in pages
     slack = spare = 0  # columns that crop() can take back at most, and now
     is_croppable = property(lambda self: self.slack > 0)
@@ -192,7 +192,7 @@ class RowCache(Cache):
         return self._of_layers("reads")
 
     def peak_tokens(self) -> Tensor:
-        """Most live items after any step so far, (layers, B, H).  Rows only shrink when more is prefilled."""
+        """Most live items after any step so far, (layers, B, H).  A layer notes ``peak`` where its rows may shrink."""
         return torch.maximum(self.live_tokens(), self._of_layers("peak"))
 
     def _of_layers(self, name: str) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dms_core.baselines import BASELINES, H2O, TOVA, Quest, RandomEviction, SnapKV, StreamingLLM, get_baseline
+from dms_core.baselines import BASELINES, H2O, RKV, TOVA, Quest, RandomEviction, SnapKV, StreamingLLM, get_baseline
+from dms_core.baselines.rkv import redundancy
 
 WIDTH, HEADS, GROUP = 4, 2, 2
 SCALE = 0.7
@@ -61,7 +62,13 @@ def per_query(held: Held) -> Held:
 
 
 def budget_of(method, row: Row) -> int:
-    return max(1, int((row.prompt + MAX_NEW) / method.cr + 1e-6))
+    budget = max(1, int((row.prompt + MAX_NEW) / method.cr + 1e-6))
+    return max(budget, row.prompt + 1) if method.protect else budget
+
+
+def pinned_of(method, row: Row) -> int:
+    """How many first tokens may never go."""
+    return row.prompt if method.protect else 0
 
 
 def walk(row: Row, step: Callable) -> tuple[list, Held, list[int]]:
@@ -78,7 +85,8 @@ def walk(row: Row, step: Callable) -> tuple[list, Held, list[int]]:
 
 
 def h2o(method, row: Row):
-    budget = budget_of(method, row)
+    budget, pinned = budget_of(method, row), pinned_of(method, row)
+    room = budget - pinned
     received = [[0.0] * len(row.q) for _ in range(HEADS)]
 
     def step(t, held):
@@ -88,9 +96,9 @@ def h2o(method, row: Row):
             for head in range(h * GROUP, (h + 1) * GROUP):
                 for j, weight in zip(tokens, weights_of(row, t, head, tokens).tolist(), strict=True):
                     received[h][j] += weight
-            recent = tokens[-((budget + 1) // 2) :]
-            hitters = sorted((j for j in tokens if j not in recent), key=lambda j, h=h: -received[h][j])
-            left.append(sorted(hitters[: budget - len(recent)] + recent))
+            stay = {*tokens[-((room + 1) // 2) :], *range(min(pinned, t + 1))}
+            hitters = sorted((j for j in tokens if j not in stay), key=lambda j, h=h: -received[h][j])
+            left.append(sorted([*hitters[: budget - len(stay)], *stay]))
         return per_query(seen), left
 
     return walk(row, step)
@@ -102,7 +110,8 @@ def tova(method, row: Row):
     def step(t, held):
         tokens = [*held[0], t]
         total = sum(weights_of(row, t, head, tokens) for head in range(HEADS * GROUP))
-        left = [j for j in tokens if len(tokens) <= budget or j != tokens[int(total.argmin())]]
+        worth = {j: float(x) for j, x in zip(tokens, total, strict=True) if j >= pinned_of(method, row)}
+        left = [j for j in tokens if len(tokens) <= budget or j != min(worth, key=worth.get)]
         return per_query([tokens] * HEADS), [left] * HEADS
 
     return walk(row, step)
@@ -110,7 +119,7 @@ def tova(method, row: Row):
 
 def streaming_llm(method, row: Row):
     budget = budget_of(method, row)
-    sinks = min(method.sinks, budget - 1)
+    sinks = max(min(method.sinks, budget - 1), pinned_of(method, row))
 
     def step(t, held):
         tokens = [j for j in range(t + 1) if j < sinks or j > t - (budget - sinks)]
@@ -127,7 +136,7 @@ def splitmix64(x: int) -> int:
 
 
 def random_eviction(method, row: Row, layer: int = 3):
-    budget = budget_of(method, row)
+    budget, pinned = budget_of(method, row), pinned_of(method, row)
 
     def step(t, held):
         held = [list(x) for x in held]
@@ -137,14 +146,17 @@ def random_eviction(method, row: Row, layer: int = 3):
             else:
                 counter = (t << 24) + (layer << 12) + h
                 drawn = splitmix64(row.stream + method.seed + counter * 0x9E3779B97F4A7C15) & ((1 << 63) - 1)
-                held[h][drawn % budget] = t
+                held[h][pinned + drawn % (budget - pinned)] = t
         return per_query(held), held
 
     return walk(row, step)
 
 
 def quest(method, row: Row):
-    budget, size = budget_of(method, row), method.page
+    size, pinned = method.page, -(-pinned_of(method, row) // method.page)  # pages
+    budget = (
+        max(-(-budget_of(method, row) // size), pinned + 1) if method.protect else -(-budget_of(method, row) // size)
+    )
 
     def step(t, held):
         tokens = list(range(t + 1))
@@ -157,8 +169,8 @@ def quest(method, row: Row):
             for page in pages[:-1]:
                 keys, q = torch.stack([row.k[j][head // GROUP] for j in page]), row.q[t][head]
                 bounds.append(float(torch.maximum(q * keys.amax(0), q * keys.amin(0)).sum()))
-            order = sorted(range(len(bounds)), key=lambda i, bounds=bounds: -bounds[i])
-            chosen = [*order[: -(-budget // size) - 1], len(pages) - 1]
+            order = sorted(range(len(bounds)), key=lambda i, bounds=bounds: (i >= pinned, -bounds[i]))
+            chosen = [*order[: budget - 1], len(pages) - 1]
             seen.append([j for i in sorted(chosen) for j in pages[i]])
         return seen, [tokens] * HEADS
 
@@ -193,7 +205,46 @@ def snapkv(method, row: Row):
     return walk(row, step)
 
 
+def rkv(method, row: Row):
+    budget, pinned = budget_of(method, row), pinned_of(method, row)
+    room = budget - pinned
+    keep = room - min(method.buffer, max(1, room // 2))
+    window = min(method.window, keep)
+
+    def importance(h: int, t: int, may_go: list[int]) -> list[float]:
+        keys, total = torch.stack([row.k[j][h] for j in may_go]), torch.zeros(len(may_go))
+        for asks in range(t - window, t):
+            logits = [keys @ row.q[asks][head] * SCALE for head in range(h * GROUP, (h + 1) * GROUP)]
+            total += torch.stack(logits).max(0).values.softmax(0) / window
+        half = method.kernel // 2
+        return [float(total[max(0, i - half) : i + half + 1].max()) for i in range(len(may_go))]
+
+    def redundancy(h: int, tokens: list[int]) -> dict[int, float]:
+        total = dict.fromkeys(tokens, 0.0)
+        for i in tokens:
+            alike = {j: float(torch.cosine_similarity(row.k[i][h], row.k[j][h], 0)) for j in tokens if j != i}
+            same = [j for j in alike if alike[j] > method.threshold]
+            for j, x in alike.items():
+                total[j] += 0 if same and j == same[-1] else x / len(tokens)
+        shares = torch.tensor(list(total.values())).softmax(0).tolist()
+        return dict(zip(tokens, shares, strict=True))
+
+    def compress(h: int, t: int, tokens: list[int]) -> list[int]:
+        stay = tokens[:pinned] + tokens[len(tokens) - window :]
+        may_go = [j for j in tokens if j not in stay]
+        gains, losses = importance(h, t, may_go), redundancy(h, tokens)
+        worth = {j: method.mix * x - (1 - method.mix) * losses[j] for j, x in zip(may_go, gains, strict=True)}
+        return sorted(stay + sorted(may_go, key=lambda j: -worth[j])[: keep - window])
+
+    def step(t, held):
+        seen = [[*(compress(h, t, x) if len(x) >= budget else x), t] for h, x in enumerate(held)]
+        return per_query(seen), seen
+
+    return walk(row, step)
+
+
 ORACLES = {
+    "rkv": rkv,
     "h2o": h2o,
     "tova": tova,
     "streaming-llm": streaming_llm,
@@ -256,12 +307,22 @@ class Play:
             assert int(self.layer.count[b]) == len(row.q)
 
 
+SHARED = {"cr": st.floats(1, 9), "protect": st.booleans()}
 METHODS = {
-    "h2o": st.builds(H2O, cr=st.floats(1, 9)),
-    "tova": st.builds(TOVA, cr=st.floats(1, 9)),
-    "streaming-llm": st.builds(StreamingLLM, cr=st.floats(1, 9), sinks=st.integers(0, 5)),
-    "random": st.builds(RandomEviction, cr=st.floats(1, 9), seed=st.integers(0, 9)),
-    "quest": st.builds(Quest, cr=st.floats(1, 9), page=st.integers(1, 5)),
+    "h2o": st.builds(H2O, **SHARED),
+    "tova": st.builds(TOVA, **SHARED),
+    "streaming-llm": st.builds(StreamingLLM, **SHARED, sinks=st.integers(0, 5)),
+    "random": st.builds(RandomEviction, **SHARED, seed=st.integers(0, 9)),
+    "quest": st.builds(Quest, **SHARED, page=st.integers(1, 5)),
+    "rkv": st.builds(
+        RKV,
+        **SHARED,
+        buffer=st.integers(1, 6),
+        window=st.integers(1, 4),
+        kernel=st.sampled_from([1, 3, 5]),
+        mix=st.sampled_from([0.1, 0.5, 0.9]),
+        threshold=st.sampled_from([0.0, 0.5]),
+    ),
     "snapkv": st.builds(
         SnapKV,
         cr=st.floats(1, 4),
@@ -301,7 +362,10 @@ def test_compression_1_is_dense_attention(name):
         assert play.layer.reads[b].tolist() == [sum(t + 1 for t, d in enumerate(row.decoded) if d)] * HEADS
 
 
-@pytest.mark.parametrize("name", sorted(set(BASELINES) - {"quest", "snapkv"}))
+EVICTING = sorted(set(BASELINES) - {"quest", "snapkv"})
+
+
+@pytest.mark.parametrize("name", sorted(set(EVICTING) - {"rkv"}))
 @pytest.mark.parametrize("cr", [2.0, 7.9])
 def test_live_tokens_never_exceed_the_budget(name, cr):
     play = Play(get_baseline(name)(cr), [18, 5, 9], 0)
@@ -311,6 +375,40 @@ def test_live_tokens_never_exceed_the_budget(name, cr):
             assert play.layer.live[b].tolist() == [min(row.prompt + step, budgets[b])] * HEADS
         play.feed(torch.ones(3, 1, dtype=torch.bool), decoded=True)
     assert play.layer.capacity <= max(budgets) + 2
+
+
+@pytest.mark.parametrize("name", EVICTING)
+@pytest.mark.parametrize("cr", [1.5, 2.0, 9.0])
+def test_a_protected_prompt_stays_in_every_head_within_the_budget(name, cr):
+    play = Play(get_baseline(name)(cr, protect=True), [18, 5, 9], 0)
+    prompts = play.layer.keys.clone()
+    play.decode(MAX_NEW)
+    play.feed(torch.ones(3, 4, dtype=torch.bool), decoded=False)  # a later turn's prompt competes
+    for b, row in enumerate(play.rows):
+        budget = max(int((row.prompt + MAX_NEW) / cr + 1e-6), row.prompt + 1)
+        assert torch.equal(play.layer.keys[b, :, : row.prompt], prompts[b, :, : row.prompt])
+        assert int(play.layer.live[b].max()) <= budget == int(play.layer.budget[b])
+        assert int(play.layer.pinned[b]) == row.prompt
+    play.layer.clear(torch.tensor([0, 1, 2]))
+    assert play.layer.pinned.tolist() == [0, 0, 0]
+
+
+def test_rkv_lets_a_buffer_fill_and_compresses_it_at_once():
+    play = Play(RKV(2.0, buffer=4, window=2), [10], 0)  # budget 12, of which 8 stay
+    live = []
+    for _ in range(MAX_NEW):
+        play.feed(torch.ones(1, 1, dtype=torch.bool), decoded=True)
+        live.append(play.layer.live[0].tolist())
+    assert live == [[n] * HEADS for n in (11, 12, 9, 10, 11, 12, 9, 10, 11, 12, 9, 10, 11, 12)]
+    play.decode(1)
+    assert int(play.layer.held[0]) < 12 and play.layer.peak.tolist() == [[12] * HEADS]
+
+
+def test_rkv_lets_off_the_latest_of_keys_that_say_the_same():
+    keys = torch.eye(4)[[0, 1, 1, 1, 2, 3]][None, None]
+    there = torch.arange(6)[None] < 5
+    expected = torch.tensor([0, 2 / 5, 1 / 5, 0, 0]).softmax(0)  # the two earlier ones resemble two and one other
+    torch.testing.assert_close(redundancy(keys, there, 0.5)[0, 0], torch.cat([expected, torch.zeros(1)]))
 
 
 def test_random_eviction_draws_every_slot_equally_often_and_otherwise_in_each_stream_layer_and_head():
@@ -334,10 +432,14 @@ def test_random_eviction_draws_every_slot_equally_often_and_otherwise_in_each_st
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: get_baseline("h20"), r"baseline 'h20': must be one of \['h2o', 'quest', 'random', 'snapkv'"),
+        (lambda: get_baseline("h20"), r"baseline 'h20': must be one of \['h2o', 'quest', 'random', 'rkv', 'snapkv'"),
         (lambda: TOVA(0.5), "compression ratio 0.5: must be >= 1"),
         (lambda: StreamingLLM(2, sinks=-1), "sinks -1: must be >= 0"),
         (lambda: Quest(2, page=0), "page 0: must be >= 1"),
+        (lambda: SnapKV(2, protect=True), "protect True: must be False"),
+        (lambda: RKV(2, buffer=0), "buffer 0: must be >= 1"),
+        (lambda: RKV(2, kernel=2), "kernel 2: must be odd and >= 1"),
+        (lambda: RKV(2, mix=1.5), "mix 1.5: must be in 0..1"),
         (lambda: SnapKV(2, window=0), "window 0: must be >= 1"),
         (lambda: SnapKV(2, kernel=4), "kernel 4: must be odd and >= 1"),
         (lambda: SnapKV(2, pool="sum"), "pool 'sum': must be 'max' or 'avg'"),
