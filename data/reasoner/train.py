@@ -23,7 +23,7 @@ from companion.experiments.profiles import PROBLEMS_SEED
 from companion.paths import REASONER
 from companion.tasks import get_task
 from companion.tasks.embedded import EMBEDDED
-from companion.tasks.mixture import MAKERS, Document, documents, size_of
+from companion.tasks.mixture import MAKERS, RETROFIT_MIX, TURNS, Document, documents, size_of
 from companion.tasks.programs import make_problem
 from companion.tasks.reasoner import encode_problem, make_model, make_tokenizer
 from dms_core.train.optim import make_optimizer
@@ -137,10 +137,10 @@ def overlap(seed: int, size: str = "small", problems: int = 2000, retrofits: int
             prompts = {document.prompt for document in stage.pool(first, seed)}
             facts["training_prompts"] += len(prompts)
             met["in_training"] |= prompts & held_out.keys()
-    recipe, tasks = load_recipe("reasoner").retrofit, list(MAKERS.values())
+    recipe = load_recipe("reasoner").retrofit
     for of in range(retrofits):
         for i in tqdm(range(recipe.steps * recipe.batch), desc=f"prompts of retrofit {of}"):
-            prompt = tasks[i % len(tasks)]("retrofit", of, i // len(tasks)).prompt
+            prompt = MAKERS[TURNS[i % len(TURNS)]]("retrofit", of, i, RETROFIT_MIX).prompt
             facts["retrofit_prompts"] += 1
             met["in_retrofits"] |= {prompt} & held_out.keys()
     return facts | {name: sorted(held_out[prompt] for prompt in prompts) for name, prompts in met.items()}

@@ -10,7 +10,7 @@ from companion.tasks.choices import NAMES, OPTIONS, line_values, make_choice
 from companion.tasks.embedded import EMBEDDED, MIX
 from companion.tasks.mixture import MAKERS, SHORT, TraceDataset, documents, size_of
 from companion.tasks.programs import SPLITS, TRAINING_MIX
-from companion.tasks.puzzles import extract_assignment
+from companion.tasks.puzzles import extract_assignment, make_puzzle
 from companion.tasks.reasoner import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -20,8 +20,7 @@ TOKENIZER = make_tokenizer()
 def test_a_correct_trace_is_graded_as_right_and_complete_before_its_end(name):
     task = get_task(name, size=8, split="validation")
     for index, problem in enumerate(task.problems):
-        maker, mix = {"choice": make_choice}.get(name, MAKERS[name]), [MIX[name]] if name in MIX else []
-        made = maker("validation", 0, index, *mix)
+        made = {"choice": make_choice}.get(name, MAKERS[name])("validation", 0, index, MIX.get(name))
         assert made.prompt == problem.question
         tokens = TOKENIZER(made.trace)["input_ids"]
         assert task.grade(task.extract(made.trace), problem)
@@ -55,7 +54,7 @@ def test_a_malformed_assignment_is_refused_by_the_checker(bad):
 def test_the_checker_accepts_exactly_the_solutions():
     task = get_task("search", size=6, split="validation")
     for index, problem in enumerate(task.problems):
-        right = extract_assignment(MAKERS["search"]("validation", 0, index).trace)
+        right = extract_assignment(make_puzzle("validation", 0, index).trace)
         assert task.grade(right, problem)
         shuffled = [right[i : i + 2] for i in range(0, len(right), 2)]
         random.Random(index).shuffle(shuffled)
@@ -91,19 +90,19 @@ def test_tasks_have_their_shares_of_the_tokens():
 
 def test_splits_of_a_task_share_no_prompt():
     for make in MAKERS.values():
-        prompts = {split: {make(split, 0, i).prompt for i in range(200)} for split in SPLITS}
+        prompts = {split: {make(split, 0, i, TRAINING_MIX).prompt for i in range(200)} for split in SPLITS}
         assert sum(map(len, prompts.values())) == len(set().union(*prompts.values()))
 
 
-def test_documents_take_the_tasks_in_turn_and_fit_the_context():
+def test_documents_of_a_retrofit_take_the_tasks_in_their_turns_and_fit_the_context():
     data = TraceDataset(TOKENIZER, 48, 2, "validation")
     texts = [TOKENIZER.decode(data[i]["input_ids"]) for i in range(len(data))]
-    assert [sum(text[0] == mark for text in texts) for mark in "?<>"] == [16, 16, 16]
+    assert [sum(text[0] == mark for text in texts) for mark in "?<>"] == [20, 19, 9]
     assert max(len(data[i]["input_ids"]) for i in range(len(data))) <= 1024
     with pytest.raises(ValueError, match="nothing"):
         TraceDataset(TOKENIZER, 4, 2, tasks=["nothing"])
 
 
 def test_half_of_the_choices_in_training_are_short():
-    sizes = [MAKERS["choice"]("train", 0, i).variables for i in range(60)]
+    sizes = [MAKERS["choice"]("train", 0, i, TRAINING_MIX).variables for i in range(60)]
     assert max(sizes[1::2]) <= SHORT[1] and max(sizes[0::2]) > TRAINING_MIX[1] // 2

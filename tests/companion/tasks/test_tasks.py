@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from companion.tasks.mixture import TraceDataset
+from companion.tasks.mixture import RETROFIT_MIX, TraceDataset
 from companion.tasks.programs import ALPHABET, DISTRACTORS, SPLITS, TRAINING_MIX, extract_answer, grade, make_problem
 from companion.tasks.reasoner import encode_problem, make_model, make_tokenizer
 
@@ -153,7 +153,7 @@ def test_trace_dataset_labels_the_trace_and_groups_similar_lengths():
         prompt = item["labels"].count(-100)
         assert item["labels"][prompt:] == item["input_ids"][prompt:]
         goal, sides = program(tokenizer.decode(item["input_ids"][:prompt]))
-        assert TRAINING_MIX[0] <= len(needed(goal, sides)) <= TRAINING_MIX[1]
+        assert RETROFIT_MIX[0] <= len(needed(goal, sides)) <= RETROFIT_MIX[1]
     groups = [lengths[i : i + 4] for i in range(0, 64, 4)]
     padded = sum(4 * max(group) for group in groups)
     assert padded < 1.15 * sum(lengths)
