@@ -129,19 +129,16 @@ def absorbed(evidence: Evidence, rule: Protocol) -> Found:
 
 def training_free(evidence: Evidence, rule: Protocol) -> Found:
     """The stored grid, method by method."""
-    rows = evidence.rows("grid", "paired")
-    pairs = [p for p in rows if p["a"] == "dms" and p["b"] not in ("vanilla", "dms-immediate")]
-    if not pairs:
-        return None
     margins = [m for m in evidence.rows("grid", "margins") if m["a"] == "dms" and m["scale"] == "log2"]
+    margins = [m for m in margins if m["b"] != "vanilla" and m["value"] is not None]
+    if not margins:
+        return None
     measured, verdicts = [], {}
-    for name in dict.fromkeys(p["b"] for p in pairs):
-        found = {f"CR {cr:g}": [p for p in pairs if (p["b"], p["cr"]) == (name, cr)] for cr in (4, 8)}
+    for name in dict.fromkeys(m["b"] for m in margins):
         axes = {what: [m for m in margins if (m["b"], m["axis"]) == (name, axis)] for axis, what in AXES.items()}
-        parts = [f"{what}: {_by_task(rows, 'difference')}" for what, rows in found.items() if rows]
-        parts += [f"{what}: {_by_task(rows, 'value')}" for what, rows in axes.items() if rows]
+        parts = [f"{what}: {_by_task(rows, 'value')}" for what, rows in axes.items() if rows]
         measured.append(f"{style_of(name)[0]}, {'; '.join(parts)}")
-        signs = {_sign(row) for rows in [*found.values(), *axes.values()] for row in rows}
+        signs = {_sign(row) for rows in axes.values() for row in rows}
         words = {frozenset({1}): "agrees", frozenset({-1}): "disagrees", frozenset({0}): "unresolved"}
         verdicts.setdefault(words.get(frozenset(signs), "the axes or tasks disagree"), []).append(style_of(name)[0])
     return "; ".join(measured), "; ".join(f"{word}: {', '.join(names)}" for word, names in verdicts.items())

@@ -93,16 +93,18 @@ def score_line(row: dict) -> str:
 
 @command(REPRODUCE, "grid")
 def grid(profile: Profile = "tiny", runs: Runs = RUNS, seed: Seed = 0, device: Device = None):
-    """DMS, the dense model and training-free baselines on the same problems"""
-    from companion.experiments import main as job
+    """DMS, the dense model and the controls (training-free and training-light methods) on the same problems"""
+    from companion.experiments import controls
+    from companion.experiments.main import Run
 
-    summary = job.grid(job.Run.of(profile, runs, seed, device))
-    largest = max(point["L"] for point in summary["points"])
-    line = "{method} CR {cr:g}: {accuracy:.1f} [{low:.1f}, {high:.1f}], reads {reads:.0f}, peak {peak:.0f}"
-    for point in summary["points"]:
-        if point["L"] == largest and point["W"] == 1:
-            yield line.format(**point)
-    yield from (PAIR.format(**row) for row in summary["paired"])
+    summary = controls.grid(Run.of(profile, runs, seed, device))
+    line = (
+        "{task}: {method} CR {cr:g}, L {L}: {accuracy:.1f} [{low:.1f}, {high:.1f}], reads {reads:.0f}, peak {peak:.0f}"
+    )
+    yield from (line.format(**point) for point in summary["points"] if point["W"] == 1)
+    for row in summary["margins"]:
+        if row["a"] == "dms" and row["scale"] == "log2" and row["value"] is not None:
+            yield "{task}: margin dms - {b}, {axis}: {value:+.1f} [{low:+.1f}, {high:+.1f}]".format(**row)
     return summary
 
 

@@ -27,7 +27,7 @@ from companion.tasks import Task, get_task
 from companion.tasks.embedded import EMBEDDED
 from companion.tasks.grading import canonical, grade_file
 from companion.tasks.mixture import TraceDataset
-from dms_core.baselines import Baseline, Quest, get_baseline
+from dms_core.baselines import Baseline
 from dms_core.budgets.curves import default_pairs, summarise
 from dms_core.checkpoint import fingerprint, load_base, load_model
 from dms_core.config import DMSConfig
@@ -36,9 +36,6 @@ from dms_core.sampling import SamplingConfig
 from dms_core.storage import read_json, update_json, write_json
 from dms_core.train.recipe import Recipe
 from dms_core.train.trainer import checkpoint_dir
-
-GRID_BASELINES = ("tova", "h2o", "quest", "streaming-llm")
-QUEST_PAGE = 8  # tokens; the paper's 16 are a sixth of the embedded model's prompts
 
 
 @dataclass(frozen=True)
@@ -171,19 +168,16 @@ def methods(run: Run) -> list[Method]:
     return [Method("vanilla", 1.0), *(Method(*which, seed) for which in compared for seed in range(run.profile.seeds))]
 
 
-def grid_methods(run: Run) -> list[Method]:
-    """``methods`` and the training-free ones at the same compression ratios."""
-    return [*methods(run), *(Method(name, cr) for name in GRID_BASELINES for cr in run.profile.crs)]
-
-
 def records(run: Run, method: Method) -> list[dict]:
     """Graded chain records of one method on the test problems, answers that the grader holds equal spelt alike."""
-    profile, baseline = run.profile, _baseline(method)
-    config = SamplingConfig(max_new_tokens=max(profile.lengths), batch=profile.batch, seed=run.seed)
-    model, weights = model_of(run, method)
-    name = records_file(model, weights, run.tokenizer, run.task, method, config, baseline)
-    file = records_dir(run) / name
-    found = sample_records(model, run.tokenizer, run.task, method, profile.chains, config, file, baseline)
+    return sampled(run, method, *model_of(run, method), max(run.profile.lengths))
+
+
+def sampled(run: Run, method: Method, model, weights: str, length: int, baseline: Baseline | None = None) -> list[dict]:
+    """The same of a model at hand, up to ``length`` tokens; weights: what tells its weights from others'."""
+    config = SamplingConfig(max_new_tokens=length, batch=run.profile.batch, seed=run.seed)
+    file = records_dir(run) / records_file(model, weights, run.tokenizer, run.task, method, config, baseline)
+    found = sample_records(model, run.tokenizer, run.task, method, run.profile.chains, config, file, baseline)
     return canonical(grade_file(file, run.task, missing=True) if run.task.grades_later else found)
 
 
@@ -200,16 +194,9 @@ def right(run: Run, method: Method) -> np.ndarray:
     return shares
 
 
-def _baseline(method: Method) -> Baseline | None:
-    """Settings of a training-free method; None for the others."""
-    if method.name not in GRID_BASELINES:
-        return None
-    return Quest(method.cr, page=QUEST_PAGE) if method.name == "quest" else get_baseline(method.name)(method.cr)
-
-
 def model_of(run: Run, method: Method) -> tuple:
     """(model, what tells its weights from others')."""
-    if method.name == "vanilla" or _baseline(method):  # gates stay off; the same cache and counters
+    if method.name == "vanilla":  # gates stay off; the same cache and counters
         config = run.profile.recipe.dms if run.profile.recipe else DMSConfig()
         model, weights = attach(load_base(run.base), config), run.base_weights
     else:
@@ -233,7 +220,7 @@ def run_all(run: Run) -> dict:
 
 def summary(run: Run) -> dict:
     """Points, margins and paired differences of all tasks, and what was held out; also written to curves.json."""
-    result = merged([_summarised(one, methods(one)) for one in run.all_tasks])
+    result = merged([_summarised(one) for one in run.all_tasks])
     facts, top = retrofit(run), run.profile.recipe.retrofit.final_cr
     held = {str(m): held_out(run, m.name, m.cr, m.seed) for m in methods(run) if m.name in run.variants}
     result["retrofit"] = {
@@ -258,15 +245,6 @@ def _fidelity(held: dict) -> dict:
     return {name: held[name] for name in ("cr_decisions", "cr_live", "kl")}
 
 
-def grid(run: Run) -> dict:
-    """``summary``'s points, margins and differences with the training-free methods; also written to grid.json."""
-    began = time.time()
-    result = merged([_summarised(one, grid_methods(one)) for one in run.all_tasks])
-    result |= {"profile": profile_facts(run), "environment": describe(), "seconds": round(time.time() - began, 1)}
-    write_json(run.root / "grid.json", result)
-    return result
-
-
 def profile_facts(run: Run) -> dict:
     """The profile's settings, those of each task in "tasks"."""
     tasks = {one.task.name: one.profile.facts() for one in run.all_tasks}
@@ -275,7 +253,8 @@ def profile_facts(run: Run) -> dict:
     return shared | {"tasks": {task: {name: facts[name] for name in own[1:]} for task, facts in tasks.items()}}
 
 
-def _summarised(run: Run, compared: list[Method]) -> dict:
+def _summarised(run: Run) -> dict:
+    compared = methods(run)
     chains = [record for method in compared for record in records(run, method)]
     lengths, widths = list(run.profile.lengths), list(run.profile.widths)
     pairs = default_pairs(dict.fromkeys(method.name for method in compared))

@@ -16,6 +16,14 @@ STYLES = {  # method → (label, colour, marker)
     "snapkv": ("SnapKV", "#ece133", ">"),
     "dmc": ("DMC", "#56b4e9", "<"),
     "random": ("random eviction", "#949494", "*"),
+    "tova-protected": ("TOVA, prompt kept", "#de8f05", "2"),
+    "h2o-protected": ("H2O, prompt kept", "#029e73", "d"),
+    "quest-protected": ("Quest, prompt kept", "#cc78bc", "p"),
+    "streaming-llm-protected": ("StreamingLLM, prompt kept", "#ca9161", "x"),
+    "random-attention": ("Random Attention", "#949494", "*"),
+    "rkv": ("R-KV", "#fbafe4", "h"),
+    "kvzap": ("KVzap-style threshold", "#ece133", "H"),
+    "dms-random": ("DMS, random marks", "#56b4e9", "8"),
 }
 SIZES = {"figure.figsize": (7, 4.5), "figure.dpi": 110, "savefig.bbox": "tight", "axes.axisbelow": True}
 

@@ -105,13 +105,13 @@ def test_a_mean_below_the_projects_bar_is_said_beside_the_verdict():
 
 
 def test_training_free_methods_are_judged_one_by_one_over_axes_and_tasks():
-    grid = {"paired": [], "margins": []}
+    grid = {"margins": []}
     for task in ("traces", "search"):
-        for name, low, high, peak in (("tova", 1, 3, 1), ("h2o", 1, 3, -3), ("quest", -3, -1, -3)):
-            grid["paired"].append(paired("dms", name, 4.0, low, high, task))
+        for name, reads, peak in (("tova", 1, 1), ("h2o-protected", 1, -3), ("quest", -3, -3)):
+            grid["margins"].append(margin("reads", reads, reads + 1, task, b=name))
             grid["margins"].append(margin("peak", peak, peak + 1, task, b=name))
     words = verdicts(evidence(stored={"grid": grid}))["Learnt eviction beats training-free eviction"]
-    assert words == "agrees: TOVA; the axes or tasks disagree: H2O; disagrees: Quest"
+    assert words == "agrees: TOVA; the axes or tasks disagree: H2O, prompt kept; disagrees: Quest"
 
 
 def test_every_verdict_quotes_a_protocol():

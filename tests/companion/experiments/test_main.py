@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from companion.cli.main import main
+from companion.experiments import controls
 from companion.experiments import main as job
 from companion.experiments.profiles import get_profile
 
@@ -78,14 +79,10 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
 def test_the_grid_trains_and_samples_what_is_not_there_yet(tmp_path):
     recipe = SMOKE.recipe.changed(retrofit={"final_cr": 2.0, "steps_per_unit": 1, "rests": ((2.0, 1),), "batch": 2})
     quick = replace(SMOKE, recipe=recipe, crs=(2.0,), problems=2, chains=1, lengths=(8,), widths=(1,), held_out=2)
-    result = job.grid(job.Run(quick, tmp_path))
-    assert {point["method"] for point in result["points"]} == {
-        "vanilla",
-        "dms",
-        "dms-immediate",
-        "tova",
-        "h2o",
-        "quest",
-        "streaming-llm",
-    }
+    quick = replace(quick, lengths=(2, 4, 6, 8))
+    result = controls.grid(job.Run(quick, tmp_path))
+    methods = {"vanilla", "dms", *controls.CONTROLS, *controls.LIGHT}
+    assert {point["method"] for point in result["points"]} == methods
+    assert {point["L"] for point in result["points"] if point["method"] == "tova"} == {2, 8}
+    assert {row["b"] for row in result["margins"] if row["a"] == "dms"} == methods - {"dms"}
     assert (tmp_path / "grid.json").exists()
