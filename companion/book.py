@@ -13,6 +13,7 @@ import papermill
 
 from companion.experiments import main as job
 from companion.experiments.stages import stages
+from companion.live import write_live
 from companion.paths import checkout
 from companion.side_by_side import run_side_by_side
 from dms_core.storage import read_json
@@ -99,4 +100,5 @@ def build_book(book_dir: Path) -> Path:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode:
         raise RuntimeError(f"jupyter-book exited with {done.returncode}:\n" + "\n".join(done.stdout.splitlines()[-60:]))
+    write_live(book_dir / "_build" / "html" / "live")
     return book_dir / "_build" / "html" / "index.html"

@@ -1,0 +1,356 @@
+"""The live page computes what the library computes (in node and in a browser), and can be used."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from companion import live
+from companion.paths import REASONER
+from companion.tasks.choices import make_choice
+from companion.tasks.programs import make_problem
+from companion.tasks.puzzles import make_puzzle, solves
+from dms_core.cache.dms import DMSCache
+from dms_core.checkpoint import load_base, load_model, load_tokenizer
+from dms_core.config import DMSConfig
+from dms_core.model import attach
+from dms_core.pick import pick_tokens
+from dms_core.sampling import pad_left
+
+LOCAL = ("file:", "data:")
+BOUNDARY = 1e-4  # a gate's logit so near to 0 that rounding may decide
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+
+TRACE = """({model, prompt, ids}) => {
+  const m = new DMS.Model(window.DMS_WEIGHTS[model]), c = new DMS.Cache(m), logits = [], z = [];
+  ids.forEach((id, i) => { logits.push(...m.step(id, c, i >= prompt)); z.push(...m.z); });
+  const encode = (x) => { const b = new Uint8Array(new Float32Array(x).buffer), parts = [];
+    for (let i = 0; i < b.length; i += 8192) parts.push(String.fromCharCode(...b.subarray(i, i + 8192)));
+    return btoa(parts.join("")); };
+  return {logits: encode(logits), z: encode(z), reads: [...c.reads], live: [...c.length],
+          state: Array.from({length: m.rows}, (_, r) => [...c.state.subarray(r * c.capacity).subarray(0, ids.length)])};
+}"""
+
+
+@dataclass(frozen=True)
+class Case:
+    prompt: str
+    trace: str
+
+
+@cache
+def cases() -> list[Case]:
+    """50 problems of the three tasks with their traces."""
+    made = [make_problem("validation", 5, i, (3, 8)) for i in range(17)]
+    made += [make_choice("validation", 5, i, (3, 8)) for i in range(17)]
+    made += [make_puzzle("validation", 5, i, longest=200) for i in range(16)]
+    return [Case(problem.prompt, problem.trace) for problem in made]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    return live.write_live(tmp_path_factory.mktemp("live")).parent
+
+
+class Node:
+    """Runs a JavaScript function with the engine loaded, in node."""
+
+    def __init__(self, page: Path) -> None:
+        self.head = "globalThis.window = globalThis;"
+        self.head += "".join(f"require({str(file)!r});" for file in (page / "engine.js", *page.glob("weights-*.js")))
+
+    def calls(self, function: str, values: list) -> list:
+        """What the function returns for each of ``values``."""
+        body = "const values = JSON.parse(require('fs').readFileSync(0));"
+        script = f"{self.head}{body}process.stdout.write(JSON.stringify(values.map({function})))"
+        done = subprocess.run(
+            ["node", "-e", script], input=json.dumps(values), capture_output=True, text=True, check=True
+        )
+        return json.loads(done.stdout)
+
+
+class Browser:
+    """The same in headless Chromium, in the page itself, from file://."""
+
+    def __init__(self, tab) -> None:
+        self.tab = tab
+
+    def calls(self, function: str, values: list) -> list:
+        return [self.tab.evaluate(function, value) for value in values]
+
+
+@pytest.fixture(scope="module")
+def browser(page):
+    """A function that opens the page in Chromium: (**options of a context) -> tab; tab.problems: errors, requests."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="NOT RUN IN A BROWSER: playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("NOT RUN IN A BROWSER: chromium is not installed")
+    with sync_api.sync_playwright() as play:
+        program = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+
+        def open_page(part="#still", **options):
+            tab = program.new_context(offline=True, **options).new_page()
+            tab.problems = []
+            tab.on("pageerror", lambda error: tab.problems.append(str(error)))
+            tab.on("console", lambda said: tab.problems.append(said.text) if said.type == "error" else None)
+            tab.on("request", lambda asked: tab.problems.append(asked.url) if asked.url[:5] not in LOCAL else None)
+            tab.on("requestfailed", lambda asked: tab.problems.append(asked.url))
+            tab.goto((page / "index.html").as_uri() + part)
+            tab.wait_for_function("window.DMS_PAGE && DMS_PAGE.race.sides.length === 2")
+            return tab
+
+        yield open_page
+        program.close()
+
+
+@pytest.fixture(scope="module", params=["node", "chromium"])
+def engine(request, page):
+    if request.param == "chromium":
+        tab = request.getfixturevalue("browser")()
+        for name in live.MODELS:
+            if not tab.evaluate(f"{name!r} in window.DMS_WEIGHTS"):
+                tab.add_script_tag(path=page / f"weights-{name}.js")
+        return Browser(tab)
+    if not shutil.which("node"):
+        pytest.skip("NOT RUN IN NODE: node is not installed")
+    return Node(page)
+
+
+@cache
+def expected(name: str) -> list[dict]:
+    """Of each case, what the library computes with the page's weights: logits by one forward pass with hard decisions,
+    gates' logits likewise, counters by decoding token by token with a cache."""
+    tokenizer = load_tokenizer(REASONER)
+    folder = REASONER / live.MODELS[name]
+    dense = not live.MODELS[name]
+    model = attach(load_base(folder), DMSConfig(window=16, scale=10.0)) if dense else load_model(folder)
+    live.round_weights(model)
+    prompts = [tokenizer(case.prompt)["input_ids"] for case in cases()]
+    traces = [tokenizer(case.trace)["input_ids"] for case in cases()]
+    with torch.inference_mode():
+        if dense:
+            with model.dms.disabled():
+                return _both(model, prompts, traces)
+        return _both(model, prompts, traces)
+
+
+def _both(model, prompts: list[list[int]], traces: list[list[int]]) -> list[dict]:
+    counted = _decode(model, prompts, traces)
+    for prompt, trace, facts in zip(prompts, traces, counted, strict=True):
+        facts["logits"] = model(torch.tensor([prompt + trace]), use_cache=False).logits[0].numpy()
+        if model.dms.enabled:
+            logits = model.dms.step.logits  # (1, H, T) of each layer
+            facts["z"] = torch.cat([logits[layer] for layer in sorted(logits)], 1)[0].T.numpy()
+    return counted
+
+
+def _decode(model, prompts, traces) -> list[dict]:
+    """Reads and live tokens (rows,) after each text, all texts side by side."""
+    cache = DMSCache.for_model(model)
+    ids, mask, positions = pad_left(prompts, 0)
+    model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    lengths = torch.tensor([len(trace) for trace in traces])
+    for step in range(int(lengths.max())):
+        on = lengths > step
+        token = torch.tensor([trace[step] if step < len(trace) else 0 for trace in traces])[:, None]
+        at = torch.tensor([[len(prompt) + step] for prompt in prompts])
+        model(token, attention_mask=on[:, None].long(), position_ids=at, past_key_values=cache, use_cache=True)
+    counters = (cache.kv_reads(), cache.live_tokens(), cache.peak_tokens())
+    reads, alive, peak = (x.transpose(0, 1).flatten(1).tolist() for x in counters)
+    return [{"reads": r, "live": n, "peak": p} for r, n, p in zip(reads, alive, peak, strict=True)]
+
+
+def states(z: np.ndarray, window: int) -> list[list[int]]:
+    """What has become of each token (1 held, 2 marked, 3 overwritten) after the last one: dms_core.visibility."""
+    tokens = len(z)
+    marked = np.zeros_like(z, dtype=bool)
+    marked[:-1] = z[1:] > 0  # token j + 1 decides about j
+    gone = (tokens - 1 - np.arange(tokens) > window)[:, None]
+    return np.where(marked, np.where(gone, 3, 2), 1).T.tolist()
+
+
+def test_weights_are_small_and_rounded_to_half_a_step(page):
+    for name in live.MODELS:
+        assert (page / f"weights-{name}.js").stat().st_size <= 1.3e6
+    matrix = torch.randn(5, 64) * torch.tensor([1e-3, 0.1, 1.0, 30.0, 0.0])[:, None]
+    whole, scale = live.quantise(matrix)
+    assert whole.dtype == torch.int8
+    assert ((whole * scale[:, None] - matrix).abs() <= 0.501 * scale[:, None]).all()
+
+
+def test_sample_problems_are_what_the_generators_make():
+    problems = live.sample_problems(3)
+    assert problems["traces"][0] == make_problem("validation", live.SEED, 0, live.MIX["traces"]).prompt
+    assert {kind: {prompt[0] for prompt in prompts} for kind, prompts in problems.items()} == {
+        "traces": {"?"},
+        "choice": {"<"},
+        "search": {">"},
+    }
+
+
+def test_model_that_the_page_cannot_run_is_refused(tiny_model, tmp_path):
+    tiny_model("qwen3", gates=False, vocabulary=73).save_pretrained(tmp_path)
+    load_tokenizer(REASONER).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a Llama with tied embeddings"):
+        live.pack(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", live.MODELS)
+def test_engine_equals_library(engine, name):
+    tokenizer, wanted = load_tokenizer(REASONER), expected(name)
+    asked = [
+        {"model": name, "prompt": len(case.prompt), "ids": tokenizer(case.prompt + case.trace)["input_ids"]}
+        for case in cases()
+    ]
+    worst = decided = whole = 0
+    for want, got, given in zip(wanted, engine.calls(TRACE, asked), asked, strict=True):
+        tokens = len(given["ids"])
+        logits, z = (np.frombuffer(base64.b64decode(got[x]), np.float32).reshape(tokens, -1) for x in ("logits", "z"))
+        until = tokens
+        if name != "dense":
+            differ = (z > 0) != (want["z"] > 0)
+            assert (np.abs(want["z"][differ]) < BOUNDARY).all()
+            until = int(differ.any(1).argmax()) if differ.any() else tokens
+            decided += int((z > 0).sum())
+        worst = max(worst, float(np.abs(logits[:until] - want["logits"][:until]).max()))
+        if until == tokens:
+            whole += 1
+            assert (got["reads"], got["live"], got["live"]) == (want["reads"], want["live"], want["peak"])
+            if name != "dense":
+                assert got["state"] == states(z, 16)
+    print(
+        f"{name}: largest difference of a logit {worst:.2g}, {decided} evictions, {whole} of {len(asked)} texts whole"
+    )
+    assert worst <= 1e-3 and whole >= len(asked) - 2
+    assert name == "dense" or decided > 1000
+
+
+def test_picks_equal_the_library(engine):
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(300, 73)) * 3).astype(np.float32)
+    uniforms = rng.random(300)
+    for temperature, top_p in ((0.6, 0.95), (1.0, 1.0), (1.3, 0.5), (0.0, 0.95)):
+        want = pick_tokens(torch.from_numpy(logits), torch.from_numpy(uniforms), temperature, top_p).tolist()
+        asked = [{"x": x.tolist(), "u": float(u)} for x, u in zip(logits, uniforms, strict=True)]
+        got = engine.calls(f"({{x, u}}) => DMS.pick(Float32Array.from(x), {temperature}, {top_p}, u)", asked)
+        assert sum(a != b for a, b in zip(got, want, strict=True)) <= 1  # a uniform at the border of two tokens
+
+
+def test_verdicts_equal_the_graders(engine):
+    judge = "({prompt, text}) => { const p = DMS.parse(prompt), a = DMS.extract(p.task, text);"
+    judge += "return [p.task, a, DMS.correct(p, a)] }"
+    asked = [{"prompt": case.prompt, "text": case.trace} for case in cases()]
+    assert all(right for _, _, right in engine.calls(judge, asked))
+    wrong = [{**x, "text": re.sub(r"\d(?=;?#|$)", lambda d: str((int(d[0]) + 1) % 10), x["text"])} for x in asked]
+    for given, (task, answer, right) in zip(wrong, engine.calls(judge, wrong), strict=True):
+        if task == "search":
+            assert right == solves(given["prompt"], answer)
+        elif task == "traces":
+            assert not right and answer is not None
+    cut = [{**x, "text": x["text"][: len(x["text"]) // 2]} for x in asked]
+    assert not any(right for _, _, right in engine.calls(judge, cut))
+
+
+# The page.
+
+RACE = "() => DMS_PAGE.race.sides.map((s) => [s.reads, s.budget, s.chains.reduce((n, c) => n + c.reads, 0), s.over])"
+
+
+def finish(tab) -> None:
+    tab.wait_for_function("DMS_PAGE.over() && document.querySelector('#verdict').textContent", timeout=60_000)
+
+
+def test_race_keeps_its_budget_and_tells_its_end(browser):
+    tab = browser()
+    tab.check("#speed input[value=Fast]")
+    tab.click("#run")
+    finish(tab)
+    for reads, budget, summed, over in tab.evaluate(RACE):
+        assert over and 0 < reads <= budget and reads == pytest.approx(summed)
+    dense, sparse = tab.evaluate("() => DMS_PAGE.race.sides.map((s) => s.made / s.reads)")
+    assert sparse > 2 * dense
+    said = tab.inner_text("#verdict")
+    assert "Dense wrote" in said and "DMS at CR 8 wrote" in said
+    assert "of 1" in tab.inner_text("#score")
+    assert tab.problems == []
+
+
+def test_same_seed_gives_the_same_race_and_another_seed_another(browser):
+    texts = "() => DMS_PAGE.race.sides.map((s) => s.chains.map((c) => c.text))"
+    run = "() => { DMS_PAGE.advance(Infinity, 1e9) }"
+    tab, found = browser(), []
+    for seed in (0, 0, 7):
+        tab.evaluate("seed => { document.getElementById('seed').value = seed; return DMS_PAGE.prepare() }", seed)
+        tab.evaluate(run)
+        found.append(tab.evaluate(texts))
+    assert found[0] == found[1] != found[2]
+    assert len(set(found[0][1])) == 2  # the chains of one side differ
+
+
+def test_keyboard_steps_races_and_chooses(browser):
+    tab = browser()
+    tab.focus("#step")
+    tab.keyboard.press("Enter")
+    assert tab.evaluate("() => DMS_PAGE.race.sides[0].made") == 1
+    tab.focus("#task input:checked")
+    tab.keyboard.press("ArrowRight")
+    tab.wait_for_function("DMS_PAGE.race.sides[0].problem.task === 'traces'")
+    tab.fill("#prompt", "?a;b=1;!")
+    tab.wait_for_function("document.querySelector('#said').textContent.includes('has no line')")
+    tab.fill("#prompt", "?a;a=b+1;b=4;!")
+    tab.wait_for_function("DMS_PAGE.race.sides[0].problem.answer === '5'")
+    tab.focus("#run")
+    tab.keyboard.press("Enter")
+    finish(tab)
+    assert "5, right" in tab.inner_text("#verdict").replace("\n", " ")
+    assert tab.problems == []
+
+
+def test_reduced_motion_shows_results_at_once(browser):
+    tab = browser(part="", reduced_motion="reduce")
+    tab.wait_for_timeout(300)
+    assert tab.evaluate("() => DMS_PAGE.race.clock") == 0  # nothing starts by itself
+    tab.evaluate("""() => { window.shown = new Set();
+      new MutationObserver(() => shown.add(document.querySelector('.counters b').textContent))
+        .observe(document.querySelector('.counters b'), {childList: true}) }""")
+    tab.click("#run")
+    finish(tab)
+    assert len(set(tab.evaluate("() => [...shown]")) - {"0"}) == 1
+
+
+def test_first_race_starts_by_itself(browser):
+    tab = browser(part="", viewport={"width": 1280, "height": 1000})
+    tab.wait_for_function("DMS_PAGE.race.clock > 0")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_fits_a_phone_and_follows_the_colour_scheme(browser, scheme):
+    tab = browser(viewport={"width": 360, "height": 740}, color_scheme=scheme, device_scale_factor=2)
+    assert tab.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+    background = "() => getComputedStyle(document.body).backgroundColor"
+    assert (tab.evaluate(background) == "rgb(255, 255, 255)") == (scheme == "light")
+    tab.evaluate("() => { document.documentElement.dataset.theme = 'dark' }")
+    assert tab.evaluate(background) != "rgb(255, 255, 255)"
+
+
+def test_page_in_a_frame_takes_the_theme_and_tells_its_height(browser, page):
+    tab = browser()
+    (page / "book.html").write_text((page / "embed.html").read_text().replace("live/index.html", "index.html#still"))
+    tab.goto((page / "book.html").as_uri())
+    tab.wait_for_function("document.getElementById('dms-live').style.height !== '1080px'")
+    tab.evaluate("() => { document.documentElement.dataset.theme = 'dark' }")
+    frame = tab.frames[1]
+    frame.wait_for_function("document.documentElement.dataset.theme === 'dark'")
+    assert frame.evaluate("() => document.documentElement.scrollHeight <= innerHeight + 1")
+    assert tab.problems == []
