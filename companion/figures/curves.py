@@ -44,7 +44,7 @@ def plot_panels(summary: dict, axes: Sequence[str] = ("reads", "peak")) -> plt.F
             ax.set_xlabel(ax.get_xlabel().partition(" (")[0], fontsize=10)
             ax.get_legend().remove()
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    fig.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
     return fig
 
 
