@@ -90,8 +90,8 @@ class DenseRows(DynamicCache):
         for layer in self.layers if change else ():
             layer.keys, layer.values = (pad(x, (0, 0, change, 0)) for x in (layer.keys, layer.values))
 
-    def live_tokens(self) -> Tensor:
-        """Tokens held, (1, B, 1): all layers and heads hold the same."""
+    def peak_tokens(self) -> Tensor:
+        """Most tokens held so far, (1, B, 1): rows only grow, and all layers and heads hold the same."""
         return self.seen[None, :, None]
 
     def kv_reads(self) -> Tensor:

@@ -303,9 +303,10 @@ def test_reasoning_gym_grades_later_without_sandbox(monkeypatch):
 
 
 def test_program_traces_match_generated_problems():
+    from companion.tasks.embedded import MIX
     from companion.tasks.programs import make_problem
 
-    task, made = Traces(size=3, seed=5), [make_problem("test", 5, i) for i in range(3)]
+    task, made = Traces(size=3, seed=5), [make_problem("test", 5, i, MIX["traces"]) for i in range(3)]
     assert [(p.question, p.gold, p.metadata["variables"]) for p in task.problems] == [
         (m.prompt, m.answer, m.variables) for m in made
     ]
