@@ -147,6 +147,7 @@ def test_json_has_the_documented_type(arguments, kind, capsys):
     [
         ("tiny/curves.json", "curves"),
         ("full/curves.json", "curves"),
+        ("full/runtime.json", "runtime"),
         ("delay.json", "ablate delay"),
         ("smollm2.json", "fidelity"),
         ("smollm2-tokens.json", "tokens"),
