@@ -77,9 +77,8 @@ def _light(run: Run, name: str, cr: float) -> tuple:
 
 
 def compared(run: Run) -> list[tuple[str, float]]:
-    """Every control with each of its ratios; one with DMS's marks has those of DMS."""
-    own = [*product(CONTROLS, RATIOS), *product(["kvzap"], run.profile.crs), *product(["dms-random"], run.profile.crs)]
-    return [(name, float(cr)) for name, cr in own]
+    """Every control with each of its ratios; those with DMS's cache have the ratios of DMS."""
+    return [*product(CONTROLS, RATIOS), *product(LIGHT, run.profile.crs)]
 
 
 def grid(run: Run) -> dict:

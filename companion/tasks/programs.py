@@ -26,7 +26,7 @@ ANSWER_MARK = "#"
 ALPHABET = LETTERS + DIGITS + OPERATORS + "?;=<>" + PROMPT_END + ANSWER_MARK
 SPLITS = ("train", "retrofit", "validation", "test")
 
-TRAINING_MIX = (4, 18)  # needed variables, inclusive, of the documents that the reasoner and its retrofits learn from
+TRAINING_MIX = (4, 18)  # needed variables, inclusive, of the documents that the reasoner learns from
 DISTRACTORS = (2, 6)  # lines that the goal does not depend on, inclusive
 
 
