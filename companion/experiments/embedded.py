@@ -18,6 +18,7 @@ def train_recipe(
     fsdp: bool = False,
     report: Callable | None = None,
     base: Path = REASONER,
+    until: float | None = None,
 ) -> dict:
     """``run_recipe`` that knows these two names; base: the directory of the model ``reasoner``."""
 
@@ -33,4 +34,4 @@ def train_recipe(
         return make_packed_rows(recipe, tokenizer, out)
 
     precise = recipe.model == "reasoner"  # so small that a GPU gains nothing from bf16
-    return run_recipe(recipe, out, cpu, fsdp, report, load, make_data, bf16=not precise)
+    return run_recipe(recipe, out, cpu, fsdp, report, load, make_data, bf16=not precise, until=until)

@@ -29,7 +29,7 @@ from companion.tasks.grading import canonical, grade_file
 from companion.tasks.mixture import TraceDataset
 from dms_core.baselines import Baseline
 from dms_core.budgets.curves import default_pairs, summarise
-from dms_core.checkpoint import fingerprint, load_base, load_model
+from dms_core.checkpoint import fingerprint, is_checkpoint, load_base, load_model
 from dms_core.config import DMSConfig
 from dms_core.model import attach
 from dms_core.sampling import SamplingConfig
@@ -115,12 +115,27 @@ def retrofit(run: Run, name: str = "dms", seed: int = 0) -> dict:
 
     seed: of the retrofit, counted from the run's.
     """
-    out = retrofit_dir(run, name, seed)
-    if not (out / "retrofit.json").exists():
-        began = time.time()
-        train_recipe(recipe_of(run, name, seed), out, cpu=run.place == "cpu", base=run.base)
-        update_json(out / "retrofit.json", seconds=time.time() - began)
-    return read_json(out / "retrofit.json")
+    file = retrofit_dir(run, name, seed) / "retrofit.json"
+    if not file.exists() or "seconds" not in read_json(file):
+        _train(run, name, seed, None)
+    return read_json(file)
+
+
+def retrofit_until(run: Run, name: str, cr: float, seed: int = 0) -> dict:
+    """Train a variant as far as its checkpoint at ``cr``, unless it is there: the ratio, and seconds so far."""
+    there = is_checkpoint(checkpoint(run, name, cr, seed))
+    return {"cr": cr} if there else {"cr": cr, "seconds": _train(run, name, seed, cr)}
+
+
+def _train(run: Run, name: str, seed: int, until: float | None) -> float:
+    """Train on; seconds of all parts so far that ended where they should, also left in a finished run's file."""
+    out, began = retrofit_dir(run, name, seed), time.time()
+    train_recipe(recipe_of(run, name, seed), out, cpu=run.place == "cpu", base=run.base, until=until)
+    part = "end" if until is None else f"cr{until:g}"
+    seconds = sum(update_json(out / "seconds.json", **{part: time.time() - began}).values())
+    if (out / "retrofit.json").exists():
+        update_json(out / "retrofit.json", seconds=seconds)
+    return seconds
 
 
 def checkpoint(run: Run, name: str, cr: float, seed: int = 0) -> Path:
@@ -201,7 +216,7 @@ def model_of(run: Run, method: Method) -> tuple:
         model, weights = attach(load_base(run.base), config), run.base_weights
     else:
         if method.name in run.variants:
-            retrofit(run, method.name, method.seed)
+            retrofit_until(run, method.name, method.cr, method.seed)
         directory = checkpoint(run, method.name, method.cr, method.seed)
         model, weights = load_model(directory), fingerprint(directory)
     return model.to(run.place), weights

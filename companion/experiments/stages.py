@@ -15,21 +15,21 @@ class Stage(NamedTuple):
 
     kind: str  # retrofit, held-out, records, summary
     run: Run
-    method: Method | None = None  # of a retrofit without ratio: 1
+    method: Method | None = None  # of a retrofit the ratio up to which it trains; 1: to its end
     needs: tuple[str, ...] = ()
 
 
 def stages(run: Run) -> dict[str, Stage]:
     """retrofit-VARIANT, held-out-METHOD, records-TASK-METHOD and summary, each after those that it needs.
 
-    METHOD is such as dms-cr4; what was retrofitted with another seed than the run's ends with -seedN.
+    METHOD is such as dms-cr4; what was retrofitted with another seed than the run's ends with -seedN.  A retrofit that
+    is evaluated at several ratios has a stage retrofit-METHOD for each but the last: what needs a checkpoint on the way
+    does not wait for the end.
     """
-    found = {}
-    for name in run.variants:
-        for seed in range(run.profile.seeds):
-            found[f"retrofit-{name}{seed_suffix(seed)}"] = Stage("retrofit", run, Method(name, 1.0, seed))
-    for method in job.methods(run):
-        needs = (f"retrofit-{method.name}{seed_suffix(method.seed)}",) * (method.name in run.variants)
+    found, methods = _retrofits(run), job.methods(run)
+    for method in methods:
+        way, end = f"retrofit-{method}", f"retrofit-{method.name}{seed_suffix(method.seed)}"
+        needs = (way if way in found else end,) * (method.name in run.variants)
         if needs:
             found[f"held-out-{method}"] = Stage("held-out", run, method, needs)
         for one in run.all_tasks:
@@ -37,11 +37,24 @@ def stages(run: Run) -> dict[str, Stage]:
     return found | {"summary": Stage("summary", run, None, tuple(found))}
 
 
+def _retrofits(run: Run) -> dict[str, Stage]:
+    found, methods = {}, job.methods(run)
+    for name in run.variants:
+        for seed in range(run.profile.seeds):
+            last = ()
+            own = [method for method in methods if (method.name, method.seed) == (name, seed)]
+            for way in sorted(own, key=lambda method: method.cr)[:-1]:
+                found[f"retrofit-{way}"] = Stage("retrofit", run, way, last)
+                last = (f"retrofit-{way}",)
+            found[f"retrofit-{name}{seed_suffix(seed)}"] = Stage("retrofit", run, Method(name, 1.0, seed), last)
+    return found
+
+
 def settings(stage: Stage) -> dict:
     """The parameters that shape a stage's result, apart from what it needs; ready for JSON."""
     run, method = stage.run, stage.method
     if stage.kind == "retrofit":
-        return job.recipe_of(run, method.name, method.seed).to_dict()
+        return job.recipe_of(run, method.name, method.seed).to_dict() | ({"until": method.cr} if method.cr > 1 else {})
     if stage.kind == "held-out":
         return {"documents": run.profile.held_out, "seed": run.seed}
     if stage.kind == "summary":
@@ -60,7 +73,8 @@ def run_stage(run: Run, name: str, code: str = "") -> dict:
     if name not in known:
         raise ValueError(f"stage {name!r}: must be one of {', '.join(known)}")
     began, stage = time.time(), known[name]
-    note = run.root / "stages" / f"{name}.code"
+    kept = f"retrofit-{stage.method.name}{seed_suffix(stage.method.seed)}" if stage.kind == "retrofit" else name
+    note = run.root / "stages" / f"{kept}.code"  # one for all parts of a retrofit
     if code and note.exists() and note.read_text() != code:
         _forget(stage)
     if code:
@@ -71,6 +85,8 @@ def run_stage(run: Run, name: str, code: str = "") -> dict:
 def _result(stage: Stage) -> dict:
     run, method = stage.run, stage.method
     if stage.kind == "retrofit":
+        if method.cr > 1:
+            return job.retrofit_until(run, method.name, method.cr, method.seed)
         return job.retrofit(run, method.name, method.seed)
     if stage.kind == "held-out":
         return job.held_out(run, method.name, method.cr, method.seed)

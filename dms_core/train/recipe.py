@@ -76,9 +76,14 @@ class RetrofitConfig:
     @property
     def steps(self) -> int:
         """Steps taken: all of the schedule, or those up to ``stop_cr``."""
-        if self.stop_cr is None:
-            return self.schedule.steps
-        return next(step for step, cr in self.schedule.saves().items() if cr == self.stop_cr)
+        return self.schedule.steps if self.stop_cr is None else self.step_of(self.stop_cr)
+
+    def step_of(self, cr: float) -> int:
+        """The step after which the checkpoint of ``cr`` is kept.  Raises ValueError where there is none."""
+        found = {kept: step for step, kept in self.schedule.saves().items()}
+        if cr not in found:
+            raise ValueError(f"CR {cr}: no checkpoint is kept there, only at {sorted(found)}")
+        return found[cr]
 
     def split(self, processes: int) -> tuple[int, int]:
         """(sequences at once on a device, batches accumulated) that make a step of ``batch`` sequences.

@@ -20,7 +20,7 @@ from dms_core.storage import claim, write_json
 from dms_core.train.losses import Distiller
 from dms_core.train.optim import make_optimizer
 from dms_core.train.recipe import RetrofitConfig
-from dms_core.train.trainer import ProgressBar, RetrofitTrainer, SaveFamily, shard_teacher
+from dms_core.train.trainer import ProgressBar, RetrofitTrainer, SaveFamily, StopAfter, shard_teacher
 
 CLAIM = "recipe.json"  # what a directory of checkpoints was trained with
 
@@ -46,16 +46,28 @@ def pad_collate(pad: int):
 
 
 def retrofit(
-    model, tokenizer, dataset, dms: DMSConfig, recipe: RetrofitConfig, out, *, attach=attach, facts=None, **arguments
+    model,
+    tokenizer,
+    dataset,
+    dms: DMSConfig,
+    recipe: RetrofitConfig,
+    out,
+    *,
+    until: float | None = None,
+    attach=attach,
+    facts=None,
+    **arguments,
 ) -> PreTrainedModel:
     """Teach ``model`` to evict, in place; checkpoints go to ``out``/cr<N>.  An interrupted run goes on by itself.
 
     model: a transformers decoder.  dataset: documents with input_ids and labels (-100: not predicted), and position_ids
     where several are packed in a row (each starts over at 0).  ``arguments`` go to TrainingArguments, such as fsdp=True
     to shard model and teacher by layers (FSDP2); ``attach`` puts a method on the model; ``facts``, a dictionary, say
-    what else ``out`` belongs to, beside the settings.  Under torchrun every process calls this.
+    what else ``out`` belongs to, beside the settings.  ``until``: stop after the checkpoint of this CR, where the next
+    call goes on.  Under torchrun every process calls this.
 
-    Raises ValueError for settings that do not fit each other, and if ``out`` holds a run with other settings.
+    Raises ValueError for settings that do not fit each other, an ``until`` at which the run keeps no checkpoint, and
+    if ``out`` holds a run with other settings.
 
     >>> recipe = RetrofitConfig(final_cr=2.0, steps_per_unit=2, batch=2)  # at least a few hundred steps in earnest
     >>> documents = [{"input_ids": [2, 3, 4, 5, 6], "labels": [-100, 3, 4, 5, 6]}] * 4
@@ -66,7 +78,7 @@ def retrofit(
         raise ValueError("train 'gates' with gate 'neuron': that gate has no parameters; train 'all'")
     if recipe.neuron_warmup and dms.gate != "neuron":
         raise ValueError(f"neuron_warmup {recipe.neuron_warmup} with gate {dms.gate!r}: must be 0; it is for 'neuron'")
-    out = Path(out)
+    out, last = Path(out), recipe.steps if until is None else recipe.step_of(until)
     settings = _settings(model, recipe, out, arguments)
     if settings.process_index == 0:
         claim(out, {**(facts or {}), **dms.to_dict(), **asdict(recipe)}, CLAIM)
@@ -86,12 +98,12 @@ def retrofit(
     optimizer = make_optimizer(trained, recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.gate_lr, recipe.betas)
     rows = {"train_dataset": dataset, "data_collator": pad_collate(tokenizer.pad_token_id or 0)}
     steps = {"optimizers": (optimizer, LambdaLR(optimizer, recipe.schedule.rate))}
-    callbacks = [SaveFamily(recipe, model, tokenizer, out), ProgressBar()]
+    callbacks = [SaveFamily(recipe, model, tokenizer, out), ProgressBar(), StopAfter(last)]
     trainer = RetrofitTrainer(recipe, model=distiller, args=settings, callbacks=callbacks, **rows, **steps)
     if settings.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError("fsdp True: must be under torchrun on GPUs; on CPUs or in one process, leave it out")
-    _train(trainer, last_checkpoint(out / "trainer"), recipe.steps)
-    if trainer.is_world_process_zero():
+    _train(trainer, last_checkpoint(out / "trainer"), last)
+    if trainer.is_world_process_zero() and trainer.state.global_step == recipe.steps:
         used = {**asdict(recipe), "steps": recipe.steps}
         write_json(out / "retrofit.json", {"dms": dms.to_dict(), "recipe": used, "log": trainer.state.log_history})
     model.dms.evicting, model.dms.neuron_factor, model.dms.noise_keys = True, 0.0, None
@@ -112,7 +124,7 @@ def _settings(model: PreTrainedModel, recipe: RetrofitConfig, out: Path, argumen
 
 
 def _train(trainer: RetrofitTrainer, last: str | None, steps: int) -> None:
-    """From the checkpoint ``last`` to the end; a finished run resumed, the Trainer would take one step more."""
+    """From the checkpoint ``last`` to ``steps``; a finished run resumed, the Trainer would take one step more."""
     trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in place of the Trainer's own bar
     if last is None or int(last.rsplit("-", 1)[1]) < steps:
         trainer.train(resume_from_checkpoint=last)

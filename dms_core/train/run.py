@@ -16,7 +16,15 @@ from dms_core.train.trainer import checkpoint_dir
 
 
 def run_recipe(
-    recipe: Recipe, out: Path | str, cpu=False, fsdp=False, report=None, load=None, make_data=None, bf16=True
+    recipe: Recipe,
+    out: Path | str,
+    cpu=False,
+    fsdp=False,
+    report=None,
+    load=None,
+    make_data=None,
+    bf16=True,
+    until=None,
 ) -> dict:
     """Train as the recipe says; an interrupted run goes on.  Every process of torchrun calls this.
 
@@ -24,7 +32,8 @@ def run_recipe(
     none.  fsdp: shard model and teacher over the processes.  report: is given some lines about what is about to run, on
     the first process.  load: ``load(recipe)`` gives model and tokenizer, in place of ``load_model_and_tokenizer``;
     make_data: ``make_data(recipe, tokenizer, out)`` gives data set and facts, in place of ``make_packed_rows``.
-    bf16: compute in bf16 on a GPU, by autocast; on a CPU in the weights' own precision.
+    bf16: compute in bf16 on a GPU, by autocast; on a CPU in the weights' own precision.  until: stop after the
+    checkpoint of this CR, where the next call goes on.
 
     Returns {"out", "steps", "checkpoints": {CR: directory}, "documents": facts}.  Raises ValueError where the batch
     does not divide over the processes, ``out`` holds another run, or model or data are out of reach.
@@ -43,7 +52,7 @@ def run_recipe(
     if first and report:
         report(summary_lines(recipe, processes, facts))
     arguments |= {"facts": recipe.own(), "train_sampling_strategy": "sequential"}
-    retrofit(model, tokenizer, data, recipe.dms, settings, out, **arguments)
+    retrofit(model, tokenizer, data, recipe.dms, settings, out, until=until, **arguments)
     saves = settings.schedule.saves().items()
     kept = {f"{cr:g}": str(checkpoint_dir(out, cr)) for step, cr in saves if step <= settings.steps}
     return {"out": str(out), "steps": settings.steps, "checkpoints": kept, "documents": facts}

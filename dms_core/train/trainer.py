@@ -107,6 +107,17 @@ def shard_teacher(teacher: PreTrainedModel, device: torch.device) -> None:
         fully_shard(layer, mesh=mesh)
 
 
+class StopAfter(TrainerCallback):
+    """Ends a run after a step, with a checkpoint from which it can go on."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.step:
+            control.should_save = control.should_training_stop = True
+
+
 class ProgressBar(TrainerCallback):
     """One plain bar on standard error, in a terminal and in a notebook; the log itself goes to retrofit.json."""
 

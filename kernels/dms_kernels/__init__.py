@@ -35,7 +35,8 @@ __all__ = [
 ]
 
 EXACT = -40.0  # nats: e^-40 vanishes in fp32 unless the key scores 23 nats above all others
-SHORT = 512  # tokens up to which, on a CPU, the full matrix is faster than the list
+SHORT, LONG = 512, 1024  # tokens: on a CPU the full matrix is faster up to the first, the list beyond the second
+SPARSE = 0.25  # between them the list is faster where less than this share of the keys is kept
 
 MODULES = {  # operation: module for tensors on a CPU, on CUDA, and elsewhere
     "forward": ("cpu.compact", "gpu.forward", None),
@@ -60,6 +61,14 @@ def on(device: torch.device, operation: str) -> ModuleType:
 def by_list(device: torch.device, long: bool) -> bool:
     """Whether attention goes through the kept list: always on CUDA, where it is ``long`` on a CPU, else never."""
     return device.type == "cuda" or (device.type == "cpu" and long)
+
+
+def _list_pays(log_keep: Tensor) -> bool:
+    """Whether, in training on a CPU, the list is faster than the full matrix; log_keep (B, H, T)."""
+    tokens = log_keep.shape[2]
+    if tokens <= SHORT or tokens > LONG or log_keep.device.type != "cpu" or ops.tracing(log_keep):
+        return tokens > SHORT
+    return float((log_keep.detach() > EXACT).float().mean()) < SPARSE
 
 
 def _check_heads(q: Tensor, heads: int) -> None:
@@ -103,7 +112,7 @@ def train_attention(
     if log_keep.shape != k.shape[:3]:
         raise ValueError(f"log_keep of shape {tuple(log_keep.shape)}: must be {tuple(k.shape[:3])}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not (return_lse or by_list(q.device, q.shape[2] > SHORT)):
+    if not (return_lse or by_list(q.device, _list_pays(log_keep))):
         return _dense.train_attention(q, k, v, log_keep, window, segment_ids, scale, sinks)
     q, k, v = common_dtype(q, k, v)
     plan = training_plan(log_keep.detach(), segment_ids, window, EXACT)

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from companion import families
 from companion.tasks.reasoner import make_tokenizer
 from dms_core.cache.dms import DMSCache
-from dms_core.checkpoint import load_model, read_settings
+from dms_core.checkpoint import is_checkpoint, load_model, read_settings
 from dms_core.config import DMSConfig
 from dms_core.storage import read_json
 from dms_core.train.optim import make_optimizer
@@ -97,6 +97,21 @@ def test_stop_cr_gives_the_longer_runs_checkpoint_of_that_ratio(tiny_model, tmp_
         model = run(tiny_model, tmp_path / "short", recipe)
         member = load_model(tmp_path / "long" / "cr2").state_dict()
         assert all(torch.equal(weight, member[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_run_in_parts_has_the_weights_and_the_log_of_one_in_one_piece(tiny_model, tmp_path):
+    whole = run(tiny_model, tmp_path / "whole").state_dict()
+    for _ in range(2):  # the second finds nothing left to do
+        run(tiny_model, tmp_path / "parts", until=2.0)
+        assert is_checkpoint(tmp_path / "parts" / "cr2") and not is_checkpoint(tmp_path / "parts" / "cr3")
+        assert not (tmp_path / "parts" / "retrofit.json").exists()
+    parts = run(tiny_model, tmp_path / "parts").state_dict()
+    assert all(torch.equal(weight, parts[name]) for name, weight in whole.items())
+    logs = [read_json(tmp_path / of / "retrofit.json")["log"] for of in ("whole", "parts")]
+    steps = [{entry["step"]: entry["kd"] for entry in log if "kd" in entry} for log in logs]
+    assert steps[0] == steps[1]
+    with pytest.raises(ValueError, match=r"CR 7: no checkpoint is kept there, only at \[2.0, 3.0\]"):
+        run(tiny_model, tmp_path / "other", until=7)
 
 
 def test_loss_parts_and_targets_are_logged(tiny_model, tmp_path):
