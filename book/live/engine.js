@@ -193,11 +193,12 @@
 
   /* Slots of every (layer, KV head). A token that leaves the window marked gives its slot to the new one. */
   class Cache {
-    constructor(model) {
+    /* window: other than the model was trained with, to see what that does. */
+    constructor(model, window) {
       const rows = (this.rows = model.rows), capacity = (this.capacity = model.positions);
       this.headDim = model.headDim;
       this.lag = model.dms ? model.dms.lag : 1;
-      this.cells = (model.dms ? model.dms.window : 0) + 1;
+      this.cells = (model.dms ? (window ?? model.dms.window) : 0) + 1;
       this.keys = Array.from({ length: rows }, () => new Float32Array(capacity * model.headDim));
       this.values = Array.from({ length: rows }, () => new Float32Array(capacity * model.headDim));
       this.length = new Int32Array(rows); // live tokens
@@ -308,13 +309,13 @@
   class Chain {
     constructor(model, prompt, options) {
       this.model = model;
-      this.options = options; // temperature, topP, seed, chain, most (tokens)
+      this.options = options; // temperature, topP, seed, chain, most (tokens), window
       this.promptTokens = prompt.length;
       this.text = "";
       this.made = 0;
       this.done = this.finished = false;
       this.random = generator(options.seed, options.chain || 0);
-      this.cache = new Cache(model);
+      this.cache = new Cache(model, options.window);
       if (options.from) {
         this.cache.copy(options.from.cache);
         this.next = options.from.prompted;

@@ -88,6 +88,15 @@
       }
     }
 
+    /* Put the cursor on a token, or one of its cells, and bring it into view. */
+    reveal({ token, row }, cursor) {
+      const top = Math.floor(token / this.perLine) * this.line, { view } = this;
+      const cell = row < 0 ? { y: 0, height: LETTER } : { y: LETTER + row * CELL - 1, height: CELL + 2 };
+      Object.assign(cursor.style, { left: `${(token % this.perLine) * STEP - 1}px`, top: `${top + cell.y}px`, width: `${STEP + 1}px`, height: `${cell.height}px` });
+      cursor.hidden = false;
+      if (top < view.scrollTop || top + this.line > view.scrollTop + view.clientHeight) view.scrollTop = top - view.clientHeight / 2;
+    }
+
     /* {token, row} under a pointer, row -1 on the letter; null where there is none. */
     at(event) {
       const box = this.canvas.getBoundingClientRect(), x = event.clientX - box.left, y = event.clientY - box.top;

@@ -77,7 +77,7 @@
   }
 
   const race = { sides: [], clock: 0, running: false, loading: 0, score: { races: 0, dense: 0, dms: 0 } };
-  let settings = { task: "search", speed: "Normal", cr: 8, width: 2 };
+  let settings = { task: "search", speed: "Normal", cr: 8, width: 2, window: 16 };
 
   /* Choices */
 
@@ -149,8 +149,8 @@
     const budget = budgetOf(problem.prompt.length, +$("budget").value);
     const options = { temperature: +$("temperature").value, topP: TOP_P, seed: Math.max(0, Math.floor(+$("seed").value || 0)) };
     $("heads").textContent = dense.rows;
-    $("window").textContent = sparse.dms.window;
-    return [new Side(dense, problem, 1, options, budget), new Side(sparse, problem, settings.width, options, budget)];
+    $("window").textContent = settings.window;
+    return [new Side(dense, problem, 1, options, budget), new Side(sparse, problem, settings.width, { ...options, window: settings.window }, budget)];
   }
 
   function restart() {
@@ -311,13 +311,16 @@
         <div class="bar" role="progressbar" aria-label="${title}: KV reads of the budget" aria-valuemin="0" aria-valuemax="100"><i></i></div>
         <p class="counters"><span>KV reads <b></b></span><span>peak tokens <b></b></span><span>written <b></b></span></p>
         <div class="chains" role="group" aria-label="${title}: chain shown"></div>
-        <div class="view" tabindex="0" role="region" aria-label="${title}: trace and cache"><p class="unseen"></p></div>
-        <p class="look"></p>`;
+        <div class="view" tabindex="0" role="region" aria-label="${title}: trace and cache" aria-description="Arrow keys go from token to token and from head to head."><p class="unseen"></p><i class="cursor" hidden></i></div>
+        <p class="look" aria-live="polite"></p>`;
       for (const name of ["top h2", "state", "bar", "chains", "view", "look"]) this[name.split(" ").pop()] = this.box.querySelector(`.${name}`);
       [this.readsBox, this.peakBox, this.madeBox] = this.box.querySelectorAll(".counters b");
       this.grid = new DMS.Grid(this.view, kind);
-      this.view.addEventListener("pointermove", (event) => this.explain(event));
-      this.view.addEventListener("pointerleave", () => (this.look.textContent = ""));
+      this.cursor = this.box.querySelector(".cursor");
+      this.view.addEventListener("pointermove", (event) => this.explain(this.grid.at(event)));
+      this.view.addEventListener("pointerleave", () => this.explain(null));
+      this.view.addEventListener("keydown", (event) => this.walk(event));
+      this.view.addEventListener("blur", () => this.explain(null));
     }
 
     show(chain) {
@@ -368,8 +371,20 @@
       });
     }
 
-    explain(event) {
-      const at = this.grid.at(event);
+    /* Arrow keys: along the tokens, and up and down the heads of one. */
+    walk(event) {
+      const { chain } = this.grid, last = chain ? chain.cache.seen - 1 : -1, now = this.at || { token: Math.max(0, last), row: -1 };
+      const by = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], Home: [-last, 0], End: [last, 0] }[event.key];
+      if (!by || last < 0) return;
+      event.preventDefault();
+      const within = (x, least, most) => Math.min(Math.max(x, least), most);
+      this.explain({ token: within(now.token + by[0], 0, last), row: within(now.row + by[1], -1, chain.cache.rows - 1) });
+      this.grid.reveal(this.at, this.cursor);
+    }
+
+    explain(at) {
+      this.at = at;
+      this.cursor.hidden = true;
       if (!at) return void (this.look.textContent = "");
       const { cache, text, promptTokens, model } = this.grid.chain, letter = (race.sides[0].prompt + text)[at.token];
       const where = `Token ${at.token + 1} “${letter}”${at.token < promptTokens ? " of the problem" : ""}: `;
@@ -409,6 +424,7 @@
   segments("speed", Object.keys(SPEEDS).map((name) => [name, name]), "speed");
   segments("cr", [[4, "CR 4"], [8, "CR 8"]], "cr");
   segments("width", [1, 2, 4, 8].map((n) => [n, String(n)]), "width");
+  segments("delay", [0, 4, 16, 64].map((n) => [n, String(n)]), "window");
   const views = [new View("dense", "Dense"), new View("dms", "DMS")];
   $("controls").addEventListener("submit", (event) => { event.preventDefault(); run(); });
   $("step").addEventListener("click", single);
@@ -433,7 +449,7 @@
   new ResizeObserver(draw).observe($("sides"));
   embed();
   showScore();
-  window.DMS_PAGE = { race, settings, prepare, advance, over, tell };
+  window.DMS_PAGE = { race, settings, prepare, advance, over, tell, draw };
   if (!PROBLEMS) $("said").textContent = "problems.js is missing: the book's build writes it (make book)";
   const prepared = PROBLEMS ? chooseTask() : Promise.resolve();
   startWhenSeen();

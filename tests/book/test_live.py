@@ -25,11 +25,7 @@ from dms_core.model import attach
 from dms_core.pick import pick_tokens
 from dms_core.sampling import pad_left
 
-LOCAL = ("file:", "data:")
 BOUNDARY = 1e-4  # a gate's logit so near to 0 that rounding may decide
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
 
 TRACE = """({model, prompt, ids}) => {
   const m = new DMS.Model(window.DMS_WEIGHTS[model]), c = new DMS.Cache(m), logits = [], z = [];
@@ -57,11 +53,6 @@ def cases() -> list[Case]:
     return [Case(problem.prompt, problem.trace) for problem in made]
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Path:
-    return live.write_live(tmp_path_factory.mktemp("live")).parent
-
-
 class Node:
     """Runs a JavaScript function with the engine loaded, in node."""
 
@@ -87,30 +78,6 @@ class Browser:
 
     def calls(self, function: str, values: list) -> list:
         return [self.tab.evaluate(function, value) for value in values]
-
-
-@pytest.fixture(scope="module")
-def browser(page):
-    """A function that opens the page in Chromium: (**options of a context) -> tab; tab.problems: errors, requests."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="NOT RUN IN A BROWSER: playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("NOT RUN IN A BROWSER: chromium is not installed")
-    with sync_api.sync_playwright() as play:
-        program = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-
-        def open_page(part="#still", **options):
-            tab = program.new_context(offline=True, **options).new_page()
-            tab.problems = []
-            tab.on("pageerror", lambda error: tab.problems.append(str(error)))
-            tab.on("console", lambda said: tab.problems.append(said.text) if said.type == "error" else None)
-            tab.on("request", lambda asked: tab.problems.append(asked.url) if asked.url[:5] not in LOCAL else None)
-            tab.on("requestfailed", lambda asked: tab.problems.append(asked.url))
-            tab.goto((page / "index.html").as_uri() + part)
-            tab.wait_for_function("window.DMS_PAGE && DMS_PAGE.race.sides.length === 2")
-            return tab
-
-        yield open_page
-        program.close()
 
 
 @pytest.fixture(scope="module", params=["node", "chromium"])
@@ -260,97 +227,3 @@ def test_verdicts_equal_the_graders(engine):
             assert not right and answer is not None
     cut = [{**x, "text": x["text"][: len(x["text"]) // 2]} for x in asked]
     assert not any(right for _, _, right in engine.calls(judge, cut))
-
-
-# The page.
-
-RACE = "() => DMS_PAGE.race.sides.map((s) => [s.reads, s.budget, s.chains.reduce((n, c) => n + c.reads, 0), s.over])"
-
-
-def finish(tab) -> None:
-    tab.wait_for_function("DMS_PAGE.over() && document.querySelector('#verdict').textContent", timeout=60_000)
-
-
-def test_race_keeps_its_budget_and_tells_its_end(browser):
-    tab = browser()
-    tab.check("#speed input[value=Fast]")
-    tab.click("#run")
-    finish(tab)
-    for reads, budget, summed, over in tab.evaluate(RACE):
-        assert over and 0 < reads <= budget and reads == pytest.approx(summed)
-    dense, sparse = tab.evaluate("() => DMS_PAGE.race.sides.map((s) => s.made / s.reads)")
-    assert sparse > 2 * dense
-    said = tab.inner_text("#verdict")
-    assert "Dense wrote" in said and "DMS at CR 8 wrote" in said
-    assert "of 1" in tab.inner_text("#score")
-    assert tab.problems == []
-
-
-def test_same_seed_gives_the_same_race_and_another_seed_another(browser):
-    texts = "() => DMS_PAGE.race.sides.map((s) => s.chains.map((c) => c.text))"
-    run = "() => { DMS_PAGE.advance(Infinity, 1e9) }"
-    tab, found = browser(), []
-    for seed in (0, 0, 7):
-        tab.evaluate("seed => { document.getElementById('seed').value = seed; return DMS_PAGE.prepare() }", seed)
-        tab.evaluate(run)
-        found.append(tab.evaluate(texts))
-    assert found[0] == found[1] != found[2]
-    assert len(set(found[0][1])) == 2  # the chains of one side differ
-
-
-def test_keyboard_steps_races_and_chooses(browser):
-    tab = browser()
-    tab.focus("#step")
-    tab.keyboard.press("Enter")
-    assert tab.evaluate("() => DMS_PAGE.race.sides[0].made") == 1
-    tab.focus("#task input:checked")
-    tab.keyboard.press("ArrowRight")
-    tab.wait_for_function("DMS_PAGE.race.sides[0].problem.task === 'traces'")
-    tab.fill("#prompt", "?a;b=1;!")
-    tab.wait_for_function("document.querySelector('#said').textContent.includes('has no line')")
-    tab.fill("#prompt", "?a;a=b+1;b=4;!")
-    tab.wait_for_function("DMS_PAGE.race.sides[0].problem.answer === '5'")
-    tab.focus("#run")
-    tab.keyboard.press("Enter")
-    finish(tab)
-    assert "5, right" in tab.inner_text("#verdict").replace("\n", " ")
-    assert tab.problems == []
-
-
-def test_reduced_motion_shows_results_at_once(browser):
-    tab = browser(part="", reduced_motion="reduce")
-    tab.wait_for_timeout(300)
-    assert tab.evaluate("() => DMS_PAGE.race.clock") == 0  # nothing starts by itself
-    tab.evaluate("""() => { window.shown = new Set();
-      new MutationObserver(() => shown.add(document.querySelector('.counters b').textContent))
-        .observe(document.querySelector('.counters b'), {childList: true}) }""")
-    tab.click("#run")
-    finish(tab)
-    assert len(set(tab.evaluate("() => [...shown]")) - {"0"}) == 1
-
-
-def test_first_race_starts_by_itself(browser):
-    tab = browser(part="", viewport={"width": 1280, "height": 1000})
-    tab.wait_for_function("DMS_PAGE.race.clock > 0")
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_fits_a_phone_and_follows_the_colour_scheme(browser, scheme):
-    tab = browser(viewport={"width": 360, "height": 740}, color_scheme=scheme, device_scale_factor=2)
-    assert tab.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
-    background = "() => getComputedStyle(document.body).backgroundColor"
-    assert (tab.evaluate(background) == "rgb(255, 255, 255)") == (scheme == "light")
-    tab.evaluate("() => { document.documentElement.dataset.theme = 'dark' }")
-    assert tab.evaluate(background) != "rgb(255, 255, 255)"
-
-
-def test_page_in_a_frame_takes_the_theme_and_tells_its_height(browser, page):
-    tab = browser()
-    (page / "book.html").write_text((page / "embed.html").read_text().replace("live/index.html", "index.html#still"))
-    tab.goto((page / "book.html").as_uri())
-    tab.wait_for_function("document.getElementById('dms-live').style.height !== '1080px'")
-    tab.evaluate("() => { document.documentElement.dataset.theme = 'dark' }")
-    frame = tab.frames[1]
-    frame.wait_for_function("document.documentElement.dataset.theme === 'dark'")
-    assert frame.evaluate("() => document.documentElement.scrollHeight <= innerHeight + 1")
-    assert tab.problems == []
