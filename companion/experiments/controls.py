@@ -1,7 +1,7 @@
 """The controls: what else could make a cache as small, on the same problems, at matched reads and matched peaks.
 
 Training-free methods run as published and, ``-protected``, with the prompt kept whole.  Their budget is (prompt + L) /
-CR tokens, so each runs at several L.  Two more have DMS's cache, its delay and its counters: a regression of future
+CR tokens, so those that keep it run at several L.  Two more have DMS's cache, its delay and its counters: a regression of future
 attention on hidden states (``kvzap``), and DMS with marks drawn at random at its own heads' rates (``dms-random``).
 """
 
@@ -39,13 +39,13 @@ CONTROLS: dict[str, Callable[[float], Baseline]] = {
     "rkv": partial(RKV, protect=True, buffer=16),  # tokens; the authors' 128 are more than a budget here
 }
 LIGHT = ("kvzap", "dms-random")
-RATIOS = (2.0, 3.0, 4.0)  # of the controls: at 8 their budget is smaller than many prompts
+RATIOS = (2.0, 4.0)  # of the controls: at 8 their budget is smaller than many prompts
 DOCUMENTS = 64  # that kvzap's regression sees
 
 
-def lengths(run: Run) -> tuple[int, int]:
-    """The L that a training-free method is given: the largest of the profile, and the third below it."""
-    return run.profile.lengths[-1], run.profile.lengths[-4]
+def lengths(run: Run, name: str) -> tuple[int, ...]:
+    """The L that a training-free method is given: the largest, and where the prompt is kept the third below it, too."""
+    return run.profile.lengths[-1:] if name in PUBLISHED else (run.profile.lengths[-1], run.profile.lengths[-4])
 
 
 def records(run: Run, name: str, cr: float) -> list[dict]:
@@ -55,7 +55,7 @@ def records(run: Run, name: str, cr: float) -> list[dict]:
         baseline = CONTROLS[name](cr)
         return [
             record
-            for length in lengths(run)
+            for length in lengths(run, name)
             for record in job.sampled(run, Method(name, cr), model, weights, length, baseline)
         ]
     model, weights, marks = _light(run, name, cr)
