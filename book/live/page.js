@@ -6,7 +6,7 @@
   const TASKS = { search: "Search", traces: "Traces", choice: "Choice" };
   const BUDGETS = { search: 300, traces: 200, choice: 240 }; // dense tokens
   const SPEEDS = { Slow: 1200, Normal: 9000, Fast: 40000 }; // KV reads a second, on each side
-  const FIRST = { search: 1, traces: 0, choice: 3 }; // the problem shown first
+  const FIRST = { search: 1, traces: 3, choice: 4 }; // the problem shown first
   const still = matchMedia("(prefers-reduced-motion: reduce)");
   const number = (x) => Math.round(x).toLocaleString("en-US");
   const spell = (answer) => (answer.length > 1 ? answer.match(/../g).join(" ") : answer); // of a search: n4 U0
