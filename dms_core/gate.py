@@ -62,6 +62,11 @@ def read_neuron(q: Tensor, heads: int, neuron: int, factor: float) -> tuple[Tens
     return x, (grouped * keep).flatten(2, 3)
 
 
+def neuron_rows(projection: nn.Module, heads: int, neuron: int) -> list[tuple[nn.Parameter, Tensor]]:
+    """A projection's weight and bias, each with the rows of ``neuron`` >= 0 in every of ``heads`` equal parts."""
+    return [(p, torch.arange(heads) * (len(p) // heads) + neuron) for p in projection.parameters()]
+
+
 def warmup_factor(step: int, steps: int = 2000) -> float:
     """Neuron gate: what remains of the neuron's part in attention after ``step`` of ``steps`` warm-up steps."""
     if steps < 1:

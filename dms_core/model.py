@@ -22,7 +22,7 @@ from dms_core.cache.base import RowCache
 from dms_core.cache.dms import DMSCache
 from dms_core.cache.hybrid import other_layers
 from dms_core.config import DMSConfig
-from dms_core.gate import AdapterGate, gate_logits, read_neuron
+from dms_core.gate import AdapterGate, gate_logits, neuron_rows, read_neuron
 from dms_core.parallel import split_of
 from dms_core.probe import Attention, decoder_of, layout_of, place_of
 from dms_core.step import Step, Uncached, Watch, documents, given_cache, padding_mask, several
@@ -127,6 +127,20 @@ class DMS:
             if self.config.gate == "adapter"
             else []
         )
+
+    def gate_rows(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """What of the model's own weights serves the gates: parameters and their rows; none for the adapter gate.
+
+        A norm between projection and gate is none of it: all heads share it.
+        """
+        full, neuron = self.layout.full if self.config.gate == "neuron" else (), self.config.neuron
+        return [pair for a in full for pair in neuron_rows(a.module.q_proj, a.heads, neuron % a.head_dim)]
+
+    @torch.no_grad()
+    def zero_neurons(self) -> None:
+        """Set the neurons of ``gate_rows`` to 0 for all inputs: z = -b0, where adapters begin."""
+        for parameter, rows in self.gate_rows():
+            parameter[rows] = 0
 
     # A forward pass.
 

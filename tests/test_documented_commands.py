@@ -90,7 +90,9 @@ BATCH = [  # estimates run whole, the others as dry runs; test_workflow.py and t
 LONG = "trains and samples for long; test_reproduce.py runs the smoke profile"
 SINGLE = {
     "dms COMMAND --help": each_help,
-    "dms ablate NAME": parsed("trains for long; test_ablations.py trains a variant", NAME="window|steps|loss|weights"),
+    "dms ablate NAME": parsed(
+        "trains for long; test_ablations.py trains a variant", NAME="window|steps|loss|weights|neuron|teachers"
+    ),
     "dms bench KIND --device cuda": parsed("needs a card", KIND="train|prefill|decode|cache|sampling"),
     "dms bench decode": whole("--quick --repeats 1"),
     "dms bench sampling": parsed("minutes; test_bench.py runs each kind with --quick"),

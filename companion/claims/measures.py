@@ -11,10 +11,12 @@ from companion.claims.evidence import Evidence
 from companion.claims.protocols import Protocol
 from companion.claims.wording import points
 from companion.cost.roofline import ARCHITECTURES, kv_share
+from companion.experiments.delay import RULE, conclusion, select
 from companion.figures.style import style_of
 
 Found = tuple[str, str] | None  # what was measured, and the verdict; None without data
 AXES = {"reads": "equal reads", "peak": "equal peak", "seconds": "equal time"}
+DIFFERENCE = ("difference", "low", "high")
 
 
 def margin(evidence: Evidence, rule: Protocol, axis: str) -> Found:
@@ -66,19 +68,28 @@ def schedule(evidence: Evidence, rule: Protocol) -> Found:
 
 
 def against_dmc(evidence: Evidence, rule: Protocol) -> Found:
-    """Ahead is more compressed and still more accurate, by intervals that do not overlap."""
-    runs = {run["arm"]: run | run["sampled"] | run["held_out"] for run in evidence.rows("dmc", "runs")}
-    if not {"dms", "dmc"} <= runs.keys():
+    """Both gates of DMS minus DMC, at equal ratio and at equal tokens; a comparison of before had no pairs."""
+    pairs = {(p["a"], p["at"]): p for p in evidence.rows("dmc", "pairs") if p["b"] == "dmc"}
+    if not pairs:
         return None
-    names = {"dms": "DMS", "dms-neuron": "DMS with a neuron gate", "dmc": "DMC"}
-    form = "{name} CR {cr_decisions:.2f}, {accuracy:.1f} % [{low:.1f}, {high:.1f}]"
-    measured = "; ".join(form.format(name=name, **runs[arm]) for arm, name in names.items() if arm in runs)
-    dmc = runs["dmc"]
-    ahead = {arm: r["cr_decisions"] > dmc["cr_decisions"] and r["low"] > dmc["high"] for arm, r in runs.items()}
-    verdict = "agrees" if ahead["dms"] else "unresolved"
-    if ahead["dms"] and not ahead.get("dms-neuron", True):
+    names = {"dms": "adapter gate", "neuron-all": "neuron gate"}
+    signs = {arm: [_sign(pairs[arm, at]) for at in ("equal cr_decisions", "equal tokens")] for arm in names}
+    better = {arm: ratio == 1 and tokens >= 0 for arm, (ratio, tokens) in signs.items()}
+    told = [
+        f"DMS, {name}, minus DMC {words}: {wording.interval(*(pairs[arm, at][key] for key in DIFFERENCE))}"
+        for arm, name in names.items()
+        for at, words in (
+            ("equal cr_decisions", f"at CR {pairs[arm, 'equal cr_decisions']['cr']:.2f} by decisions"),
+            ("equal tokens", "after equal tokens"),
+        )
+    ]
+    if all(better.values()):
+        verdict = "agrees"
+    elif better["dms"]:
         verdict = "agrees with the adapter gate, not with a neuron gate"
-    return f"after {runs['dms']['trained']['tokens']:,} tokens and the same target: {measured}", verdict
+    else:
+        verdict = "disagrees" if signs["neuron-all"][0] == -1 else "unresolved"
+    return "; ".join(told), verdict
 
 
 def memory(evidence: Evidence, rule: Protocol) -> Found:
@@ -116,15 +127,15 @@ def delay(evidence: Evidence, rule: Protocol) -> Found:
 
 
 def absorbed(evidence: Evidence, rule: Protocol) -> Found:
-    """The stored intervention."""
-    study = evidence.stored.get("delay")
-    if not study:
+    """The stored intervention; one of before, without forced evictions, does not count."""
+    outcomes = evidence.rows("delay", "outcomes")
+    if not outcomes:
         return None
-    moved = study["window_minus_control"]
-    value, low, high = (wording.signed(moved[f"difference{end}"], 2) for end in ("", "_low", "_high"))
-    kept = f"some head keeps the digit in {study['kept_somewhere']:.0f} % of the look-ups"
-    verdict = "agrees" if moved["difference_low"] > 0 else f"no sign of it; {kept}"
-    return f"{value} % of the log-odds [{low}, {high}] sit in the window's tokens", verdict
+    measured = []
+    for words, (*which, _) in RULE.items():
+        rows = [{key.removeprefix("value_"): x for key, x in row.items()} for row in select(outcomes, *which)]
+        measured += [f"{words}: {_by_task(rows, 'value')}"] * bool(rows)
+    return f"evicted everywhere, in points; {'; '.join(measured)}", conclusion(outcomes)
 
 
 def training_free(evidence: Evidence, rule: Protocol) -> Found:
@@ -145,15 +156,56 @@ def training_free(evidence: Evidence, rule: Protocol) -> Found:
 
 
 def rests(evidence: Evidence, rule: Protocol) -> Found:
-    """An equivalence claim: without a rest at most some points worse."""
-    studies = evidence.stored.get("ablations", {}).values()
-    pair = next((p for study in studies for p in study["pairs"] if p["a"] == "no-rest"), None)
-    if pair is None:
+    """An equivalence claim: without a rest, but with a rate that falls, at most some points worse."""
+    if (judged := _compared(evidence, "no-rest-decay", "dms")) is None:
         return None
     most = -rule.thresholds["equivalence"]
-    verdict = "agrees" if pair["low"] > most else "disagrees" if pair["high"] < 0 else "unresolved"
-    measured = f"as many steps without a rest, hence at a constant rate, minus with one: {_difference(pair)}"
-    return measured, f"{verdict} (nothing: at most {-most:g} points)"
+    verdict = "agrees" if judged["low"] > most else "disagrees" if judged["high"] < 0 else "unresolved"
+    measured = [f"as many steps without a rest, the rate falling as long, minus with one: {_difference(judged)}"]
+    for variant, words in (
+        ("no-rest", "without a rest at a constant rate"),
+        ("rest-constant", "a constant rate in it"),
+    ):
+        if other := _compared(evidence, variant, "dms"):
+            measured.append(f"{words}: {_difference(other)}")
+    return "; ".join(measured), f"{verdict} (nothing: at most {-most:g} points)"
+
+
+def neuron_gate(evidence: Evidence, rule: Protocol) -> Found:
+    """An equivalence claim: with a warm-up, a start at zero and a rate of its own about as good as an adapter."""
+    if (judged := _compared(evidence, "neuron-all", "dms")) is None:
+        return None
+    (row,) = (r for r in evidence.stored["ablations"]["neuron"]["rows"] if r["variant"] == "neuron-all")
+    short, most = row["cr_decisions"] < rule.thresholds["compression"] * row["cr"], -rule.thresholds["equivalence"]
+    fails = short or judged["high"] < 0
+    verdict = "agrees" if judged["low"] > most and not short else "disagrees" if fails else "unresolved"
+    parts = {"no-warmup": "the warm-up", "no-zero": "the start at zero", "no-rate": "a rate of its own"}
+    without = {words: _compared(evidence, f"neuron-{name}", "neuron-all") for name, words in parts.items()}
+    measured = f"minus the adapter gate: {_difference(judged)}, CR {row['cr_decisions']:.2f} by decisions"
+    if dense := _compared(evidence, "neuron-all", "vanilla"):
+        measured += f"; minus dense: {_difference(dense)}"
+    measured += "".join(f"; without {words}: {_difference(pair)}" for words, pair in without.items() if pair)
+    needs = " and ".join(words for words, pair in without.items() if pair and _sign(pair) == -1)
+    return measured, f"{verdict} (as good: at most {-most:g} points worse); needed: {needs or 'none by itself'}"
+
+
+def teachers(evidence: Evidence, rule: Protocol) -> Found:
+    """Next-token loss minus distillation, with a frozen base and with all weights; beside it future attention."""
+    bases = {"frozen base": ("gates-lm", "gates-only"), "all weights": ("lm-loss", "dms")}
+    pairs = {where: _compared(evidence, *which, "teachers") for where, which in bases.items()}
+    if None in pairs.values():
+        return None
+    signs, words = (
+        {where: _sign(pair) for where, pair in pairs.items()},
+        {-1: "agrees", 0: "unresolved", 1: "disagrees"},
+    )
+    measured = "next token minus distillation, " + ", ".join(f"{w}: {_difference(p)}" for w, p in pairs.items())
+    verdict = ", ".join(f"{words[sign]} with {where}" for where, sign in signs.items())
+    verdict = words[signs["frozen base"]] if len(set(signs.values())) == 1 else f"mixed: {verdict}"
+    if future := _compared(evidence, "gates-future", "gates-only"):
+        measured += f"; future attention minus distillation, frozen base: {_difference(future)}"
+        verdict += f"; against future attention: {words[_sign(future)]}"
+    return measured, verdict
 
 
 def latency(evidence: Evidence, rule: Protocol) -> Found:
@@ -174,6 +226,13 @@ def needle(evidence: Evidence, rule: Protocol) -> Found:
     found, kept = (f"{round(row['needles'] * row['prompts'])} of {row['prompts']}" for row in (dense, ours))
     verdict = "agrees" if ours["needles"] >= dense["needles"] else "loses here; too few to tell how much"
     return f"SmolLM2 135M, gates alone: {found} for the original, {kept} at CR {ours['cr']:g}", verdict
+
+
+def _compared(evidence: Evidence, a: str, b: str, study: str | None = None) -> dict | None:
+    """A pair of the stored ablations, of all of them or of one."""
+    found = evidence.stored.get("ablations", {})
+    pairs = (pair for name, of in found.items() if study in (None, name) for pair in of["pairs"])
+    return next((pair for pair in pairs if (pair["a"], pair["b"]) == (a, b)), None)
 
 
 def _sign(row: dict) -> int:
@@ -207,4 +266,5 @@ def _difference(row: dict) -> str:
     return points(row["difference"], row["low"], row["high"])
 
 
-MEASURES = (margin, fixed_budget, schedule, against_dmc, memory, delay, absorbed, training_free, rests, latency, needle)
+MEASURES = (margin, fixed_budget, schedule, against_dmc, memory, delay, absorbed, training_free, rests, neuron_gate)
+MEASURES += (teachers, latency, needle)

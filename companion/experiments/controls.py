@@ -1,8 +1,9 @@
 """The controls: what else could make a cache as small, on the same problems, at matched reads and matched peaks.
 
 Training-free methods run as published and, ``-protected``, with the prompt kept whole.  Their budget is (prompt + L) /
-CR tokens, so those that keep it run at several L.  Two more have DMS's cache, its delay and its counters: a regression of future
-attention on hidden states (``kvzap``), and DMS with marks drawn at random at its own heads' rates (``dms-random``).
+CR tokens, so those that keep it run at several L.  Two more have DMS's cache, its delay and its counters: a regression
+of future attention on hidden states (``kvzap``), and DMS with marks drawn at random at its own heads' rates
+(``dms-random``).
 """
 
 import contextlib

@@ -1,254 +1,198 @@
-"""Does the content of an evicted token move into later tokens during the window?  (Paper section 3.2 supposes it.)
+"""What does the delay buy?  A token that is gone from every head, with delayed and with immediate eviction.
 
-Interchange interventions on look-ups: a digit at position j decides what is predicted at a query q, q - j > w.  The
-corrupted run has another digit at j and the same tokens elsewhere.  What the tokens of a set S wrote, in all layers, is
-put from the corrupted run into the clean one: keys and values (outputs of k_proj and v_proj) and the gate's logit.
+Some KV head may keep a digit that is needed far behind, and then nothing has to move.  So the source of a look-up is
+forced out of all heads of all layers, and one asks whether its digit is still predicted at the query:
 
-    follows(S) = P(most likely token at q is the other digit)
-    effect(S)  = (o(S) - o(clean)) / (o(corrupted) - o(clean)),   o: log-odds at q, other digit over right
+    right          share of look-ups whose right digit is the most likely token, source forced out
+    loss           that share without forcing minus with it; own loss: beyond what forcing out another digit costs
+    beyond chance  right minus the same in the run whose source has another digit: chance, and what the rest of the
+                   document says
+    moved          change of P(other digit) when the window's tokens write as in the run with the other digit, minus
+                   the same of the next w tokens (`interventions`; source forced out in all runs)
 
-S = {j}: the total effect, since later tokens read the exchanged source and write what follows from it.
-S = {j + 1, ..., j + w}, with the clean source: what moved into the window while j was still visible.  The next w tokens
-are the control; "after source" is all that later tokens carry, and what it lacks of the total goes straight from j.
+Compared are retrofits with delayed and with immediate eviction and the dense model, whose gates evict the forced token
+alone.  The verdict's rule is data/protocols/absorbed.yaml.
 """
 
-import contextlib
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from companion.experiments.interventions import MEASURES, RUNS, interchange
+from companion.experiments.lookups import KINDS, TASKS, Case, find_cases
+from companion.experiments.main import Run, checkpoint
 from companion.experiments.sample import checked_device
 from companion.paths import REASONER
+from companion.paths import RUNS as DIRECTORY
 from companion.provenance import describe
-from companion.tasks.programs import DIGITS, Problem, make_problem
 from companion.tasks.reasoner import load_tokenizer
 from dms_core.budgets import bootstrap
-from dms_core.checkpoint import load_base, load_model
+from dms_core.checkpoint import is_checkpoint, load_base, load_model, read_settings
+from dms_core.config import DMSConfig
+from dms_core.model import attach
 
-KINDS = ("definition", "result")
-CONDITIONS = ("none", "source", "window", "control", "source and window", "after source", "all")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One look-up: token ids up to and including the query, and what is exchanged."""
-
-    ids: tuple[int, ...]
-    source: int  # j
-    right: int  # the digit's id, which is to be predicted at the query
-    wrong: int  # the other digit's id
-    kind: str  # "definition": a digit of the prompt; "result": a value found in the trace and needed on a return
-
-    @property
-    def query(self) -> int:
-        return len(self.ids) - 1
-
-
-def lookups(problem: Problem, distance: int) -> list[tuple[int, int, str]]:
-    """(source, query, kind) of every look-up at least ``distance`` tokens long; one token is one character.
-
-    A first visit ``X=a+4>a;`` repeats the prompt's definition.  A return ``X=3+b=...`` repeats X's last line, whose 3
-    is a value found before.
-    """
-    definitions, at = {}, 0
-    for line in problem.prompt.split(";"):
-        definitions[line[0]] = line, at
-        at += len(line) + 1
-    last, found, at = {}, [], len(problem.prompt)
-    for line in problem.trace.split(";")[:-1]:
-        first_visit = line[0] not in last
-        before, start = definitions[line[0]] if first_visit else last[line[0]]
-        for k in range(2, min(5, len(before), len(line))):  # X = a + b
-            repeated = line[k] in DIGITS and before[k] == line[k]
-            of_prompt = definitions[line[0]][0][k : k + 1] in tuple(DIGITS)
-            if repeated and of_prompt == first_visit and at + k - 1 - (start + k) >= distance:
-                found.append((start + k, at + k - 1, KINDS[not first_visit]))
-        last[line[0]] = line, at
-        at += len(line) + 1
-    return found
+MODELS = ("dms", "dms-immediate", "dense")
+PAIRS = (("dms", "dms-immediate"), ("dms", "dense"), ("dms-immediate", "dense"))
+OUTCOMES = {  # a measure, and the runs whose weighted sum is taken
+    "right": ("right", {"forced": 1}),
+    "loss": ("right", {"clean": 1, "forced": -1}),
+    "own loss": ("right", {"forced, other": 1, "forced": -1}),
+    "beyond chance": ("right", {"forced": 1, "forced, exchanged": -1}),
+    "moved": ("p_other", {"forced, window": 1, "forced, control": -1}),
+    "moved, log-odds": ("odds", {"forced, window": -1, "forced, control": 1}),
+    "passed on": ("p_other", {"forced, control": 1, "forced": -1}),
+    "moved, unforced": ("p_other", {"window": 1, "control": -1}),
+}
+RULE = {  # what the verdict needs in every task: outcome, model, compared with, sign
+    "right more often than with immediate eviction": ("right", "dms", "dms-immediate", 1),
+    "a smaller loss": ("loss", "dms", "dms-immediate", -1),
+    "content in the window's tokens": ("moved", "dms", None, 1),
+    "more than in the dense model": ("moved", "dms", "dense", 1),
+}
+LEAST = 1.0  # points of "moved" from which on content counts as moved
+DOCUMENTS_SEED = 2  # of the validation documents; those of seeds 0 and 1 were looked at in pilots
+DRAWS = (1000, 0)  # resamples, and their seed
 
 
-def find_cases(tokenizer, documents: int, distance: int, seed: int = 0) -> list[Case]:
-    """At most one look-up of each kind a validation document, drawn at random."""
-    cases = []
-    for index in range(documents):
-        problem, rng = make_problem("validation", seed, index), random.Random(f"lookup/{seed}/{index}")
-        text, found = problem.prompt + problem.trace, lookups(problem, distance)
-        for kind in KINDS:
-            if chosen := [place for place in found if place[2] == kind]:
-                source, query, _ = rng.choice(chosen)
-                wrong = rng.choice([digit for digit in DIGITS if digit != text[source]])
-                ids = tokenizer(text[: query + 1])["input_ids"]
-                cases.append(Case(tuple(ids), source, *tokenizer.convert_tokens_to_ids([text[source], wrong]), kind))
-    return cases
-
-
-def tokens_of(case: Case, condition: str, window: int) -> range:
-    """The positions that a condition patches.  Raises ValueError for an unknown condition."""
-    if condition not in CONDITIONS:
-        raise ValueError(f"condition {condition!r}: must be one of {', '.join(CONDITIONS)}")
-    j, q, after = case.source, case.query, case.source + 1 + window
-    spans = (0, 0), (j, j + 1), (j + 1, after), (after, after + window), (j, after), (j + 1, q), (0, q + 1)
-    return range(*spans[CONDITIONS.index(condition)])
-
-
-@contextlib.contextmanager
-def _writing(model, act) -> Iterator[None]:
-    """Inside, ``act(place, output)`` may replace what tokens write: keys, values (B, T, H D), gate logits (B, H, T)."""
-    with contextlib.ExitStack() as hooks:
-        for layer, block in enumerate(model.get_decoder().layers):
-            for name in ("k_proj", "v_proj", "dms_gate"):
-                if (module := getattr(block.self_attn, name, None)) is not None:
-                    hook = module.register_forward_hook(lambda m, i, x, place=(layer, name): act(place, x))
-                    hooks.enter_context(hook)  # leaving it removes the hook
-        yield
-
-
-@torch.inference_mode()
-def recorded(model, ids: Tensor) -> tuple[Tensor, dict]:
-    """Logits (B, T, V) of ids (B, T), and what every token wrote, by (layer, module)."""
-    written = {}
-    with _writing(model, lambda place, output: written.update({place: output.clone()})):
-        return model(input_ids=ids, use_cache=False).logits, written
-
-
-@torch.inference_mode()
-def patched(model, ids: Tensor, tokens: Tensor, written: dict) -> Tensor:
-    """Logits (B, T, V) of ids (B, T) where the tokens marked in ``tokens`` (B, T) write what stands in ``written``."""
-
-    def put(place: tuple, output: Tensor) -> Tensor:
-        chosen = tokens[:, None, :] if place[1] == "dms_gate" else tokens[:, :, None]
-        return torch.where(chosen, written[place], output)
-
-    with _writing(model, put):
-        return model(input_ids=ids, use_cache=False).logits
-
-
-def make_batch(cases: Sequence[Case]) -> tuple[Tensor, Tensor]:
-    """Clean and corrupted token ids (B, T); padding is on the right, where no query sees it."""
-    clean = pad_sequence([torch.tensor(case.ids) for case in cases], batch_first=True)
-    corrupted = clean.clone()
-    corrupted[range(len(cases)), [case.source for case in cases]] = torch.tensor([case.wrong for case in cases])
-    return clean, corrupted
-
-
-def interchange(model, cases: Sequence[Case], window: int) -> list[dict]:
-    """Per case {condition: (predicted id, log-odds of the other digit over the right one)}.
-
-    Also "clean" and "corrupted", the runs without patches, and with gates "kept" (layers, KV heads): whether the clean
-    run keeps the source by its decisions.
-    """
-    clean, corrupted = (ids.to(model.device) for ids in make_batch(cases))
-    rows, queries, results = range(len(cases)), [case.query for case in cases], [{} for _ in cases]
-    right, wrong = ([getattr(case, name) for case in cases] for name in ("right", "wrong"))
-
-    def note(name: str, logits: Tensor) -> None:
-        at = logits[rows, queries]
-        odds = at[rows, wrong] - at[rows, right]
-        for result, token, value in zip(results, at.argmax(-1).tolist(), odds.tolist(), strict=True):
-            result[name] = (token, value)
-
-    note("clean", recorded(model, clean)[0])
-    if hasattr(model, "dms"):
-        stays = ~torch.stack([e.bool() for e in model.dms.step.evicted.values()])  # (L, B, H, T)
-        for row, (result, case) in enumerate(zip(results, cases, strict=True)):
-            result["kept"] = stays[:, row, :, case.source].tolist()
-    logits, written = recorded(model, corrupted)
-    note("corrupted", logits)
-    for condition in CONDITIONS:
-        tokens = torch.zeros_like(clean, dtype=torch.bool)
-        for row, case in enumerate(cases):
-            tokens[row, tokens_of(case, condition, window)] = True
-        note(condition, patched(model, clean, tokens, written))
-    return results
+def default_checkpoints(runs: Path = DIRECTORY, seeds: int = 1, cr: float = 4.0) -> dict[str, list[Path]]:
+    """Of both kinds of eviction by retrofit seed: profile "full" below ``runs``; the first delayed one is shipped."""
+    job = Run.of("full", runs)
+    found = {name: [checkpoint(job, name, cr, seed) for seed in range(seeds)] for name in MODELS[:2]}
+    return found | {"dms": [REASONER / f"dms-cr{cr:g}", *found["dms"][1:]]}
 
 
 def delay(
-    checkpoint: Path | str = REASONER / "dms-cr4",
+    checkpoints: dict[str, Sequence[Path]] | None = None,
     base: Path | str = REASONER,
     documents=200,
-    seed=0,
+    seed=DOCUMENTS_SEED,
     batch=32,
     device: str | None = None,
+    tasks: Sequence[str] = tuple(TASKS),
+    report: Callable[[str], None] = lambda line: None,
 ) -> dict:
-    """The experiment on a retrofitted model and the dense one, over the look-ups that both solve in both runs.
+    """The experiment on the look-ups that the dense model solves, with the clean and with an exchanged source.
 
-    Rates and effects are percentages with 95 % bootstrap intervals over look-ups.
+    checkpoints: by "dms" and "dms-immediate", of each retrofit seed.  Immediate eviction is left out, and what lacks is
+    named in "missing", unless all are there; ValueError where one with delayed eviction is not.  report: gets a
+    line before each model.
     """
-    place = checked_device(device)
-    models = {"dms": load_model(checkpoint).to(place), "dense": load_base(base).to(place)}
-    window = models["dms"].dms.config.window
-    cases = find_cases(load_tokenizer(base), documents, 2 * window + 1, seed)
-    order = sorted(range(len(cases)), key=lambda i: len(cases[i].ids))
-    found = {name: {} for name in models}
-    for name, model in models.items():
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            found[name] |= zip(chosen, interchange(model, [cases[i] for i in chosen], window), strict=True)
-
-    def solved_by(results: dict, i: int) -> bool:
-        return (results[i]["clean"][0], results[i]["corrupted"][0]) == (cases[i].right, cases[i].wrong)
-
-    solved = [i for i in range(len(cases)) if all(solved_by(results, i) for results in found.values())]
-    cases = [cases[i] for i in solved]
-    found = {name: [results[i] for i in solved] for name, results in found.items()}
-    settings = {"checkpoint": Path(checkpoint).name, "window": window, "documents": documents, "seed": seed}
-    settings |= {"lookups": len(order), "used": len(cases), "least_distance": 2 * window + 1}
+    checkpoints = dict(checkpoints or default_checkpoints())
+    missing = [str(path) for path in checkpoints.get("dms-immediate", ()) if not is_checkpoint(path)]
+    if missing or not checkpoints.get("dms-immediate"):
+        checkpoints.pop("dms-immediate", None)
+    configs = [DMSConfig.from_dict(read_settings(path)["dms"]) for paths in checkpoints.values() for path in paths]
+    if len(windows := {config.window for config in configs}) > 1:
+        raise ValueError(f"windows {sorted(windows)}: must be one, else the tokens that see the source differ")
+    window, place = configs[0].window, checked_device(device)
+    cases = find_cases(load_tokenizer(base), documents, 2 * window + 1, seed, tasks)
+    cases.sort(key=lambda case: len(case.ids))
+    asked = len(cases)
+    report(f"{asked} look-ups: dense")
+    dense, kept = measured(attach(load_base(base), configs[0]).to(place), cases, window, batch)  # zero gates: z = -b0
+    solved = (dense[:, RUNS.index("clean"), 0] == 1) & (dense[:, RUNS.index("exchanged"), 1] == 1)  # right; follows
+    cases, found = [case for case, good in zip(cases, solved, strict=True) if good], {}
+    if not cases:
+        raise ValueError(f"documents {documents}: must be more, the dense model solves no look-up of them")
+    for name, paths in checkpoints.items():
+        parts = []
+        for path in paths:
+            report(f"{len(cases)} look-ups: {name}, {_short(path)}")
+            parts.append(measured(load_model(path).to(place), cases, window, batch))
+        found[name] = tuple(np.stack(part) for part in zip(*parts, strict=True))
+    found["dense"] = dense[None, solved], kept[None, solved]
+    settings = {"checkpoints": {name: [_short(path) for path in paths] for name, paths in checkpoints.items()}}
+    settings |= {"window": window, "documents": documents, "seed": seed, "least_distance": 2 * window + 1}
+    settings |= {"lookups": asked, "used": len(cases)}
     settings["median_distance"] = float(np.median([case.query - case.source for case in cases]))
-    return findings(cases, found) | {"settings": settings, "environment": describe()}
+    return findings(cases, found) | {"missing": missing, "settings": settings, "environment": describe()}
 
 
-def _effects(results: list[dict], condition: str) -> np.ndarray:
-    odds = np.array([[r[name][1] for name in (condition, "clean", "corrupted")] for r in results])
-    return (odds[:, 0] - odds[:, 1]) / (odds[:, 2] - odds[:, 1])
+def _short(path: Path) -> str:
+    return "/".join(Path(path).parts[-2:])
 
 
-def findings(cases: Sequence[Case], found: dict[str, list[dict]]) -> dict:
-    """Tables of rates and effects by model, condition and kind, differences between the models, and the conclusion."""
-    rows, differences = [], []
-    for kind in ("all", *KINDS):
-        places = [i for i, case in enumerate(cases) if kind in ("all", case.kind)]
-        if not places:
+def measured(model, cases: Sequence[Case], window: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each case its readings (P, RUNS, MEASURES), and how many KV heads keep the source unforced (P,)."""
+    parts = [interchange(model, cases[start : start + batch], window) for start in range(0, len(cases), batch)]
+    results = [result for part in parts for result in part]
+    values = np.array([[r[name] for name in RUNS] for r in results]).reshape(-1, len(RUNS), len(MEASURES))
+    return values, np.array([r["kept"] for r in results], int)
+
+
+def findings(cases: Sequence[Case], found: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict:
+    """Tables by task and kind, and the verdict.
+
+    found: by model the readings (seeds, P, RUNS, MEASURES), and how many KV heads keep the source unforced (seeds, P).
+    """
+    tables = {"rows": [], "outcomes": [], "unforced": []}
+    tasks = [task for task in TASKS if any(case.task == task for case in cases)]
+    for task, kind in [("all", "all"), *((task, "all") for task in tasks), *(("all", kind) for kind in KINDS)]:
+        chosen = [i for i, case in enumerate(cases) if task in ("all", case.task) and kind in ("all", case.kind)]
+        if not chosen:
             continue
-        chosen = {name: [results[i] for i in places] for name, results in found.items()}
-        for condition in CONDITIONS:
-            for name, results in chosen.items():
-                follows = [r[condition][0] == cases[i].wrong for r, i in zip(results, places, strict=True)]
-                row = {"model": name, "patched": condition, "kind": kind, "lookups": len(places)}
-                rows.append(row | _named("follows", follows) | _named("effect", _effects(results, condition)))
-            apart = _effects(chosen["dms"], condition) - _effects(chosen["dense"], condition)
-            differences.append({"patched": condition, "kind": kind, **_named("difference", apart)})
-    window, control = (_effects(found["dms"], condition) for condition in ("window", "control"))
-    specific = _named("difference", window - control)
-    kept = np.array([result["kept"] for result in found["dms"]])  # (N, layers, KV heads)
-    return {
-        "question": "Does the content of an evicted token move into later tokens during the window?",
-        "rows": rows,
-        "dms_minus_dense": differences,
-        "window_minus_control": specific,
-        "source_kept": kept.mean(0).tolist(),
-        "kept_somewhere": float(100 * kept.any((1, 2)).mean()),
-        "verdict": conclusion(specific, next(d for d in differences if d["patched"] == "window")),
-    }
+        group, drawn = {"task": task, "kind": kind, "lookups": len(chosen)}, {}
+        for name, (values, kept) in found.items():
+            values, kept = values[:, chosen], kept[:, chosen]
+            means = bootstrap.means(values.reshape(*values.shape[:2], -1), *DRAWS).reshape(-1, len(RUNS), len(MEASURES))
+            for number, run in enumerate(RUNS):
+                parts = [_named(what, means[:, number, k], what) for k, what in enumerate(MEASURES)]
+                row = {"model": name, "run": run, "seeds": len(values)}
+                tables["rows"].append(group | row | {k: v for part in parts for k, v in part.items()})
+            drawn[name] = {
+                outcome: sum(w * means[:, RUNS.index(run), MEASURES.index(what)] for run, w in weights.items())
+                for outcome, (what, weights) in OUTCOMES.items()
+            }
+            tables["unforced"].append(group | {"model": name} | _unforced(values, kept))
+        for outcome, (what, _) in OUTCOMES.items():
+            parts = [(name, None, drawn[name][outcome]) for name in found]
+            parts += [(a, b, drawn[a][outcome] - drawn[b][outcome]) for a, b in PAIRS if {a, b} <= set(found)]
+            facts = [group | {"outcome": outcome, "a": a, "b": b} | _named("value", x, what) for a, b, x in parts]
+            tables["outcomes"] += facts
+    question = "When a token is gone from every head, what does delayed eviction keep of it?"
+    return {"question": question, **tables, "verdict": conclusion(tables["outcomes"])}
 
 
-def _named(name: str, values) -> dict:
-    return dict(zip((name, f"{name}_low", f"{name}_high"), bootstrap.mean(values), strict=True))
+def _named(name: str, samples: np.ndarray, what: str) -> dict:
+    """Mean and 95 % interval of resampled means (1 + R,), the first as measured: in points, log-odds as they are."""
+    samples = samples if what == "odds" else 100 * samples
+    low, high = bootstrap.interval(samples[1:])
+    return {name: float(samples[0]), f"{name}_low": low, f"{name}_high": high}
 
 
-def conclusion(specific: dict, against_dense: dict) -> str:
-    """Content moved if the window carries more than the control span, and more than in the dense model."""
-    more = [d["difference_low"] > 0 for d in (specific, against_dense)]
-    numbers = "effect of the window {difference:+.2f} % of the log-odds [{difference_low:+.2f}, {difference_high:+.2f}]"
-    listed = f"{numbers.format(**specific)} beyond the control span, {numbers.format(**against_dense)} beyond dense"
-    if all(more):
-        return f"content moves into the window's tokens: {listed}"
-    if more[0]:
-        return f"the window's tokens carry content, but no more than without eviction: {listed}"
-    return f"no sign that content moves into the window's tokens: {listed}"
+def _unforced(values: np.ndarray, kept: np.ndarray) -> dict:
+    """Heads that keep a source; look-ups, over all seeds, whose source none keeps, and how many of these are right."""
+    right, gone = values[..., RUNS.index("clean"), MEASURES.index("right")], kept == 0
+    facts = {"kept": float(kept.mean()), "evicted": int(gone.sum()), "of": gone.size}
+    facts |= dict.fromkeys(("right", "right_low", "right_high"))
+    if (places := gone.any(0)).any():
+        low, high = bootstrap.beta_binomial((right * gone).sum(0)[places].astype(int), gone.sum(0)[places])
+        facts |= {"right": float(100 * right[gone].mean()), "right_low": low, "right_high": high}
+    return facts
+
+
+def select(outcomes: Sequence[dict], outcome: str, a: str, b: str | None) -> list[dict]:
+    """The rows of one outcome and model (b: minus another), one a task."""
+    wanted = {"outcome": outcome, "a": a, "b": b, "kind": "all"}
+    return [row for row in outcomes if wanted.items() <= row.items() and row["task"] != "all"]
+
+
+def conclusion(outcomes: Sequence[dict]) -> str:
+    """The verdict by the protocol's rule."""
+    if not select(outcomes, *next(iter(RULE.values()))[:3]):
+        return "not judged: no retrofit with immediate eviction"
+    holds, below = {}, []
+    for words, (*which, sign) in RULE.items():
+        rows = select(outcomes, *which)
+        least = LEAST if which == ["moved", "dms", None] else 0.0
+        holds[words] = [r["task"] for r in rows if (r["value_low"] if sign > 0 else -r["value_high"]) > least]
+        if which[0] == "right":
+            below = [r["task"] for r in rows if r["value_high"] < 0]
+        tasks = len(rows)
+    if all(len(found) == tasks for found in holds.values()):
+        return "agrees"
+    listed = "; ".join(f"{words}: {', '.join(found) or 'no task'}" for words, found in holds.items())
+    listed += f"; right less often: {', '.join(below)}" if below else ""
+    moved = any(row["value_low"] > LEAST for row in select(outcomes, "moved", "dms", None))
+    return f"{'mixed' if moved and not below else 'disagrees'} ({listed})"

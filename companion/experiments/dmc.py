@@ -1,160 +1,117 @@
-"""DMC against DMS at equal tokens: the embedded model, the same trainer, data, steps and schedule.
+"""DMC against DMS with the same gate, at equal tokens and at equal ratio: the ablations' trainer, data and problems.
 
-``python -m companion.experiments.dmc`` retrofits each arm to the same compression ratio, measures it on held-out
-documents, samples validation problems, and writes data/results/dmc.json.  A stopped run goes on where it was.
+``python -m companion.experiments.dmc`` retrofits each arm to CR 4 with each seed, measures its checkpoints at CR 2, 3
+and 4 and writes data/results/dmc.json.  A stopped run goes on where it was, and the first two arms are ablations:
 
-Arms:
 - ``dms``: eviction, adapter gate.
-- ``dms-neuron``: eviction decided by a query neuron, which is taken out of attention without a warm-up.
-- ``dmc``: merging decided by a key neuron, weighted by a query neuron, both taken out of attention likewise.
-- ``dmc-s100``: the same with scale 100, so that the decisions move ten times as far with each step.
-- ``dmc-s1``: the same from the neurons' values in the base model, with DMC's own scale 1.
-In ``dms-neuron`` and ``dmc`` the neurons start at 0 and act with the scale of the adapters, so that they start like
-``dms``, with nothing compressed: ``dms-neuron`` tells what the neuron costs from what merging costs.
+- ``neuron-all``: eviction, a query neuron's gate with a warm-up, a start at zero and a rate of its own.
+- ``dmc``: merging, decided by a key neuron and weighted by query neurons, with the same three.
+- ``dmc-pressed``: the same with ten times the weight of the compression loss, since ``dmc`` stays far below its target.
+
+At equal tokens the last checkpoints are compared.  Their measured ratios differ, so at equal ratio each arm's accuracy
+is taken at the largest measured ratio that both reach with all seeds, linear between its checkpoints and the dense
+model at CR 1.
 """
 
 import argparse
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from companion.experiments.heldout import held_out
-from companion.experiments.profiles import get_profile
-from companion.experiments.sample import checked_device
-from companion.paths import REASONER, RESULTS, RUNS
+import numpy as np
+
+from companion.experiments import main as job
+from companion.experiments.ablations import difference, interval, measure, open_ablations, row
+from companion.paths import RESULTS, RUNS
 from companion.provenance import describe
-from companion.records import Method, records_file, sample_records
-from companion.tasks.embedded import Traces
 from companion.tasks.mixture import TraceDataset
-from companion.tasks.reasoner import load_tokenizer
-from dms_core.baselines.dmc import DMCConfig, attach_dmc, load_dmc, zero_neurons
-from dms_core.budgets.curves import summarise
-from dms_core.checkpoint import fingerprint, load_base, load_model
-from dms_core.model import attach
-from dms_core.sampling import SamplingConfig
+from dms_core.baselines.dmc import DMCConfig, attach_dmc, load_dmc
+from dms_core.checkpoint import fingerprint, load_base
 from dms_core.storage import read_json, update_json, write_json
-from dms_core.train.recipe import RetrofitConfig
 from dms_core.train.retrofit import retrofit
 from dms_core.train.trainer import checkpoint_dir
 
-GROUP = 2  # query heads a KV head of the embedded model
-TINY = get_profile("tiny")
-DMS = TINY.recipe.dms
+MERGING = {"dmc": 1.0, "dmc-pressed": 10.0}  # times the reference's weight of the compression loss
+ARMS = ("dms", "neuron-all", *MERGING)
+PAIRS = (*((a, b) for b in MERGING for a in ("dms", "neuron-all")), ("dms", "neuron-all"))
+RATIOS = ("cr_decisions", "cr_live")  # what equal ratio means; the first is the primary one
 
 
-def attach_neuron(model, config):
-    """DMS's neuron gate, with the neurons at 0."""
-    zero_neurons(model, config.neuron, "q", GROUP)
-    return attach(model, config)
+def open_comparison(root: Path, **options) -> job.Run:
+    """The ablations' run (see ``open_ablations``) with DMC's variants, which train as ``neuron-all`` does."""
+    run = open_ablations(root, **options)
+    like, variants = run.variants["neuron-all"], dict(run.variants)
+    config = DMCConfig(scale=like.dms.scale, temperature=like.dms.temperature)
+    for name, times in MERGING.items():
+        pressed = like.changed(name, retrofit={"aux_weight": times * like.retrofit.aux_weight})
+        variants[name] = replace(pressed, dms=config)
+    return replace(run, variants=variants)
 
 
-ARMS = {  # settings, how a retrofit begins, how a checkpoint is loaded
-    "dms": (DMS, attach, load_model),
-    "dms-neuron": (TINY.recipe.changed(dms={"gate": "neuron"}).dms, attach_neuron, load_model),
-    "dmc": (DMCConfig(scale=DMS.scale), partial(attach_dmc, reset=True), load_dmc),
-    "dmc-s100": (DMCConfig(scale=100.0), partial(attach_dmc, reset=True), load_dmc),
-    "dmc-s1": (DMCConfig(), attach_dmc, load_dmc),
-}
+def merged(run: job.Run, name: str, seed: int, cr: float) -> tuple:
+    """Train DMC, unless that was done: seconds, the model at ``cr``, and what tells its weights from others'."""
+    recipe, out, began = job.recipe_of(run, name, seed), job.retrofit_dir(run, name, seed), time.time()
+    file, training = out / "retrofit.json", recipe.retrofit
+    if not file.exists() or "seconds" not in read_json(file):
+        data = TraceDataset(run.tokenizer, training.steps * training.batch, training.batch, seed=training.seed)
+        arguments = {"train_sampling_strategy": "sequential", "use_cpu": run.place == "cpu"}
+        retrofit(load_base(run.base), run.tokenizer, data, recipe.dms, training, out, attach=attach_dmc, **arguments)
+        update_json(file, seconds=time.time() - began)
+    directory = checkpoint_dir(out, cr)
+    return read_json(file)["seconds"], load_dmc(directory).to(run.place), fingerprint(directory)
 
 
-def shortened(steps: int, batch: int, seed: int) -> RetrofitConfig:
-    """The tiny profile's recipe up to its rest at CR 4, ramp and rest shortened alike."""
-    whole = TINY.recipe.retrofit
-    (cr, rest), *_ = whole.rests
-    per_unit = max(1, round(whole.steps_per_unit * steps / ((cr - 1) * whole.steps_per_unit + rest)))
-    rests = ((cr, steps - round((cr - 1) * per_unit)),)
-    changes = {"final_cr": cr, "steps_per_unit": per_unit, "rests": rests, "batch": batch, "save_steps": 25}
-    return TINY.recipe.changed(retrofit={**changes, "seed": seed}).retrofit
+def compare_dmc(run: job.Run, report: Callable[[str], None] = print) -> dict:
+    """Every arm's checkpoints over all seeds of the profile, ready for JSON.
+
+    ``rows``: of an arm's checkpoint each, as in the ablations; ``pairs``: accuracy of a minus that of b in points, with
+    intervals as there, ``at`` "equal tokens", "equal cr_decisions" or "equal cr_live", the latter at the ratio ``cr``.
+    """
+    seeds, saved = range(run.profile.seeds), job.saved_ratios(run)
+    dense, facts = measure(run, "vanilla"), {}
+    for seed in seeds:
+        for arm in ARMS:
+            for cr in saved:
+                made = measure(run, arm, seed, cr, merged if arm in MERGING else None)
+                facts.setdefault((arm, cr), []).append(made)
+                line = "{cr_decisions:.2f} by decisions, {cr_live:.2f} live, KL {kl:.4f}".format(**made["held_out"])
+                report(f"{arm} CR {cr:g}, seed {seed}: {line}, accuracy {100 * np.mean(made['right']):.1f} %")
+    pairs = []
+    for a, b in PAIRS:
+        last = [np.array([one["right"] for one in facts[arm, saved[-1]]]) for arm in (a, b)]
+        pairs.append({"at": "equal tokens", **difference(a, b, last[0] - last[1])})
+        for ratio in RATIOS:
+            curves = [[_curve(ratio, dense, [facts[arm, cr][s] for cr in saved]) for s in seeds] for arm in (a, b)]
+            cr = min(max(ratios) for curve in curves for ratios, _ in curve)
+            first, second = (np.array([at_ratio(*of_seed, cr) for of_seed in curve]) for curve in curves)
+            accuracies = {f"accuracy_{side}": interval(x)["mean"] for side, x in (("a", first), ("b", second))}
+            pairs.append({"at": f"equal {ratio}", "cr": cr, **difference(a, b, first - second), **accuracies})
+    rows = [row(run, arm, facts[arm, cr], cr) for arm in ARMS for cr in saved]
+    rows.insert(0, row(run, "vanilla", [dense]))
+    recipes = {arm: run.variants[arm].to_dict() for arm in ARMS}
+    return {"recipes": recipes, "rows": rows, "pairs": pairs, "environment": describe()}
 
 
-def train(arm: str, recipe: RetrofitConfig, out: Path, tokenizer, place: str = "cpu") -> dict:
-    """Retrofit one arm, or read what was trained; returns its facts."""
-    config, put, _ = ARMS[arm]
-    if not (out / "retrofit.json").exists():
-        data = TraceDataset(tokenizer, recipe.steps * recipe.batch, recipe.batch, seed=recipe.seed)
-        began = time.process_time()
-        arguments = {"train_sampling_strategy": "sequential", "use_cpu": place == "cpu"}
-        retrofit(load_base(REASONER), tokenizer, data, config, recipe, out, attach=put, **arguments)
-        labels = [data[i]["labels"] for i in range(len(data))]
-        update_json(
-            out / "retrofit.json",
-            cpu_seconds=round(time.process_time() - began, 1),
-            tokens=sum(map(len, labels)),
-            labelled_tokens=sum(label != -100 for row in labels for label in row),
-        )
-    return read_json(out / "retrofit.json")
+def _curve(ratio: str, dense: dict, facts: Sequence[dict]) -> tuple[list[float], list[list[float]]]:
+    """Measured ratios of a seed's checkpoints and shares right a problem (points, P), the dense model's at 1 first."""
+    return [1.0, *(one["held_out"][ratio] for one in facts)], [dense["right"], *(one["right"] for one in facts)]
 
 
-def sample(model, weights: str, method: Method, problems: int, chains: int, seed: int, runs: Path, tokenizer) -> dict:
-    """One chain's accuracy at the longest length, in percent with a 95 % interval over problems, and its budgets."""
-    task, length = Traces(size=problems, split="validation", seed=seed), max(TINY.lengths)
-    config = SamplingConfig(max_new_tokens=length, batch=TINY.batch, seed=seed)
-    file = runs / "records" / records_file(model, weights, tokenizer, task, method, config, None)
-    point = summarise(sample_records(model, tokenizer, task, method, chains, config, file), [length], [1])["points"][0]
-    return {key: point[key] for key in ("problems", "L", "accuracy", "low", "high", "reads", "peak")}
-
-
-def compare_dmc(
-    arms: Sequence[str],
-    steps: Sequence[int],
-    batch: int,
-    documents: int,
-    problems: int,
-    chains: int,
-    seed: int,
-    runs: Path,
-    out: Path,
-    device: str | None = None,
-) -> dict:
-    """Every arm after each number of steps; written to ``out`` after each."""
-    options = {"arms": list(arms), "steps": list(steps), "batch": batch, "documents": documents, "problems": problems}
-    place = checked_device(device)
-    tokenizer, cr = load_tokenizer(), TINY.recipe.retrofit.rests[0][0]
-    chosen = (problems, chains, seed, runs, tokenizer)
-    held = TraceDataset(tokenizer, documents, 1, "validation", seed)
-    base = attach(load_base(REASONER), DMS).to(place)
-    result = {
-        "options": {**options, "chains": chains, "seed": seed},
-        "environment": describe(),
-        "vanilla": sample(base, fingerprint(REASONER), Method("vanilla", 1.0), *chosen),
-        "runs": [],
-    }
-    for count, arm in ((count, arm) for count in steps for arm in arms):
-        directory = runs / f"{arm}-{count}-{batch}"
-        facts = train(arm, shortened(count, batch, seed), directory, tokenizer, place)
-        kept = checkpoint_dir(directory, cr)
-        model = ARMS[arm][2](kept).to(place)
-        measured = held_out(model, load_base(REASONER).to(place), held, tokenizer.pad_token_id)
-        measured["retention"] = [[round(share, 4) for share in layer] for layer in measured["retention"]]
-        keys = ("step", "kd", "cr_target", "cr_measured")
-        run = {
-            "arm": arm,
-            "steps": count,
-            "config": facts["dms"],
-            "trained": {key: facts[key] for key in ("tokens", "labelled_tokens", "cpu_seconds", "recipe")},
-            "training": [{key: round(entry[key], 4) for key in keys} for entry in facts["log"] if "kd" in entry],
-            "held_out": measured,
-            "sampled": sample(model, fingerprint(kept), Method(arm, cr), *chosen),
-        }
-        result["runs"].append(run)
-        write_json(out, result)
-        line = "{cr_decisions:.2f}, live {cr_live:.2f}, KL {kl:.4f}, agreement {agreement:.4f}".format(**measured)
-        print(f"{count} steps, {arm}: CR {line}, accuracy {run['sampled']['accuracy']:.1f} %", flush=True)
-    return result
+def at_ratio(ratios: Sequence[float], shares: Sequence[Sequence[float]], cr: float) -> np.ndarray:
+    """Shares a problem (P,) at ``cr``, linear between the measured ones: ratios (N,) in any order, shares (N, P)."""
+    order = np.argsort(ratios)
+    return np.array([np.interp(cr, np.array(ratios)[order], column) for column in np.array(shares)[order].T])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--steps", nargs="+", type=int, default=[150, 335], help="optimiser steps; 335: as in TINY")
-    numbers = {"batch": TINY.recipe.retrofit.batch, "documents": 128, "problems": 100, "chains": 2, "seed": 0}
-    for name, default in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--runs", type=Path, default=RUNS / "dmc")
+    parser.add_argument("--seeds", type=int, default=3, help="retrofits of each arm")
+    parser.add_argument("--runs", type=Path, default=RUNS / "ablations", help="where retrofits are kept")
     parser.add_argument("--out", type=Path, default=RESULTS / "dmc.json")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    compare_dmc(**vars(parser.parse_args()))
+    given = parser.parse_args()
+    write_json(given.out, compare_dmc(open_comparison(given.runs, seeds=given.seeds, device=given.device)))
 
 
 if __name__ == "__main__":

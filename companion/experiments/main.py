@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 from companion.experiments.embedded import train_recipe
 from companion.experiments.heldout import held_out as measure
 from companion.experiments.heldout import together
@@ -151,14 +149,19 @@ def held_out(run: Run, name: str, cr: float, seed: int = 0) -> dict:
     directory = checkpoint(run, name, cr, seed)
     file = directory / f"held_out-{run.profile.held_out}.json"
     if not file.exists():
-        model, teacher = (x.to(run.place) for x in (load_model(directory), load_base(run.base)))
-        size, pad = max(run.profile.held_out // len(EMBEDDED), 1), run.tokenizer.pad_token_id
-        parts = {
-            task: measure(model, teacher, TraceDataset(run.tokenizer, size, 1, "validation", run.seed, [task]), pad)
-            for task in EMBEDDED
-        }
-        write_json(file, together(parts.values()) | {"by_task": parts})
+        write_json(file, compared(run, load_model(directory).to(run.place)))
     return read_json(file)
+
+
+def compared(run: Run, model) -> dict:
+    """The same of a model at hand."""
+    teacher = load_base(run.base).to(run.place)
+    size, pad = max(run.profile.held_out // len(EMBEDDED), 1), run.tokenizer.pad_token_id
+    parts = {
+        task: measure(model, teacher, TraceDataset(run.tokenizer, size, 1, "validation", run.seed, [task]), pad)
+        for task in EMBEDDED
+    }
+    return together(parts.values()) | {"by_task": parts}
 
 
 def recipe_of(run: Run, name: str, seed: int = 0) -> Recipe:
@@ -201,14 +204,6 @@ def records_dir(run: Run) -> Path:
     return run.root / "records" / run.task.name.replace(":", "-")
 
 
-def right(run: Run, method: Method) -> np.ndarray:
-    """For each test problem the share of its chains, at the largest L, with the right answer: (P,)."""
-    shares = np.zeros(run.profile.problems)
-    for record in records(run, method):
-        shares[record["problem"]] += record["correct"] / run.profile.chains
-    return shares
-
-
 def model_of(run: Run, method: Method) -> tuple:
     """(model, what tells its weights from others')."""
     if method.name == "vanilla":  # gates stay off; the same cache and counters
@@ -244,15 +239,15 @@ def summary(run: Run) -> dict:
         "cr_target": top,
         "cr_measured": held_out(run, "dms", top)["cr_decisions"],
         "cr_live": held_out(run, "dms", top)["cr_live"],
-        "ratios": {f"{cr:g}": _fidelity(held_out(run, "dms", cr)) for cr in _saved(run)},
+        "ratios": {f"{cr:g}": _fidelity(held_out(run, "dms", cr)) for cr in saved_ratios(run)},
     }
     result |= {"held_out": held, "profile": profile_facts(run), "environment": describe()}
     write_json(run.root / "curves.json", result)
     return result
 
 
-def _saved(run: Run) -> list[float]:
-    """The ratios at which the main retrofit left a checkpoint."""
+def saved_ratios(run: Run) -> list[float]:
+    """The ratios at which the main retrofit leaves a checkpoint."""
     return sorted(run.profile.recipe.retrofit.schedule.saves().values())
 
 

@@ -24,17 +24,28 @@ def stages(run: Run) -> dict[str, Stage]:
 
     METHOD is such as dms-cr4; what was retrofitted with another seed than the run's ends with -seedN.  A retrofit that
     is evaluated at several ratios has a stage retrofit-METHOD for each but the last: what needs a checkpoint on the way
-    does not wait for the end.
+    does not wait for the end.  All checkpoints of the first retrofit are held out, also those that are not sampled.
     """
-    found, methods = _retrofits(run), job.methods(run)
-    for method in methods:
-        way, end = f"retrofit-{method}", f"retrofit-{method.name}{seed_suffix(method.seed)}"
-        needs = (way if way in found else end,) * (method.name in run.variants)
+    found = _retrofits(run)
+    for method in job.methods(run):
+        needs = _retrofit_for(found, method)
         if needs:
             found[f"held-out-{method}"] = Stage("held-out", run, method, needs)
         for one in run.all_tasks:
             found[f"records-{one.task.name}-{method}"] = Stage("records", one, method, needs)
+    for method in (Method("dms", cr) for cr in job.saved_ratios(run)):
+        found.setdefault(f"held-out-{method}", Stage("held-out", run, method, _retrofit_for(found, method)))
     return found | {"summary": Stage("summary", run, None, tuple(found))}
+
+
+def _retrofit_for(found: dict[str, Stage], method: Method) -> tuple[str, ...]:
+    """The first stage after which the checkpoint of a method is there; none for a method without retrofit."""
+    for name, stage in found.items():
+        whose = stage.method
+        trains = stage.kind == "retrofit" and (whose.name, whose.seed) == (method.name, method.seed)
+        if trains and (whose.cr == 1 or whose.cr >= method.cr):
+            return (name,)
+    return ()
 
 
 def _retrofits(run: Run) -> dict[str, Stage]:

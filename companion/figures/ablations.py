@@ -14,6 +14,17 @@ LABELS = {
     "reverse-kl": "reverse KL",
     "lm-loss": "next-token loss, no teacher",
     "no-rest": "no rest, as many steps",
+    "no-rest-decay": "no rest, as many steps, the rate falls",
+    "rest-constant": "rest at a constant rate",
+    "vanilla": "dense",
+    "gates-lm": "gates alone, next-token loss",
+    "gates-future": "gates alone, future attention",
+    "neuron-all": "neuron gate, all three",
+    "neuron-no-warmup": "… without the warm-up",
+    "neuron-no-zero": "… without the start at zero",
+    "neuron-no-rate": "… without its own rate",
+    "dmc": "DMC",
+    "dmc-pressed": "DMC, ten times the compression loss",
 }
 
 

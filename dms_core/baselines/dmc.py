@@ -19,14 +19,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from dms_core.attention import SINKS, no_mask
 from dms_core.baselines.dmc_cache import DMCCache, running_average
 from dms_core.checkpoint import load_base, model_shape, read_settings
-from dms_core.gate import gate_logits, hard_decisions, soft_decisions
+from dms_core.gate import gate_logits, hard_decisions, neuron_rows, soft_decisions
 from dms_core.model import DMS, install
 from dms_core.noise import sample_noise
 from dms_core.probe import Attention, layout_of
@@ -89,6 +89,14 @@ class DMC(DMS):
         if slack:
             raise ValueError(f"slack {slack}: must be 0 with DMC, which merges tokens")
         return DMCCache(self.config, self.layers)
+
+    def gate_rows(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """The rows of the keys' deciding neurons, and of the queries' weighing ones."""
+        found, neuron = [], self.config.neuron % self.head_dim
+        for a in self.layout.full:
+            found += neuron_rows(a.module.k_proj, a.heads, neuron)
+            found += neuron_rows(a.module.q_proj, a.heads * a.group, neuron)
+        return found
 
     def _begin(self, module, args, kwargs):
         self.plans, self.weights = {}, {}
@@ -189,20 +197,11 @@ def dmc_attention(module, query, key, value, attention_mask, scaling=None, **kwa
     return out.transpose(1, 2), None
 
 
-def zero_neurons(model: PreTrainedModel, neuron: int, kinds: str = "qk", every: int = 1) -> None:
-    """Set a neuron of each ``every``-th query ("q") and key ("k") head to 0 for all inputs, so that z = -b0."""
-    for attention in (model.dms.layout if hasattr(model, "dms") else layout_of(model)).full:
-        for kind in kinds:
-            projection, width = getattr(attention.module, f"{kind}_proj"), attention.head_dim
-            for parameter in projection.parameters():
-                parameter.data.unflatten(0, (-1, width))[::every, neuron] = 0
-
-
-def attach_dmc(model: PreTrainedModel, config: DMCConfig, reset: bool = False) -> PreTrainedModel:
+def attach_dmc(model: PreTrainedModel, config: DMCConfig) -> PreTrainedModel:
     """Make ``model`` a DMC model in place and return it; ``model.dms`` is the handle, ``dms_core.detach`` undoes it.
 
-    ``reset``: begin a retrofit with the neurons at 0, as adapters begin.  Without it they begin with the values that
-    they have in the base model, and at a large ``scale`` merge at random.  ``detach`` does not bring those back.
+    The neurons have the values of the base model: at a large ``scale`` they merge at random, so a retrofit begins with
+    ``model.dms.zero_neurons()`` (``RetrofitConfig.neuron_zero``).  ``detach`` does not bring those values back.
     Raises ValueError if the model has gates already, sliding-window layers, or no q_proj, k_proj and v_proj.
     """
     if getattr(model, "dms", None) is not None:
@@ -215,8 +214,6 @@ def attach_dmc(model: PreTrainedModel, config: DMCConfig, reset: bool = False) -
     if not all(hasattr(a.module, f"{kind}_proj") for a in layout.full for kind in "qkv"):
         raise ValueError(f"{name}: DMC needs attention layers with q_proj, k_proj and v_proj")
     install(model, DMC(model, config), NAME)
-    if reset:
-        zero_neurons(model, config.neuron)
     return model
 
 

@@ -3,7 +3,8 @@
 A linear map per layer and KV head, of the RMS-normed residual stream, predicts the log of the most attention that the
 token will get from any query of the head's group.  A token whose prediction lies below one threshold, the same in all
 layers and heads, is evicted once it has left the window.  Here the map is a gate with a bias, z = threshold -
-prediction, so that a DMSCache stores and counts as for DMS; unlike DMS's gate, a token decides about itself (lag 0).
+prediction, so that a DMSCache stores and counts as for DMS: the adapter gate with another teacher, in closed form;
+unlike it, a token decides about itself (lag 0).
 
 Where this differs from KVzap: the future is that of ordinary documents, beyond the window, and not of a prompt that
 the model is asked to repeat; attention is not weighted by the values' share of the residual stream, as in KVzip+; the

@@ -73,17 +73,55 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share_groups()
 
 
+class LentRows:
+    """Rows of larger parameters, which an optimiser steps as parameters of their own (``leaves``).
+
+    Before its step they lend the leaves their values and gradients, which are then zero in the larger parameter; after
+    it they take the values back.  Between steps a leaf holds nothing that counts: who writes or loads the weights, or
+    clips the gradients, need not know of it.
+    """
+
+    def __init__(self, rows: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
+        """rows: parameters, each with indices of rows, (R,)."""
+        self.lent = [(p, index, nn.Parameter(p.detach()[index])) for p, index in rows]
+        self.leaves = [leaf for _, _, leaf in self.lent]
+
+    def around(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.register_step_pre_hook(self._lend)
+        optimizer.register_step_post_hook(self._take_back)
+
+    def _lend(self, *_) -> None:
+        for p, index, leaf in self.lent:
+            leaf.data, leaf.grad = p.detach()[index], None if p.grad is None else p.grad[index]
+            if p.grad is not None:
+                p.grad[index] = 0
+
+    @torch.no_grad()
+    def _take_back(self, *_) -> None:
+        for p, index, leaf in self.lent:
+            p[index] = leaf
+
+
 def make_optimizer(
-    named: list[tuple[str, nn.Parameter]], kind: str, lr: float, weight_decay: float, gate_lr=None, betas=(0.9, 0.95)
+    named: list[tuple[str, nn.Parameter]],
+    kind: str,
+    lr: float,
+    weight_decay: float,
+    gate_lr=None,
+    betas=(0.9, 0.95),
+    rows: list[tuple[nn.Parameter, torch.Tensor]] = (),
 ) -> torch.optim.Optimizer:
     """An optimiser for the parameters that train.  Gates (``.dms_gate.``) get AdamW, no decay and ``gate_lr``, or
     ``lr`` if that is None.
 
+    rows: parameters among these and their rows that serve a gate (``DMS.gate_rows``).  With a ``gate_lr`` they are
+    stepped as gates, without one as the rest of their matrix.  The parameters must be whole, and where they will be.
     Without a matrix for Muon it is torch's own AdamW, which FSDP can shard and save.
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f"optimizer {kind!r}: must be one of {OPTIMIZERS}")
-    gates, matrices, rest = [], [], []
+    lent = LentRows([] if gate_lr is None else rows)
+    gates, matrices, rest = [*lent.leaves], [], []
     for name, p in named:
         if ".dms_gate." in name:
             gates.append(p)
@@ -97,6 +135,9 @@ def make_optimizer(
         {"params": matrices, "muon": True},
     ]
     groups = [group for group in groups if group["params"]]
-    if not matrices:
-        return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
-    return MuonAdamW(groups, lr, tuple(betas), weight_decay)
+    if matrices:
+        optimizer = MuonAdamW(groups, lr, tuple(betas), weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
+    lent.around(optimizer)
+    return optimizer

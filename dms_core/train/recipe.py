@@ -19,6 +19,7 @@ from dms_core.train.schedule import Schedule
 RECIPES = Path(__file__).parent / "recipes"
 DIRECTIONS = ("forward", "reverse", "lm")
 OPTIMIZERS = ("adamw", "muon")
+LATER = {"decay": None, "neuron_zero": False}  # fields that came later: at these values runs of before keep their names
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,15 @@ class RetrofitConfig:
     final_cr: float = 8.0
     steps_per_unit: int = 100  # optimiser steps per unit of CR
     rests: tuple[tuple[float, int], ...] = ()  # (CR, steps): stay there while the rate falls to zero
+    decay: int | None = None  # the rate falls to zero over the last so many steps (0: never), and in no rest
     stop_cr: float | None = None  # end after the checkpoint of this CR, rate and CR schedules as if going on
     neuron_warmup: int = 0  # steps at CR 1 before the ramp in which gate "neuron" fades its neuron out (paper: 2000)
+    neuron_zero: bool = False  # after these steps set that neuron to 0: like adapters, it then evicts nothing at first
     batch: int = 16  # sequences a step, over all processes
     device_batch: int | None = None  # of them at once on a device, the rest by accumulation; None: no accumulation
     optimizer: str = "adamw"  # or "muon" for the layers' matrices
     lr: float = 3e-5
-    gate_lr: float | None = None  # for the adapters' parameters; lr if None
+    gate_lr: float | None = None  # for the adapters, or the neuron's rows of the weights; None: as other parameters
     warmup: int = 0  # steps of learning-rate warm-up
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
@@ -58,7 +61,7 @@ class RetrofitConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {allowed}")
         check_numbers(self, "lr", "gate_lr", "weight_decay", "aux_weight", "clip", least=0)
-        check_numbers(self, "neuron_warmup", "seed", whole=True, least=0)
+        check_numbers(self, "neuron_warmup", "decay", "seed", whole=True, least=0)
         check_numbers(self, "warmup", whole=True)  # its bound and those of the ratios are the schedule's
         check_numbers(self, "final_cr", "stop_cr")
         check_numbers(self, "batch", "device_batch", "chunk", "save_steps", "steps_per_unit", whole=True, least=1)
@@ -71,12 +74,16 @@ class RetrofitConfig:
     @property
     def schedule(self) -> Schedule:
         rests = tuple(map(tuple, self.rests))
-        return Schedule(self.final_cr, self.steps_per_unit, rests, self.warmup, self.neuron_warmup)
+        return Schedule(self.final_cr, self.steps_per_unit, rests, self.warmup, self.neuron_warmup, self.decay)
 
     @property
     def steps(self) -> int:
         """Steps taken: all of the schedule, or those up to ``stop_cr``."""
         return self.schedule.steps if self.stop_cr is None else self.step_of(self.stop_cr)
+
+    def to_dict(self) -> dict:
+        """The fields, those of ``LATER`` only where they differ from their default."""
+        return {name: value for name, value in asdict(self).items() if LATER.get(name, ...) != value}
 
     def step_of(self, cr: float) -> int:
         """The step after which the checkpoint of ``cr`` is kept.  Raises ValueError where there is none."""
@@ -123,7 +130,7 @@ class Recipe:
 
     def to_dict(self) -> dict:
         """Flat, as in the YAML file; tuples become lists."""
-        return json.loads(json.dumps({**self.own(), **self.dms.to_dict(), **asdict(self.retrofit)}))
+        return json.loads(json.dumps({**self.own(), **self.dms.to_dict(), **self.retrofit.to_dict()}))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)

@@ -76,12 +76,16 @@ def retrofit(
     """
     if recipe.train == "gates" and dms.gate == "neuron":
         raise ValueError("train 'gates' with gate 'neuron': that gate has no parameters; train 'all'")
-    if recipe.neuron_warmup and dms.gate != "neuron":
-        raise ValueError(f"neuron_warmup {recipe.neuron_warmup} with gate {dms.gate!r}: must be 0; it is for 'neuron'")
+    for name in ("neuron_warmup", "neuron_zero"):
+        if (value := getattr(recipe, name)) and dms.gate != "neuron":
+            raise ValueError(f"{name} {value} with gate {dms.gate!r}: must be {type(value)(0)}; it is for 'neuron'")
+    apart = dms.gate == "neuron" and (recipe.gate_lr is not None or recipe.neuron_zero)
+    if apart and arguments.get("fsdp"):
+        raise ValueError("fsdp True with gate 'neuron': must be without gate_lr and neuron_zero, which need whole rows")
     out, last = Path(out), recipe.steps if until is None else recipe.step_of(until)
     settings = _settings(model, recipe, out, arguments)
     if settings.process_index == 0:
-        claim(out, {**(facts or {}), **dms.to_dict(), **asdict(recipe)}, CLAIM)
+        claim(out, {**(facts or {}), **dms.to_dict(), **recipe.to_dict()}, CLAIM)
     teacher = copy.deepcopy(model) if recipe.train == "all" and recipe.direction != "lm" else None
     set_seed(recipe.seed)
     attach(model, dms)
@@ -94,11 +98,14 @@ def retrofit(
     if settings.fsdp and teacher is not None:
         shard_teacher(teacher, settings.device)
     distiller = Distiller(model, teacher, recipe.direction, recipe.chunk, recipe.aux_weight)
+    if apart:
+        model.to(settings.device)  # the optimiser's own copies of rows must be there when its state is loaded
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = make_optimizer(trained, recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.gate_lr, recipe.betas)
+    rates = recipe.lr, recipe.weight_decay, recipe.gate_lr, recipe.betas
+    optimizer = make_optimizer(trained, recipe.optimizer, *rates, model.dms.gate_rows())
     rows = {"train_dataset": dataset, "data_collator": pad_collate(tokenizer.pad_token_id or 0)}
     steps = {"optimizers": (optimizer, LambdaLR(optimizer, recipe.schedule.rate))}
-    callbacks = [SaveFamily(recipe, model, tokenizer, out), ProgressBar(), StopAfter(last)]
+    callbacks = [SaveFamily(recipe, model, tokenizer, out), ProgressBar(last), StopAfter(last)]
     trainer = RetrofitTrainer(recipe, model=distiller, args=settings, callbacks=callbacks, **rows, **steps)
     if settings.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError("fsdp True: must be under torchrun on GPUs; on CPUs or in one process, leave it out")

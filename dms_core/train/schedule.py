@@ -4,6 +4,8 @@ CR(t) = 1 + t / steps_per_unit (paper section 3.2), after ``lead`` steps at CR 1
 neuron out (appendix C: 2000 steps, not counted among the retrofit's).  Optional rests interrupt the ramp: at their CR
 the target stays for some steps while the learning rate falls to zero, so that a checkpoint taken there has settled;
 then the rate comes back and the ramp goes on.  Without rests the rate is constant after its warm-up, as in the paper.
+``decay`` parts the two: the rate then falls over the last so many steps, whether the ramp goes on or not, and in no
+rest.
 """
 
 import math
@@ -21,8 +23,9 @@ class Schedule:
     final_cr: float
     steps_per_unit: int
     rests: tuple[tuple[float, int], ...] = ()
-    warmup: int = 0  # steps in which the rate comes up, at the start and after a rest
+    warmup: int = 0  # steps in which the rate comes up, at the start and after it has fallen in a rest
     lead: int = 0  # steps at CR 1 before the ramp
+    decay: int | None = None  # last steps in which the rate falls to zero, 0 for none; None: in each rest
 
     def __post_init__(self) -> None:
         target_fraction(self.final_cr)
@@ -35,6 +38,8 @@ class Schedule:
             raise ValueError(f"lead {self.lead}: must be >= 0 steps")
         if self.warmup < 0 or any(steps < 1 for _, steps in self.rests):
             raise ValueError(f"warmup {self.warmup}, rests {self.rests}: must last >= 0 and >= 1 steps")
+        if not 0 <= (self.decay or 0) <= self.steps:
+            raise ValueError(f"decay {self.decay}: must be within 0..{self.steps} steps")
 
     def reached(self, cr: float) -> int:
         """The step at which the ramp arrives at ``cr``, before any rest there."""
@@ -56,11 +61,15 @@ class Schedule:
         """The target during ``step``."""
         return float(np.interp(step, *zip(*self.corners(), strict=True)))
 
+    def falls(self) -> list[tuple[int, int]]:
+        """(first step, steps) in which the rate falls to zero."""
+        rests = [(self.reached(cr), steps) for cr, steps in self.rests]
+        return rests if self.decay is None else [(self.steps - self.decay, self.decay)]
+
     def rate(self, step: int) -> float:
         """The learning rate during ``step``, as a share of its peak."""
-        since = 0  # where the current ramp began
-        for cr, steps in self.rests:
-            begins = self.reached(cr)
+        since = 0  # where the rate came up last
+        for begins, steps in self.falls():
             if begins <= step < begins + steps:
                 return 1 - (step - begins) / steps
             since = begins + steps if step >= begins + steps else since

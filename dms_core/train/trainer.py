@@ -49,6 +49,8 @@ class RetrofitTrainer(Trainer):
         dms = self.model.student.dms
         dms.evicting = step >= schedule.lead
         dms.neuron_factor = 0.0 if dms.evicting else warmup_factor(step, schedule.lead)
+        if self.recipe.neuron_zero and step == schedule.lead:  # in each batch of that step: nothing has moved it since
+            dms.zero_neurons()
         first = (self.seen * self.args.world_size + self.args.process_index) * self.args.per_device_train_batch_size
         labels = inputs["labels"]
         dms.noise_keys = row_keys(self.recipe.seed, step, first, len(labels)).to(labels.device)
@@ -121,9 +123,12 @@ class StopAfter(TrainerCallback):
 class ProgressBar(TrainerCallback):
     """One plain bar on standard error, in a terminal and in a notebook; the log itself goes to retrofit.json."""
 
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
     def on_train_begin(self, args, state, control, **kwargs):
         hidden = not state.is_world_process_zero
-        self.bar = tqdm(None, "retrofit", state.max_steps, initial=state.global_step, mininterval=2, disable=hidden)
+        self.bar = tqdm(None, "retrofit", self.steps, initial=state.global_step, mininterval=2, disable=hidden)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)

@@ -110,7 +110,8 @@ def test_arrow_keys_tell_what_became_of_each_token_in_each_head(browser):
     said = side.locator(".look").inner_text
     letter = tab.evaluate("() => DMS_PAGE.race.sides[1].prompt[0]")
     assert said().startswith(f"Token 1 “{letter}” of the problem: held by")
-    states = "({row, token}) => { const c = DMS_PAGE.race.sides[1].chains[0].cache; return c.state[row * c.capacity + token] }"
+    states = "({row, token}) => { const c = DMS_PAGE.race.sides[1].chains[0].cache;"
+    states += " return c.state[row * c.capacity + token] }"
     words = ["", "held", "marked, still in the window", "overwritten"]
     for token in range(3):
         for row in range(8):

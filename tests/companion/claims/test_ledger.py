@@ -114,6 +114,74 @@ def test_training_free_methods_are_judged_one_by_one_over_axes_and_tasks():
     assert words == "agrees: TOVA; the axes or tasks disagree: H2O, prompt kept; disagrees: Quest"
 
 
+def pairs_of(**bounds):
+    """Stored ablations: "a__b" with the interval of a minus b, in one study."""
+    return [paired(*name.replace("_", "-").split("--"), 4.0, *ends) for name, ends in bounds.items()]
+
+
+@pytest.mark.parametrize(
+    "bounds, word", [((-1.5, 3.0), "agrees"), ((-9.0, -3.0), "disagrees"), ((-9.0, 3.0), "unresolved")]
+)
+def test_rests_are_judged_with_a_rate_that_falls_without_them(bounds, word):
+    stored = {"ablations": {"steps": {"pairs": pairs_of(no_rest__dms=(-30.0, -20.0)), "rows": []}}}
+    claim = "Steps at a fixed ratio after the ramp bring nothing"
+    assert verdicts(evidence(stored=stored))[claim] == NOT_TESTED  # an ablation of before
+    stored["ablations"]["steps"]["pairs"] += pairs_of(no_rest_decay__dms=bounds)
+    assert verdicts(evidence(stored=stored))[claim].startswith(f"{word} (nothing")
+
+
+@pytest.mark.parametrize(
+    "bounds, reached, words",
+    [
+        ((-4.0, 2.0), 4.1, "agrees (as good: at most 5 points worse); needed: the start at zero"),
+        ((-4.0, 2.0), 3.2, "disagrees"),
+        ((-40.0, -20.0), 4.1, "disagrees"),
+        ((-9.0, 2.0), 4.1, "unresolved"),
+    ],
+)
+def test_neuron_gate_needs_accuracy_and_compression(bounds, reached, words):
+    pairs = pairs_of(
+        neuron_all__dms=bounds, neuron_no_zero__neuron_all=(-9.0, -2.0), neuron_no_rate__neuron_all=(-9.0, 1.0)
+    )
+    rows = [{"variant": "neuron-all", "cr": 4.0, "cr_decisions": reached}]
+    found = verdicts(evidence(stored={"ablations": {"neuron": {"pairs": pairs, "rows": rows}}}))
+    assert found["One neuron of a query is gate enough, after a warm-up that fades it out"].startswith(words)
+
+
+@pytest.mark.parametrize(
+    "frozen, whole, words",
+    [
+        ((-9.0, -3.0), (-2.0, -1.0), "agrees; against future attention: agrees"),
+        ((1.0, 3.0), (1.0, 2.0), "disagrees; against"),
+        ((-9.0, -3.0), (-2.0, 1.0), "mixed: agrees with frozen base, unresolved with all weights; against"),
+    ],
+)
+def test_teachers_are_judged_with_a_frozen_base_and_with_all_weights(frozen, whole, words):
+    pairs = pairs_of(gates_lm__gates_only=frozen, lm_loss__dms=whole, gates_future__gates_only=(-60.0, -40.0))
+    claim = "The original model's distribution is the teacher to learn eviction from"
+    stored = {"ablations": {"teachers": {"pairs": pairs, "rows": []}}}
+    assert verdicts(evidence(stored=stored))[claim].startswith(words)
+    assert verdicts(evidence(stored={"ablations": {"loss": {"pairs": pairs, "rows": []}}}))[claim] == NOT_TESTED
+
+
+@pytest.mark.parametrize(
+    "adapter, neuron, tokens, word",
+    [
+        ((2.0, 9.0), (1.0, 5.0), (-1.0, 5.0), "agrees"),
+        ((2.0, 9.0), (-1.0, 5.0), (-1.0, 5.0), "agrees with the adapter gate, not with a neuron gate"),
+        ((2.0, 9.0), (1.0, 5.0), (-5.0, -1.0), "unresolved"),
+        ((-1.0, 9.0), (-5.0, -1.0), (-1.0, 5.0), "disagrees"),
+    ],
+)
+def test_dmc_is_judged_at_equal_ratio_and_at_equal_tokens(adapter, neuron, tokens, word):
+    arms = (("dms", adapter), ("neuron-all", neuron))
+    pairs = [paired(arm, "dmc", 3.5, *ends) | {"at": "equal cr_decisions"} for arm, ends in arms]
+    pairs += [paired(arm, "dmc", 4.0, *tokens) | {"at": "equal tokens"} for arm, _ in arms]
+    for stored, verdict in (({"pairs": pairs}, word), ({"runs": []}, NOT_TESTED)):
+        found = verdicts(evidence(stored={"dmc": stored}))
+        assert found["DMS needs far fewer training tokens than DMC"] == verdict
+
+
 def test_every_verdict_quotes_a_protocol():
     for claim in make_ledger(evidence()):
         assert (claim.verdict == NOT_TESTED) == (claim.rule == "—")
@@ -149,7 +217,6 @@ def test_stored_results_of_the_repository_give_a_whole_table():
     assert len(lines) == len(claims) + 2
     assert {line.count("|") for line in lines} == {len(HEAD) + 1}
     tested = verdicts(evidence(stored=stored))
-    assert tested["DMS needs far fewer training tokens than DMC"] != NOT_TESTED
     assert tested["It still finds a needle in a haystack as long as its training context"] != NOT_TESTED
 
 

@@ -5,6 +5,7 @@ import yaml
 
 from companion.claims import protocols as module
 from companion.claims.protocols import protocol, protocols
+from companion.experiments.ablations import ablation_profile
 from companion.experiments.profiles import get_profile
 from dms_core.budgets.bootstrap import detectable
 
@@ -38,3 +39,12 @@ def test_a_file_that_lacks_a_field_or_has_another_is_refused(tmp_path, monkeypat
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="nothing"):
         protocol("nothing")
+
+
+def test_those_of_short_retrofits_were_written_before_and_name_the_design():
+    plan = ablation_profile(3)
+    for name in ("neuron-gate", "teachers", "dmc", "rests"):
+        found = protocol(name)
+        assert found.written == "before" and found.seeds == "0, 1, 2"
+        design = {key: found.detects[key] for key in ("problems", "chains", "seeds")}
+        assert design == {"problems": plan.problems, "chains": plan.chains, "seeds": plan.seeds}

@@ -1,7 +1,5 @@
 """DMC: the parallel form, the cache and a slow transcription of the definition say the same."""
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -180,9 +178,9 @@ def test_dmc_without_merging_equals_the_original_model(tiny_model, merging):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_reset_model_merges_nothing_at_any_scale(tiny_model, kind):
-    model, ids = tiny_model(kind, gates=False), tokens(2, 20)
-    attach_dmc(model, DMCConfig(scale=100.0), reset=True)
+def test_neurons_at_zero_merge_nothing_at_any_scale(tiny_model, kind):
+    model, ids = attach_dmc(tiny_model(kind, gates=False), DMCConfig(scale=100.0)), tokens(2, 20)
+    model.dms.zero_neurons()
     model(ids, use_cache=False)
     assert all((z == -5.0).all() for z in model.dms.step.logits.values())
     assert not any(e.any() for e in model.dms.step.evicted.values())
@@ -270,11 +268,9 @@ def test_the_dms_trainer_trains_dmc_and_keeps_its_family(tiny_model, tmp_path):
 @pytest.mark.slow
 def test_retrofit_of_the_embedded_model_reaches_its_ratio(tmp_path):
     tokenizer, settings = load_tokenizer(REASONER), DMCConfig(scale=100.0)
-    recipe = RetrofitConfig(
-        final_cr=2.0, steps_per_unit=20, rests=((2.0, 15),), batch=4, optimizer="muon", lr=1.5e-3, aux_weight=10.0
-    )
+    steps = {"final_cr": 2.0, "steps_per_unit": 20, "rests": ((2.0, 15),), "batch": 4}
+    recipe = RetrofitConfig(**steps, optimizer="muon", lr=1.5e-3, aux_weight=10.0, neuron_zero=True)
     data = TraceDataset(tokenizer, recipe.steps * recipe.batch, recipe.batch)
-    begin = partial(attach_dmc, reset=True)
     model = retrofit(
         load_base(REASONER),
         tokenizer,
@@ -282,7 +278,7 @@ def test_retrofit_of_the_embedded_model_reaches_its_ratio(tmp_path):
         settings,
         recipe,
         tmp_path,
-        attach=begin,
+        attach=attach_dmc,
         use_cpu=True,
         train_sampling_strategy="sequential",
     )

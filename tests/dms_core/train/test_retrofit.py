@@ -10,9 +10,11 @@ from transformers import TrainerCallback
 
 from companion import families
 from companion.tasks.reasoner import make_tokenizer
+from dms_core.baselines.dmc import DMCConfig, attach_dmc
 from dms_core.cache.dms import DMSCache
 from dms_core.checkpoint import is_checkpoint, load_model, read_settings
 from dms_core.config import DMSConfig
+from dms_core.model import attach
 from dms_core.storage import read_json
 from dms_core.train.optim import make_optimizer
 from dms_core.train.recipe import RetrofitConfig
@@ -56,9 +58,21 @@ def interrupt(monkeypatch, step: int):
 
 
 @pytest.mark.parametrize("order", ["sequential", "random"])
-@pytest.mark.parametrize("train, gate", [("all", "adapter"), ("all", "neuron"), ("gates", "adapter")])
-def test_resumed_run_has_the_weights_of_an_uninterrupted_one(tiny_model, tmp_path, monkeypatch, order, train, gate):
-    recipe = RetrofitConfig(**{**vars(RECIPE), "train": train})
+@pytest.mark.parametrize(
+    "train, gate, more",
+    [
+        ("all", "adapter", {}),
+        ("all", "neuron", {}),
+        ("gates", "adapter", {}),
+        ("all", "neuron", {"gate_lr": 3e-3, "neuron_warmup": 1, "neuron_zero": True}),
+        ("all", "neuron", {"gate_lr": 3e-3, "neuron_warmup": 3, "neuron_zero": True}),  # zero as it is resumed
+        ("all", "neuron", {"gate_lr": 3e-3, "neuron_warmup": 4, "neuron_zero": True, "decay": 4}),
+    ],
+)
+def test_resumed_run_has_the_weights_of_an_uninterrupted_one(
+    tiny_model, tmp_path, monkeypatch, order, train, gate, more
+):
+    recipe = RetrofitConfig(**{**vars(RECIPE), "train": train, **more})
     dms = DMSConfig(**{**vars(DMS), "gate": gate})
     options = {"train_sampling_strategy": order}
     whole = run(tiny_model, tmp_path / "whole", recipe, dms, **options).state_dict()
@@ -203,6 +217,42 @@ def test_training_gates_alone_rejects_the_neuron_gate(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="gate 'neuron': that gate has no parameters"):
         retrofit(model, make_tokenizer(), documents(), DMSConfig(gate="neuron"), recipe, tmp_path)
     assert not hasattr(model, "dms")
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+@pytest.mark.parametrize(
+    "put, dms",
+    [(attach, DMSConfig(gate="neuron", window=2, offset=1.0)), (attach_dmc, DMCConfig(scale=9.0, offset=1.0))],
+)
+def test_neuron_zero_begins_the_ramp_with_gates_that_evict_nothing(tiny_model, tmp_path, monkeypatch, put, dms, warmup):
+    seen = []
+
+    class Watched(module.RetrofitTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            handle = self.model.student.dms
+            rows = [p.detach()[index].abs().max() for p, index in handle.gate_rows()]
+            seen.append((float(max(rows)), float(max(z.detach().max() for z in handle.step.logits.values()))))
+            return loss
+
+    monkeypatch.setattr(module, "RetrofitTrainer", Watched)
+    settings = {"final_cr": 2.0, "steps_per_unit": 3, "rests": (), "gate_lr": 1e-2, "neuron_warmup": warmup}
+    recipe = RetrofitConfig(**{**vars(RECIPE), **settings, "neuron_zero": True, "warmup": 0})
+    run(tiny_model, tmp_path, recipe, dms, attach=put)
+    rows, logits = zip(*seen, strict=True)
+    assert [value == 0 for value in rows] == [step == warmup for step in range(warmup + 3)]
+    assert logits[warmup] == -dms.offset and logits[-1] > -dms.offset  # and the gate learns from there
+
+
+def test_neuron_settings_that_do_not_fit_are_refused(tiny_model, tmp_path):
+    recipe = RetrofitConfig(**{**vars(RECIPE), "neuron_zero": True})
+    with pytest.raises(ValueError, match="neuron_zero True with gate 'adapter': must be False"):
+        run(tiny_model, tmp_path, recipe)
+    for own in ({"gate_lr": 1e-3}, {"neuron_zero": True}):
+        recipe = RetrofitConfig(**{**vars(RECIPE), **own})
+        with pytest.raises(ValueError, match="fsdp True with gate 'neuron': must be without gate_lr and neuron_zero"):
+            run(tiny_model, tmp_path, recipe, DMSConfig(gate="neuron"), fsdp=True)
+    assert not any(tmp_path.iterdir())
 
 
 def test_collation_pads_on_the_right_and_masks_the_padding():

@@ -22,6 +22,17 @@ def test_rest_keeps_the_target_while_the_rate_falls_to_zero():
     assert schedule.saves() == {15: 2, 25: 3, 45: 4}
 
 
+def test_decay_lets_the_rate_fall_over_the_last_steps_while_the_ramp_goes_on():
+    schedule = Schedule(3.0, 10, warmup=2, decay=5)
+    assert schedule.steps == 20 and schedule.cr(17) == 2.7
+    assert [schedule.rate(t) for t in (0, 1, 14, 15, 17, 19)] == pytest.approx([0.5, 1, 1, 1, 0.6, 0.2])
+    constant = Schedule(3.0, 10, ((2.0, 5), (3.0, 5)), warmup=2, decay=0)  # rests in which the rate stays
+    assert constant.saves() == Schedule(3.0, 10, ((2.0, 5), (3.0, 5))).saves()
+    assert [constant.rate(t) for t in range(30)] == [0.5] + [1.0] * 29
+    resting = Schedule(3.0, 10, ((2.0, 5), (3.0, 5)), decay=5)
+    assert [resting.rate(t) for t in (10, 14, 25, 29)] == pytest.approx([1, 1, 1, 0.2])
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
@@ -30,6 +41,8 @@ def test_rest_keeps_the_target_while_the_rate_falls_to_zero():
         ({"rests": ((4.0, 5), (2.0, 5))}, "rests at CR .*must ascend within 1..8"),
         ({"rests": ((9.0, 5),)}, "rests at CR .*must ascend within 1..8"),
         ({"rests": ((4.0, 0),)}, "must last"),
+        ({"decay": 71}, r"decay 71: must be within 0\.\.70"),
+        ({"decay": -1}, "decay -1: must be within"),
     ],
 )
 def test_bad_schedules_are_named(wrong, message):
