@@ -311,3 +311,16 @@ def test_prefill_and_decode_name_mismatched_heads():
 
 def test_facade_offers_the_three_operations():
     assert {"train_attention", "prefill_attention", "decode_attention", "naive"} <= set(dms_kernels.__all__)
+
+
+@pytest.mark.parametrize(("tokens", "kept", "listed"), [(400, 0.1, False), (700, 0.1, True), (700, 0.6, False)])
+def test_training_takes_the_list_where_it_pays_and_gives_the_same(tokens, kept, listed, monkeypatch):
+    generator = torch.Generator().manual_seed(tokens)
+    q, k, v = (torch.randn(1, heads, tokens, 8, generator=generator) for heads in (2, 1, 1))
+    keep = torch.where(torch.rand(1, 1, tokens, generator=generator) < kept, -0.1, -60.0)
+    plans = []
+    make = dms_kernels.training_plan
+    monkeypatch.setattr(dms_kernels, "training_plan", lambda *given: plans.append(1) or make(*given))
+    out = dms_kernels.train_attention(q, k, v, keep, 4)
+    assert bool(plans) == listed
+    torch.testing.assert_close(out, naive.train_attention(q, k, v, keep, 4, None, 8**-0.5), rtol=1e-4, atol=1e-5)
