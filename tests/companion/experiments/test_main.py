@@ -83,6 +83,7 @@ def test_the_grid_trains_and_samples_what_is_not_there_yet(tmp_path):
     result = controls.grid(job.Run(quick, tmp_path))
     methods = {"vanilla", "dms", *controls.CONTROLS, *controls.LIGHT}
     assert {point["method"] for point in result["points"]} == methods
-    assert {point["L"] for point in result["points"] if point["method"] == "tova"} == {2, 8}
+    lengths = {name: {p["L"] for p in result["points"] if p["method"] == name} for name in ("tova", "tova-protected")}
+    assert lengths == {"tova": {8}, "tova-protected": {2, 8}}
     assert {row["b"] for row in result["margins"] if row["a"] == "dms"} == methods - {"dms"}
     assert (tmp_path / "grid.json").exists()
