@@ -187,7 +187,7 @@ def test_only_what_a_change_touches_runs_again(finished):
     path.write_text(before)
 
     write(config, seed=1, notebooks={"06_hyperscaling": {"resamples": 5}})
-    assert planned(finished)["retrofit"] == 2
+    assert planned(finished)["retrofit"] == 3  # DMS to CR 4 and on, immediate
 
 
 def test_sources_follow_imports_and_nothing_else():
