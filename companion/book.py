@@ -2,17 +2,17 @@
 
 import shutil
 import subprocess
-import sys
 import sysconfig
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import nbformat
 import papermill
 
 from companion.experiments import main as job
-from companion.experiments.stages import stages
+from companion.experiments.stages import run_stage, stages
 from companion.live import write_live
 from companion.paths import checkout
 from companion.side_by_side import run_side_by_side
@@ -31,17 +31,15 @@ def reproduce(profile: str, runs: Path, seed: int = 0, root: Path | None = None,
     """
     began, root = time.time(), root or (checkout("dms reproduce") if book else Path())
     run = job.Run.of(profile, Path(runs).resolve(), seed)
-    dms = [sys.executable, "-m", "companion.cli.main"]
     needs = {name: list(stage.needs) for name, stage in stages(run).items()}
-    given = ["--profile", profile, "--seed", str(seed), "--run-dir", str(run.root)]
-    commands = {stage: [*dms, "stage", stage, *given] for stage in needs}
+    calls = {stage: partial(run_stage, run, stage) for stage in needs}
     trained = [stage for stage in needs if stage.startswith(("retrofit-", "held-out-"))]
-    values = ["-p", "profile", profile, "-p", "seed", str(seed), "-p", "run_dir", str(run.root)]
+    values = {"profile": profile, "seed": seed, "run_dir": str(run.root)}
     for chapter in sorted((root / "notebooks").glob("[0-9]*.ipynb")) if book else ():
         name, out = chapter.stem, root / "book" / "notebooks" / chapter.name
         needs[name] = [] if name[:2] in STAGELESS else trained if name[:2] in TRAINED else ["summary"]
-        commands[name] = [*dms, "notebook", str(chapter), str(out), *values]
-    parts = run_side_by_side(commands, needs, run.root / "logs")
+        calls[name] = partial(execute, chapter, out, values)
+    parts = run_side_by_side(calls, needs, run.root / "logs", preload=[__name__])
     page = build_book(root / "book") if book else run.root / "curves.json"
     facts = read_json(run.root / "curves.json")["retrofit"]
     return {"seconds": round(time.time() - began, 1), "parts": parts, "retrofit": facts, "book": str(page)}
@@ -57,14 +55,15 @@ def check_parameters(notebook: Path, parameters: Iterable[str]) -> None:
 def execute(notebook: Path, out: Path, parameters: dict) -> None:
     """Execute one notebook; an unknown parameter is an error.  A failed copy stays beside ``out`` for reading."""
     check_parameters(notebook, parameters)
-    partial = out.with_suffix(".running.ipynb")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    running = out.with_suffix(".running.ipynb")
     papermill.execute_notebook(
-        notebook, partial, parameters, cwd=notebook.parent, progress_bar=False, kernel_name="python3", log_output=False
+        notebook, running, parameters, cwd=notebook.parent, progress_bar=False, kernel_name="python3", log_output=False
     )
-    content = nbformat.read(partial, 4)
+    content = nbformat.read(running, 4)
     content.cells = [cell for cell in content.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     nbformat.write(content, out)
-    partial.unlink()
+    running.unlink()
 
 
 def render_chapters(notebooks: Path, out: Path) -> Path:

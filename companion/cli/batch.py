@@ -52,7 +52,6 @@ def notebook(
     if not notebook.exists():
         raise ValueError(f"{notebook}: no such notebook")
     values = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in parameters)}
-    out.parent.mkdir(parents=True, exist_ok=True)
     execute(notebook, out, values)
     return {"notebook": str(out), "parameters": values}
 
