@@ -35,11 +35,11 @@ def reproduce(profile: str, runs: Path, seed: int = 0, root: Path | None = None,
     calls = {stage: partial(run_stage, run, stage) for stage in needs}
     trained = [stage for stage in needs if stage.startswith(("retrofit-", "held-out-"))]
     values = {"profile": profile, "seed": seed, "run_dir": str(run.root)}
-    for chapter in sorted((root / "notebooks").glob("[0-9]*.ipynb")) if book else ():
+    for chapter in sorted((root / "notebooks").glob("[0-9]*.ipynb"), reverse=True) if book else ():  # 07 takes longest
         name, out = chapter.stem, root / "book" / "notebooks" / chapter.name
         needs[name] = [] if name[:2] in STAGELESS else trained if name[:2] in TRAINED else ["summary"]
         calls[name] = partial(execute, chapter, out, values)
-    parts = run_side_by_side(calls, needs, run.root / "logs", preload=[__name__])
+    parts = run_side_by_side(calls, needs, run.root / "logs")
     page = build_book(root / "book") if book else run.root / "curves.json"
     facts = read_json(run.root / "curves.json")["retrofit"]
     return {"seconds": round(time.time() - began, 1), "parts": parts, "retrofit": facts, "book": str(page)}

@@ -1,5 +1,6 @@
 """Calls, some of which need others, run side by side, each in a process of its own."""
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -7,30 +8,35 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from graphlib import TopologicalSorter
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tqdm import tqdm
 
+FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+CONTEXT = multiprocessing.get_context("forkserver" if FORKS else "spawn")
 SHOWN = re.compile(r"\d+/\d+ \[[^,\]]*")  # of a bar of tqdm: how far, time so far and to go
 
 
-def run_side_by_side(
-    calls: dict[str, Callable[[], object]], needs: dict[str, Sequence[str]], logs: Path, preload: Sequence[str] = ()
-) -> dict:
+def prepare(modules: Sequence[str]) -> None:
+    """Begin to import modules in the process of which calls will be copies, where processes can be forked."""
+    if FORKS:
+        CONTEXT.set_forkserver_preload(list(modules))
+        with _threads(_share()[1]):
+            forkserver.ensure_running()
+
+
+def run_side_by_side(calls: dict[str, Callable[[], object]], needs: dict[str, Sequence[str]], logs: Path) -> dict:
     """Make each call once those that it ``needs`` are done, up to four at once, in this order: {name: seconds}.
 
     The cores are shared out: on two, a call has one thread, since two side by side are faster than one after the other
-    with two threads each.  What calls print goes to ``logs``/NAME.log.  Calls can be pickled.
-
-    preload: modules that are imported once for all calls, where processes can be forked.
+    with two threads each.  What calls print goes to ``logs``/NAME.log.  Calls must be picklable.
 
     Raises RuntimeError with the end of the log of each call that failed, after all that does not need it is done.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    at_once = min(cores, 4)
+    at_once, threads = _share()
     logs.mkdir(parents=True, exist_ok=True)
-    start = _starter(preload, cores // at_once)
     order, ready, running, seconds, failed = TopologicalSorter(needs), [], {}, {}, []
     order.prepare()
     bar = tqdm(total=len(calls), desc="stages and notebooks", dynamic_ncols=True, disable=None)
@@ -39,7 +45,7 @@ def run_side_by_side(
             ready = sorted([*ready, *order.get_ready()], key=list(calls).index)
             while ready and len(running) < at_once:
                 name = ready.pop(0)
-                running[name] = start(calls[name], logs / f"{name}.log"), time.time()
+                running[name] = _start(calls[name], logs / f"{name}.log", threads), time.time()
             if not running:
                 break
             time.sleep(0.5)
@@ -63,26 +69,30 @@ def run_side_by_side(
     return seconds
 
 
-def _starter(preload: Sequence[str], threads: int) -> Callable[[Callable, Path], BaseProcess]:
-    """What starts a call, in a copy of a process that has imported the modules and that many threads."""
-    forks = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if forks else "spawn")
-    if forks:
-        context.set_forkserver_preload(list(preload))
+def _share() -> tuple[int, int]:
+    """Calls at once, and threads for each."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 4), cores // min(cores, 4)
 
-    def start(call: Callable, log: Path) -> BaseProcess:
-        log.write_text("")
-        before = dict(os.environ)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # libraries read it when they are loaded
-        try:
-            process = context.Process(target=_logged, args=(call, log, threads))
-            process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-        return process
 
-    return start
+@contextlib.contextmanager
+def _threads(number: int):
+    """Processes started inside have so many; libraries read it when they are loaded."""
+    before = dict(os.environ)
+    os.environ["OMP_NUM_THREADS"] = str(number)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _start(call: Callable, log: Path, threads: int) -> BaseProcess:
+    log.write_text("")
+    process = CONTEXT.Process(target=_logged, args=(call, log, threads))
+    with _threads(threads):
+        process.start()
+    return process
 
 
 def _logged(call: Callable, log: Path, threads: int) -> None:

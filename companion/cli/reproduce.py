@@ -28,9 +28,12 @@ def reproduce(
     """retrofit the embedded model, compute the curves, render the book"""
     import shutil
 
+    from companion.side_by_side import prepare
+
     choose_card(device)
     if book:
         checkout("dms reproduce")
+    prepare(["companion.book"])  # while this process imports the same
     from companion.book import reproduce
     from companion.experiments.profiles import get_profile
 

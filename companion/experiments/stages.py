@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from companion.experiments import main as job
@@ -22,18 +23,19 @@ class Stage(NamedTuple):
 def stages(run: Run) -> dict[str, Stage]:
     """retrofit-VARIANT, held-out-METHOD, records-TASK-METHOD and summary, each after those that it needs.
 
-    METHOD is such as dms-cr4; what was retrofitted with another seed than the run's ends with -seedN.  A retrofit that
-    is evaluated at several ratios has a stage retrofit-METHOD for each but the last: what needs a checkpoint on the way
-    does not wait for the end.  All checkpoints of the first retrofit are held out, also those that are not sampled.
+    METHOD is such as dms-cr4; what was retrofitted with another seed than the run's ends with -seedN.  All checkpoints
+    of the first retrofit are held out, also those that are not sampled.  If several of a retrofit are used, it has a
+    stage retrofit-METHOD for each but the last: what needs a checkpoint on the way does not wait for the end.
     """
-    found = _retrofits(run)
-    for method in job.methods(run):
+    sampled, saved = job.methods(run), [Method("dms", cr) for cr in job.saved_ratios(run)]
+    found = _retrofits(run, dict.fromkeys([*sampled, *saved]))
+    for method in sampled:
         needs = _retrofit_for(found, method)
         if needs:
             found[f"held-out-{method}"] = Stage("held-out", run, method, needs)
         for one in run.all_tasks:
             found[f"records-{one.task.name}-{method}"] = Stage("records", one, method, needs)
-    for method in (Method("dms", cr) for cr in job.saved_ratios(run)):
+    for method in saved:
         found.setdefault(f"held-out-{method}", Stage("held-out", run, method, _retrofit_for(found, method)))
     return found | {"summary": Stage("summary", run, None, tuple(found))}
 
@@ -48,8 +50,8 @@ def _retrofit_for(found: dict[str, Stage], method: Method) -> tuple[str, ...]:
     return ()
 
 
-def _retrofits(run: Run) -> dict[str, Stage]:
-    found, methods = {}, job.methods(run)
+def _retrofits(run: Run, methods: Iterable[Method]) -> dict[str, Stage]:
+    found = {}
     for name in run.variants:
         for seed in range(run.profile.seeds):
             last = ()

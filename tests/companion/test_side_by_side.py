@@ -68,12 +68,12 @@ from pathlib import Path
 from pathlib import Path
 
 
-from companion.side_by_side import run_side_by_side
+from companion.side_by_side import prepare, run_side_by_side
 
 if __name__ == "__main__":
-    sys.path.insert(0, {str(tmp_path)!r})
+    prepare(["slow_to_import"])
     calls = {{name: partial(exec, "import slow_to_import", {{}}) for name in "abc"}}
-    run_side_by_side(calls, dict.fromkeys(calls, ()), Path({str(tmp_path)!r}), ["slow_to_import"])
+    run_side_by_side(calls, dict.fromkeys(calls, ()), Path({str(tmp_path)!r}))
 """
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
