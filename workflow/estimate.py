@@ -4,34 +4,12 @@ Chains are counted as if each went on to the largest L, which is too many, and d
 overlapped perfectly, which is too fast.  Prefill is left out.
 """
 
-from dataclasses import replace
-
-
-def sampling_hours(
-    arch, hardware, gpus: int, task: dict, cr: float, memory_cr: float, shards: int = 1
-) -> tuple[float, int]:
-    """GPU-hours of one (task, method, CR), and the chains decoded together on ``gpus`` GPUs that split the weights.
-
-    memory_cr: what the cache holds less; 1 for a method such as Quest, that reads less but keeps everything.
-    shards: jobs that share the chains.
-    """
-    from companion.cost import planner, roofline
-
-    whole = replace(hardware, flops=gpus * hardware.flops, bandwidth=gpus * hardware.bandwidth)
-    length, chains = max(task["lengths"]), task["problems"] * task["chains"]
-    room = (1 - planner.RESERVED) * gpus * hardware.memory - 2 * arch.parameters
-    batch = min(int(room // roofline.kv_bytes(arch, 1, length, memory_cr)), -(-chains // shards))
-    if batch < 1:
-        return float("inf"), 0
-    seconds = roofline.latency(arch, batch, length / 2, whole, cr)  # a chain holds half its length on average
-    return gpus * chains * length / batch * seconds / 3600, batch
-
 
 def lines(settings: dict, device: str = "h100") -> list[str]:
     """The estimate as text."""
     if "profile" in settings:
         return [f"profile {settings['profile']}: no GPU; LOG.md has the minutes it took on two CPU cores"]
-    from companion.cost.planner import RETROFIT_HOURS, find_architecture
+    from companion.cost.planner import RETROFIT_HOURS, find_architecture, sampling_hours
     from companion.cost.roofline import DEVICES, Architecture
 
     name = settings["architecture"] or settings["model"]
@@ -51,7 +29,8 @@ def lines(settings: dict, device: str = "h100") -> list[str]:
         for method, crs in settings["methods"].items():
             for cr in crs:
                 held = 1 if method == "quest" else cr
-                hours, batch = sampling_hours(arch, DEVICES[device], gpus, facts, cr, held, shards)
+                length, chains = max(facts["lengths"]), facts["problems"] * facts["chains"]
+                hours, batch = sampling_hours(arch, DEVICES[device], gpus, length, chains, cr, held, shards)
                 total += hours
                 what = f"{hours:10.1f} GPU-hours, {batch} at once" if batch else "does not fit: more GPUs"
                 text.append(f"{f'{task}, {method}, CR {cr:g}':32} {what}")

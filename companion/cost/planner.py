@@ -5,10 +5,11 @@ their retrofit took.  Those need neither torch nor transformers; the others are 
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from companion.cost import roofline
-from companion.cost.roofline import ARCHITECTURES, DEVICES, Architecture
+from companion.cost.roofline import ARCHITECTURES, DEVICES, Architecture, Hardware
 
 RESERVED = 0.1  # share of a device's memory that is left to activations and the allocator
 RETROFIT_HOURS = {  # H100-hours per unit of compression ratio (paper, Table 3)
@@ -82,6 +83,31 @@ def plan(model: str, batch: int, context: int, cr: float, device: str = "h100") 
         retrofit_h100_hours=None if hours is None else hours * (cr - 1),
         notes=notes(arch, batch),
     )
+
+
+def sampling_hours(
+    arch: Architecture,
+    hardware: Hardware,
+    gpus: int,
+    length: int,
+    chains: int,
+    cr: float,
+    memory_cr: float,
+    shards: int = 1,
+) -> tuple[float, int]:
+    """GPU-hours of chains of ``length`` tokens, and how many are decoded at once on ``gpus`` GPUs that split the weights.
+
+    Chains are counted as if each went on to its end, which is too many, and steps as if arithmetic and reading
+    overlapped perfectly, which is too fast.  memory_cr: what the cache holds less; 1 for a method such as Quest, that
+    reads less but keeps everything.  shards: jobs that share the chains.  (inf, 0) if not one fits.
+    """
+    whole = replace(hardware, flops=gpus * hardware.flops, bandwidth=gpus * hardware.bandwidth)
+    room = (1 - RESERVED) * gpus * hardware.memory - 2 * arch.parameters
+    batch = min(int(room // roofline.kv_bytes(arch, 1, length, memory_cr)), -(-chains // shards))
+    if batch < 1:
+        return math.inf, 0
+    seconds = roofline.latency(arch, batch, length / 2, whole, cr)  # a chain holds half its length on average
+    return gpus * chains * length / batch * seconds / 3600, batch
 
 
 def notes(arch: Architecture, batch: int) -> list[str]:

@@ -350,15 +350,15 @@ def test_summarise_command_writes_curves_with_model_and_task(tmp_path):
 
 
 def test_estimate_is_table_3_and_grows_with_chains_and_shrinks_with_cr():
+    from companion.cost.planner import sampling_hours
     from companion.cost.roofline import ARCHITECTURES, DEVICES
 
     arch, h100 = ARCHITECTURES["qwen-r1-7b"], DEVICES["h100"]
-    task = {"problems": 500, "chains": 8, "lengths": [32768]}
-    dense, batch = estimate.sampling_hours(arch, h100, 1, task, 1, 1)
-    more, _ = estimate.sampling_hours(arch, h100, 1, {**task, "chains": 16}, 1, 1)
-    small, larger = estimate.sampling_hours(arch, h100, 1, task, 8, 8)
+    dense, batch = sampling_hours(arch, h100, 1, 32768, 4000, 1, 1)
+    more, _ = sampling_hours(arch, h100, 1, 32768, 8000, 1, 1)
+    small, larger = sampling_hours(arch, h100, 1, 32768, 4000, 8, 8)
     assert more == pytest.approx(2 * dense) and small < dense / 4 and larger > 4 * batch
-    assert estimate.sampling_hours(ARCHITECTURES["qwen-r1-32b"], h100, 1, task, 1, 1) == (float("inf"), 0)
+    assert sampling_hours(ARCHITECTURES["qwen-r1-32b"], h100, 1, 32768, 4000, 1, 1) == (float("inf"), 0)
     text = estimate.lines(settings.settings(yaml.safe_load((ROOT / "workflow/config/qwen-r1-7b.yaml").read_text())))
     assert "525 GPU-hours (paper, Table 3)" in text[1]
 
