@@ -18,7 +18,7 @@ from companion.paths import checkout
 from companion.side_by_side import run_side_by_side
 from dms_core.storage import read_json
 
-STAGELESS = ("01", "02", "03", "04", "08")  # chapters that need no stage
+STAGELESS = ("01", "02", "03", "04", "08", "09")  # chapters that need no stage
 TRAINED = ("05",)  # that need no records; all others need the summary
 
 

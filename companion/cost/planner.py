@@ -95,7 +95,7 @@ def sampling_hours(
     memory_cr: float,
     shards: int = 1,
 ) -> tuple[float, int]:
-    """GPU-hours of chains of ``length`` tokens, and how many are decoded at once on ``gpus`` GPUs that split the weights.
+    """GPU-hours of chains of ``length`` tokens, and how many ``gpus`` GPUs that split the weights decode at once.
 
     Chains are counted as if each went on to its end, which is too many, and steps as if arithmetic and reading
     overlapped perfectly, which is too fast.  memory_cr: what the cache holds less; 1 for a method such as Quest, that

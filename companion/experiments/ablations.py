@@ -150,10 +150,15 @@ def measure(run: job.Run, name: str, seed: int = 0, cr: float | None = None, mak
         make = make or (UNTRAINED[name][1] if name in UNTRAINED else retrofitted)
         seconds, model, weights = make(run, name, seed, method.cr)
         chains = job.sampled(run, method, model, weights, max(profile.lengths))
-        right = np.bincount([c["problem"] for c in chains], [c["correct"] for c in chains], profile.problems)
         facts = {"seconds": seconds, "tokens": float(np.mean([c["tokens"] for c in chains]))}
-        write_json(file, {"held_out": job.compared(run, model), **facts, "right": (right / profile.chains).tolist()})
+        write_json(file, {"held_out": job.compared(run, model), **facts, "right": shares(chains, profile).tolist()})
     return read_json(file)
+
+
+def shares(chains: Sequence[dict], profile: Profile) -> np.ndarray:
+    """For each test problem the share of its chain records with the right answer."""
+    right = np.bincount([c["problem"] for c in chains], [c["correct"] for c in chains], profile.problems)
+    return right / profile.chains
 
 
 def ablation(name: str, run: job.Run, finished_only: bool = False, report: Callable[[str], None] = print) -> dict:

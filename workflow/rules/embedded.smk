@@ -21,6 +21,7 @@ MODULES = {  # what a stage runs; profiles are no sources, since their values ar
 SOURCES = {kind: [*GLUE, *sources(modules)] for kind, modules in MODULES.items()}
 CHAPTER_STAGES = {  # chapters that need no stage; the others wait for all of them
     "01_bottleneck": [], "02_gate": [], "03_delayed_eviction": [], "04_kernels": [], "08_real_model": [],
+    "09_on_gpus": [],
     "05_retrofit": [name for name, stage in STAGES.items() if stage.kind in ("retrofit", "held-out")],
 }
 RUN_PARAMETERS = {"profile": S["profile"], "seed": S["seed"], "run_dir": relpath(RUN, ROOT / "notebooks")}
@@ -44,6 +45,7 @@ def chapter_data(chapter):
             *sorted((ROOT / "data" / "protocols").glob("*.yaml")),
         ],
         "08_real_model": [RESULTS / "smollm2.json", RESULTS / "smollm2-tokens.json"],
+        "09_on_gpus": PUBLISHED,
     }
     return stored.get(chapter, [*BASE, *PUBLISHED])
 
