@@ -1,4 +1,4 @@
-"""The live page computes what the library computes (in node and in a browser), and can be used."""
+"""The live page computes what the library computes (in node and in two browsers)."""
 
 import base64
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from firefox import open_live
 
 from companion import live
 from companion.paths import REASONER
@@ -80,8 +81,25 @@ class Browser:
         return [self.tab.evaluate(function, value) for value in values]
 
 
-@pytest.fixture(scope="module", params=["node", "chromium"])
+class Gecko:
+    """The same in headless Firefox."""
+
+    def __init__(self, firefox, page: Path) -> None:
+        open_live(firefox, page)
+        for name in live.MODELS:
+            load = "document.head.append(Object.assign(document.createElement('script'), {src: arguments[0]}))"
+            firefox.run(load, f"weights-{name}.js")
+            firefox.wait_for(f"{name!r} in window.DMS_WEIGHTS")
+        self.firefox = firefox
+
+    def calls(self, function: str, values: list) -> list:
+        return [self.firefox.run(f"return ({function})(arguments[0])", value) for value in values]
+
+
+@pytest.fixture(scope="module", params=["node", "chromium", "firefox"])
 def engine(request, page):
+    if request.param == "firefox":
+        return Gecko(request.getfixturevalue("firefox"), page)
     if request.param == "chromium":
         tab = request.getfixturevalue("browser")()
         for name in live.MODELS:

@@ -49,6 +49,8 @@ def test_keyboard_steps_races_and_chooses(browser):
     tab.focus("#task input:checked")
     tab.keyboard.press("ArrowRight")
     tab.wait_for_function("DMS_PAGE.race.sides[0].problem.task === 'traces'")
+    for name in ("Budget", "Temperature"):
+        assert tab.get_by_role("slider", name=name).is_visible()
     tab.fill("#prompt", "?a;b=1;!")
     tab.wait_for_function("document.querySelector('#said').textContent.includes('has no line')")
     tab.fill("#prompt", "?a;a=b+1;b=4;!")
