@@ -23,7 +23,7 @@ REMEDIES = {
     "ordinary user": "a machine with /usr/bin/python3 that allows user namespaces",
     "no sandbox here": "apt-get install bubblewrap",
     "needs a CUDA device": "make gpu-check, on a machine with a GPU",
-    "(chromium|node) is not installed": "apt-get install chromium nodejs",
+    "(chromium|node|firefox) is not installed": "apt-get install chromium nodejs firefox-esr",
     "is not installed|could not import": "make setup",
 }
 VOCABULARY = 40
