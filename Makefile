@@ -1,4 +1,5 @@
-# make book  builds everything and renders the book; make test  lints and tests. Both set up .venv themselves.
+# make book  builds everything and renders the book; make pdf  prints it, too; make test  lints and tests.
+# All set up .venv themselves.
 PROFILE ?= tiny
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,\
   $(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
@@ -13,7 +14,7 @@ INDEXES := $(BIN)/pip config list \
   | sed -nE "s/\\\\n/ /g; s/^[^=]*\.(find-links|index-url|extra-index-url)='(.*)'/\1 \2/p" \
   | while read -r name urls; do printf -- "--$$name=%s " $$urls; done
 
-.PHONY: setup test book gpu-check gpu-first-run lint format clean
+.PHONY: setup test book pdf gpu-check gpu-first-run lint format clean
 
 setup: $(STAMP)
 
@@ -38,6 +39,9 @@ lint: setup
 
 book: setup
 	$(BIN)/dms reproduce --profile $(PROFILE)
+
+pdf: book
+	$(BIN)/dms pdf
 
 # On a machine with a card, with the Python that is there (or PYTHON=...) and what these tests import: torch with its
 # triton, transformers, pytest and hypothesis. Nothing is installed.

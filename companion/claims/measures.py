@@ -185,6 +185,11 @@ def neuron_gate(evidence: Evidence, rule: Protocol) -> Found:
     if dense := _compared(evidence, "neuron-all", "vanilla"):
         measured += f"; minus dense: {_difference(dense)}"
     measured += "".join(f"; without {words}: {_difference(pair)}" for words, pair in without.items() if pair)
+    of_long = [pair for pair in evidence.rows("gates", "pairs") if (pair["a"], pair["b"]) == ("neuron", "vanilla")]
+    if of_long:
+        least = min(of_long, key=lambda pair: pair["difference"])
+        where = f"the least of {len(of_long)} (three tasks, CR 4 and 8; one retrofit, not judged)"
+        measured += f"; after the main recipe, minus dense, {where}: {_difference(least)}"
     needs = " and ".join(words for words, pair in without.items() if pair and _sign(pair) == -1)
     return measured, f"{verdict} (as good: at most {-most:g} points worse); needed: {needs or 'none by itself'}"
 

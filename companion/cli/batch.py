@@ -68,3 +68,16 @@ def chapters(
     page = render_chapters(notebooks, out)
     yield str(page)
     return {"book": str(page)}
+
+
+@command(BATCH, "pdf")
+def pdf(
+    out: opt(Path, "the file") = Path("book/_build/book.pdf"),
+    book: opt(Path, "directory of the rendered book", "--book") = Path("book"),
+):
+    """print the rendered book to one PDF, with Chromium"""
+    from companion.printing import print_book
+
+    sheets = print_book(book / "_build" / "html", book / "_toc.yml", out)
+    yield f"{out}: {sheets} pages"
+    return {"pdf": str(out), "pages": sheets}
