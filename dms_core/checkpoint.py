@@ -1,7 +1,8 @@
 """Save and load retrofitted models: safetensors and JSON only.
 
 A directory of ours holds ``dms.json`` (the settings and the shape of the model they belong to), for the adapter gate
-``dms_gates.safetensors``, and for a whole model the usual transformers files, loadable without DMS as well.
+``dms_gates.safetensors``, and for a whole model the usual transformers files, loadable without DMS as well, or in
+``dms_difference.safetensors`` how its weights differ from the base model's, in few numbers.
 Checkpoints of the authors' code load too: ``dms_core.interop`` knows their names.
 """
 
@@ -19,7 +20,7 @@ from dms_core.hub_files import local_directory, read_safetensors, resolve
 from dms_core.model import attach, detach
 from dms_core.storage import read_json, write_json
 
-SETTINGS, GATES = "dms.json", "dms_gates.safetensors"
+SETTINGS, GATES, DIFFERENCE = "dms.json", "dms_gates.safetensors", "dms_difference.safetensors"
 
 
 def model_shape(model: PreTrainedModel) -> dict:
@@ -66,6 +67,49 @@ def save_model(
     save_gates(model, directory, state, **facts)
 
 
+@torch.no_grad()
+def save_difference(model: PreTrainedModel, base: PreTrainedModel, directory: Path | str, rank: int, **facts) -> None:
+    """Write gates, and what the weights have over those of ``base``: of matrices the ``rank`` largest singular parts.
+
+    In fp16, 2 * rank * (rows + columns) bytes a matrix; vectors whole.  ``load_gates`` adds them to the base model.
+
+    >>> model.save_pretrained("base")
+    >>> save_difference(attach(model, DMSConfig(window=16)), load_base("base"), "small", rank=4)
+    >>> load_gates(load_base("base"), "small").dms.config.window
+    16
+    """
+    before, parts = dict(base.named_parameters()), {}
+    for name, p in model.named_parameters():
+        if name in before:
+            change = p.float() - before[name].float()
+            if p.ndim == 2:
+                u, s, v = torch.linalg.svd(change, full_matrices=False)
+                root = s[:rank].sqrt()
+                parts |= {f"{name}.up": (u[:, :rank] * root).half(), f"{name}.down": (root[:, None] * v[:rank]).half()}
+            else:
+                parts[name] = change
+    save_gates(model, directory, **facts)
+    save_file({name: x.contiguous().cpu() for name, x in parts.items()}, Path(directory) / DIFFERENCE)
+
+
+@torch.no_grad()
+def _add_difference(model: PreTrainedModel, file: Path) -> None:
+    """Raises ValueError, with nothing changed, for a file that is not of this model."""
+    parts, changes = read_safetensors(file), {}
+    for name, p in model.named_parameters():
+        if name in parts:
+            changes[name] = parts.pop(name)
+        elif f"{name}.up" in parts and f"{name}.down" in parts:
+            changes[name] = parts.pop(f"{name}.up").float() @ parts.pop(f"{name}.down").float()
+        if name in changes and changes[name].shape != p.shape:
+            raise ValueError(f"{file}: {name} has shape {tuple(changes[name].shape)}, must be {tuple(p.shape)}")
+    if parts:
+        raise ValueError(f"{file}: tensors {sorted(parts)[:4]} unknown")
+    for name, p in model.named_parameters():
+        if name in changes:
+            p.copy_(p.float() + changes[name].to(p.device))
+
+
 def read_settings(directory: Path | str) -> dict:
     """dms.json of a checkpoint.  Raises ValueError where there is none or it cannot be read."""
     file = Path(directory) / SETTINGS
@@ -84,7 +128,7 @@ def is_checkpoint(directory: Path | str) -> bool:
 
 
 def load_gates(model: PreTrainedModel, directory: Path | str) -> PreTrainedModel:
-    """Attach the gates saved in a directory or hub repository to ``model``.
+    """Attach the gates saved in a directory or hub repository to ``model``, and add a difference of weights to its own.
 
     Raises ValueError if they belong to another model, or are damaged; ``model`` is then as it was.
 
@@ -109,6 +153,8 @@ def load_gates(model: PreTrainedModel, directory: Path | str) -> PreTrainedModel
     attach(model, config)
     try:
         _check_gates(gates, model, place, spelling)
+        if (directory / DIFFERENCE).exists():
+            _add_difference(model, directory / DIFFERENCE)
     except ValueError:
         detach(model)
         raise

@@ -73,6 +73,32 @@ CHAIN = [  # in the order in which a reader types them
         whole("--limit 50 --documents 1", MODEL="a model"),
     ),
     (
+        "dms converse --model $MODEL --out exchanges.jsonl --count 64 --turns 10 --seed 1",
+        whole(FEW, MODEL="a model"),
+    ),
+    (
+        "dms converse --model $MODEL --out exchanges-test.jsonl --count 24 --turns 10 --seed 2",
+        whole(FEW, MODEL="a model"),
+    ),
+    (
+        "dms compose --model $MODEL --exchanges exchanges.jsonl --out memory.jsonl --count 900",
+        whole("--count 3 --tokens 700", MODEL="a model"),
+    ),
+    (
+        "dms compose --model $MODEL --exchanges exchanges-test.jsonl --out memory-test.jsonl --split test --count 96 "
+        "--avoid memory.jsonl",
+        whole("--count 3 --tokens 700", MODEL="a model"),
+    ),
+    (
+        "dms retrofit --recipe smollm2-135m-full --model $MODEL --data memory.jsonl --out runs/smollm2-full",
+        whole(f"{SHORT} rests=[]", MODEL="a model"),
+    ),
+    (
+        "dms recall --model $MODEL --retrofits data/smollm2/dms-cr4 runs/smollm2-full/cr2 runs/smollm2-full/cr8 "
+        "runs/smollm2-full/cr4 --data memory-test.jsonl --out runs/recall --save",
+        whole("--topics 1 --controls tova", **{"data/smollm2/dms-cr4": "runs/smollm2/cr4"}, MODEL="a model"),
+    ),
+    (
         "dms retrofit --recipe qwen-r1-1.5b --out runs/mine",
         whole(f"--model 'a model' --data conversations.jsonl {SHORT}"),
     ),
@@ -121,8 +147,11 @@ SINGLE = {
     ),
     "torchrun --nproc-per-node 8 -m companion.cli.main retrofit --recipe qwen-r1-1.5b --fsdp "
     "--out runs/qwen-r1-1.5b": parsed("needs 8 cards; test_scale.py runs two processes"),
+    "dms sample --model runs/qwen-r1-1.5b/cr8 --task aime24 --method dms --chains 16 --length 32768 --out runs/aime "
+    "--shard 1/4": parsed("needs a card"),
     "make book": make_says,
     "make lint": make_says,
+    "make pdf": make_says,
     "make setup": make_says,
     "make setup GROUPS=book,dev": make_says,
     "make test": make_says,
@@ -135,6 +164,7 @@ SINGLE = {
     "python -m build": elsewhere("test_wheel.py::build", "its fixture builds the wheel"),
     "python -m companion.cost.decode_speed OUT.jsonl": python("--quick", "--device", "cpu"),
     "python -m companion.experiments.dmc": python(),  # hours
+    "python -m companion.experiments.gates": python(),  # half an hour
     "python -m dms_kernels.aot --json": python(),  # minutes; test_aot.py compiles the heaviest
     "python -m dms_kernels.benchmarks KIND --device cuda --save FILE": elsewhere(
         "test_first_run.py::first_run.STEPS", "needs a card; first_run.py starts it with each KIND"
@@ -189,10 +219,12 @@ def chat_model(directory: Path) -> None:
 def at_the_place(place, monkeypatch):
     """Results go to the place; AIME is one made-up row."""
     import companion.cli.measure
+    import companion.cli.memory
     from companion.tasks import source
 
     monkeypatch.chdir(place)
-    monkeypatch.setattr(companion.cli.measure, "RESULTS", place / "results")
+    for module in (companion.cli.measure, companion.cli.memory):
+        monkeypatch.setattr(module, "RESULTS", place / "results")
     monkeypatch.setattr(source, "_hub_rows", lambda data: [("a row", ROWS["aime24"])])
 
 
@@ -223,7 +255,9 @@ def test_commands_are_found_in_blocks_spans_and_headers(text, lines, found):
 def test_chain_of_commands_runs(place):
     for command, run in CHAIN:
         run(place, command)
-    assert {"smollm2.json", "smollm2-tokens.json"} <= {file.name for file in (place / "results").iterdir()}
+    assert {"smollm2.json", "smollm2-tokens.json", "recall.json"} <= {
+        file.name for file in (place / "results").iterdir()
+    }
 
 
 @pytest.mark.slow

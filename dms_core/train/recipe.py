@@ -19,7 +19,8 @@ from dms_core.train.schedule import Schedule
 RECIPES = Path(__file__).parent / "recipes"
 DIRECTIONS = ("forward", "reverse", "lm")
 OPTIMIZERS = ("adamw", "muon")
-LATER = {"decay": None, "neuron_zero": False}  # fields that came later: at these values runs of before keep their names
+# Fields that came later: at these values runs of before keep their names.
+LATER = {"decay": None, "neuron_zero": False, "autocast": False}
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class RetrofitConfig:
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
     checkpointing: bool = False  # compute activations twice instead of keeping them
+    autocast: bool = False  # products in bf16 on a CPU, too: pays with AVX512_BF16 or AMX, where all weights train
     chunk: int = 4096  # tokens whose logits are held at once
     seed: int = 0
     save_steps: int = 100  # between resumable checkpoints

@@ -32,8 +32,8 @@ def run_recipe(
     none.  fsdp: shard model and teacher over the processes.  report: is given some lines about what is about to run, on
     the first process.  load: ``load(recipe)`` gives model and tokenizer, in place of ``load_model_and_tokenizer``;
     make_data: ``make_data(recipe, tokenizer, out)`` gives data set and facts, in place of ``make_packed_rows``.
-    bf16: compute in bf16 on a GPU, by autocast; on a CPU in the weights' own precision.  until: stop after the
-    checkpoint of this CR, where the next call goes on.
+    bf16: compute in bf16 on a GPU, by autocast; on a CPU in the weights' own precision unless the recipe has autocast.
+    until: stop after the checkpoint of this CR, where the next call goes on.
 
     Returns {"out", "steps", "checkpoints": {CR: directory}, "documents": facts}.  Raises ValueError where the batch
     does not divide over the processes, ``out`` holds another run, or model or data are out of reach.
@@ -44,7 +44,7 @@ def run_recipe(
     if first:
         claim(out, recipe.to_dict(), CLAIM)
     cpu = cpu or not torch.cuda.is_available()
-    arguments = {"use_cpu": True} if cpu else {"bf16": bf16}
+    arguments = {"use_cpu": True, "bf16": settings.autocast} if cpu else {"bf16": bf16}
     arguments |= {"ddp_backend": "gloo"} if cpu and processes > 1 else {}
     arguments |= {"fsdp": True} if fsdp else {}
     model, tokenizer = (load or load_model_and_tokenizer)(recipe)

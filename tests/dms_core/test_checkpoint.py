@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from dms_core import hub_files
 from dms_core.checkpoint import (
+    DIFFERENCE,
     GATES,
     SETTINGS,
     fingerprint,
@@ -24,6 +25,7 @@ from dms_core.checkpoint import (
     load_model,
     load_tokenizer,
     read_settings,
+    save_difference,
     save_gates,
     save_model,
 )
@@ -60,6 +62,38 @@ def test_gates_alone_fit_the_base_they_belong_to(tiny_model, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [SETTINGS, GATES]
     base = load_gates(tiny_model(gates=False), tmp_path)
     assert torch.equal(base(IDS).logits, model(IDS).logits)
+
+
+@torch.no_grad()
+def test_difference_of_full_rank_restores_the_weights_and_of_rank_1_takes_few_bytes(tiny_model, tmp_path):
+    model = tiny_model()
+    base = tiny_model(gates=False)
+    for name, p in model.named_parameters():
+        if ".dms_gate." not in name:
+            p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+    away, sizes = [], []
+    for rank in (999, 8, 1):
+        save_difference(model, base, tmp_path / f"{rank}", rank, cr=4.0)
+        loaded = load_gates(tiny_model(gates=False), tmp_path / f"{rank}")
+        away.append(float((loaded(IDS).logits - model(IDS).logits).abs().max()))
+        sizes.append((tmp_path / f"{rank}" / DIFFERENCE).stat().st_size)
+    assert away[0] < 1e-3 < away[1] < away[2] and sizes[0] > 2 * sizes[2]
+    assert read_settings(tmp_path / "1")["cr"] == 4.0
+
+
+def test_difference_of_another_model_raises_and_changes_nothing(tiny_model, tmp_path):
+    model, base = tiny_model(), tiny_model(gates=False)
+    save_difference(model, base, tmp_path, 2)
+    parts = load_file(tmp_path / DIFFERENCE)
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    name = next(name for name in parts if name.endswith(".down"))
+    other, short = {"odd": parts[name].clone()}, {name: parts[name][:, 1:] + 1}
+    for change, message in ((other, "odd"), (short, "has shape")):
+        save_file({**parts, **change}, tmp_path / DIFFERENCE)
+        with pytest.raises(ValueError, match=message):
+            load_gates(base, tmp_path)
+        assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
+        assert getattr(base, "dms", None) is None
 
 
 @torch.no_grad()

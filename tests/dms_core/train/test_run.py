@@ -10,6 +10,7 @@ from companion.paths import REASONER
 from companion.tasks.programs import make_problem
 from companion.tasks.reasoner import make_tokenizer
 from dms_core.checkpoint import load_base, read_settings
+from dms_core.train import losses
 from dms_core.train.recipe import load_recipe
 from dms_core.train.run import run_recipe
 
@@ -42,6 +43,20 @@ def test_recipe_becomes_checkpoints_and_goes_on_with_the_same_settings_only(reci
         with pytest.raises(ValueError, match=f"{out} holds a run with other {field}: give"):
             run_recipe(other, out, cpu=True)
     assert json.loads((out / "recipe.json").read_text()) == recipe.to_dict()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_autocast_is_what_the_recipe_says_and_weights_stay_in_fp32(recipe, tmp_path, monkeypatch, autocast):
+    seen, plain = set(), losses.chunked_loss
+
+    def watched(*given):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return plain(*given)
+
+    monkeypatch.setattr(losses, "chunked_loss", watched)
+    result = run_recipe(recipe.changed(retrofit={"autocast": autocast}), tmp_path / "run", cpu=True)
+    weights = load_base(result["checkpoints"]["2"], dtype="auto").parameters()
+    assert seen == {autocast} and {p.dtype for p in weights} == {torch.float32}
 
 
 def test_model_and_data_can_be_handed_in(recipe, tmp_path, tiny_model):
