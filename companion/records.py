@@ -71,7 +71,8 @@ class Shard:
 
 
 WHOLE = Shard()
-LATER = {"top_k": (None,), "min_p": (0.0,)}  # settings that came later: at these values names are those of before
+# Settings that came later: at these values names are those of before.
+LATER = {"top_k": (None,), "min_p": (0.0,), "kv_cache_dtype": ("auto",)}
 
 
 def record_files(whole: Path) -> list[Path]:

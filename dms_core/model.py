@@ -268,8 +268,8 @@ class DMS:
 
     # Caches.
 
-    def new_cache(self, page: int | None = None, slack: int = 0) -> RowCache:
-        """An empty cache for this model, ``page`` tokens a page: by default 64 on CUDA, else 16.
+    def new_cache(self, page: int | None = None, slack: int = 0, kv_cache_dtype: str = "auto") -> RowCache:
+        """An empty cache for this model, ``page`` tokens a page: by default 64 on CUDA, else 16 (see DMSCache).
 
         Raises ValueError for ``slack`` where a layer cannot take back tokens.
         """
@@ -279,9 +279,8 @@ class DMS:
                 f"slack {slack}: must be 0, layers {fixed} have chunks or states, which cannot be taken back"
             )
         page = page or (64 if self.model.device.type == "cuda" else 16)
-        return DMSCache(
-            self.config, self.layers, page, slack=slack, others=other_layers(self.layout, self.config, page, slack)
-        )
+        others = other_layers(self.layout, self.config, page, slack, kv_cache_dtype)
+        return DMSCache(self.config, self.layers, page, slack, others, kv_cache_dtype)
 
     def __deepcopy__(self, memo):
         other = memo[id(self)] = type(self).__new__(type(self))

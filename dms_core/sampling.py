@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dms_core.cache.base import RowCache
-from dms_core.cache.dms import DMSCache
+from dms_core.cache.dms import DMSCache, check_kv_cache_dtype
 from dms_core.config import check_numbers
 from dms_core.graphs import StepGraph, why_no_graph
 from dms_core.pick import padding_token, pick_tokens, stop_tokens
@@ -44,6 +44,7 @@ class SamplingConfig:
     page: int | None = None  # tokens a cache page; None: 64 on CUDA, else 8
     top_k: int | None = None  # the likeliest tokens that are sampled from; None: all
     min_p: float = 0.0  # least probability, as a share of the likeliest token's
+    kv_cache_dtype: str = "auto"  # or int8, see DMSCache
 
     def __post_init__(self) -> None:
         check_numbers(self, "max_new_tokens", "batch", "stride", "page", "top_k", whole=True, least=1)
@@ -54,6 +55,7 @@ class SamplingConfig:
             raise ValueError(f"top_p {self.top_p}: must lie in (0, 1]")
         if not self.min_p < 1:
             raise ValueError(f"min_p {self.min_p}: must lie in [0, 1)")
+        check_kv_cache_dtype(self.kv_cache_dtype)
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,15 @@ def sample_chains(
     ``model`` has DMS gates (inside ``model.dms.disabled()`` it samples from the dense original).  ``make_cache``
     (model, max_new_tokens) makes other caches than DMS's, see ``dms_core.baselines``.  ``stop``: the tokens that end a
     chain (default: the tokenizer's <eos> and those of the model's generation_config; empty: none).  Raises ValueError
-    for an empty prompt, and for lengths at which the model's rope depends on a row's neighbours (dms_core.rope).
+    for an empty prompt, for lengths at which the model's rope depends on a row's neighbours (dms_core.rope), and for 8
+    bits in other caches.
 
     >>> chains = sample_chains(attach(model, DMSConfig()), tokenizer, [[5, 6, 7]], [(0, 0)], SamplingConfig(4))
     >>> next(chains).prompt_tokens
     3
     """
+    if make_cache is not None and config.kv_cache_dtype != "auto":
+        raise ValueError(f"kv_cache_dtype {config.kv_cache_dtype!r}: must be auto with another cache than DMS's")
     for problem, _ in jobs:
         if not len(prompts[problem]):
             raise ValueError(f"prompt {problem} is empty: it must have at least one token")
@@ -129,7 +134,8 @@ class _Batch:
         self.pad, self.stop = pad, stop
         size = min(config.batch, len(jobs))
         page = config.page or (64 if model.device.type == "cuda" else 8)
-        self.make_cache = make_cache or (lambda model, _: DMSCache.for_model(model, page))
+        stored = config.kv_cache_dtype
+        self.make_cache = make_cache or (lambda model, _: DMSCache.for_model(model, page, kv_cache_dtype=stored))
         self.cache: RowCache | None = None
         self.device, self.look = model.device, 1 if model.device.type == "cpu" else LOOK
         self.jobs: list[tuple[int, int] | None] = [None] * size

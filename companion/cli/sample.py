@@ -55,6 +55,7 @@ def sample(
     top_k: opt(int, "the likeliest tokens that are sampled from (default: all)") = None,
     min_p: opt(float, "least probability of a token, as a share of the likeliest one's") = 0.0,
     seed: opt(int, "of the chains' random streams") = 0,
+    kv_cache_dtype: opt(str, "int8: keys and values in 8 bits, with dms and vanilla; auto: as computed") = "auto",
     device: opt(str, "cpu or cuda (default: cuda where there is one); auto: layers over all cards") = None,
     dtype: opt(str, "float32, bfloat16, ...; auto: as saved") = "auto",
     shard: opt(str, "the I-th of N parts of the chains, for a card each: 1/4", metavar="I/N") = "1/1",
@@ -64,7 +65,9 @@ def sample(
     from companion.records import Shard
     from dms_core.sampling import SamplingConfig
 
-    config = SamplingConfig(length, temperature, top_p, batch, seed, top_k=top_k, min_p=min_p)
+    config = SamplingConfig(
+        length, temperature, top_p, batch, seed, top_k=top_k, min_p=min_p, kv_cache_dtype=kv_cache_dtype
+    )
     problems = load_task(task, source, limit, parse_options(option), unsafe)
     problems.template = parse_options(template, "--template")
     settings = {"device": device, "dtype": dtype, "workers": workers, "unsafe": unsafe, "shard": Shard.parse(shard)}

@@ -84,10 +84,13 @@ class DMC(DMS):
         self.weights: dict[int, Tensor] = {}  # layer -> omega (B, H, T) of the pass under way
         super().__init__(model, config)
 
-    def new_cache(self, page: int = 0, slack: int = 0) -> DMCCache:
-        """An empty cache for this model; it has no pages.  Raises ValueError for slack: merged tokens stay merged."""
+    def new_cache(self, page: int = 0, slack: int = 0, kv_cache_dtype: str = "auto") -> DMCCache:
+        """An empty cache for this model; it has no pages.  Raises ValueError for slack, as merged tokens stay merged,
+        and for 8 bits."""
         if slack:
             raise ValueError(f"slack {slack}: must be 0 with DMC, which merges tokens")
+        if kv_cache_dtype != "auto":
+            raise ValueError(f"kv_cache_dtype {kv_cache_dtype!r}: must be auto with DMC, which has no pages")
         return DMCCache(self.config, self.layers)
 
     def gate_rows(self) -> list[tuple[nn.Parameter, Tensor]]:

@@ -84,7 +84,7 @@ def random_marks(model, retention: Sequence[Sequence[float]], seed: int = 0):
 
     def new_cache(*args, **kwargs) -> MarkedCache:
         made = type(dms).new_cache(dms, *args, **kwargs)
-        return MarkedCache(made.config, len(made.layers), made.page, made.slack, made.others)
+        return MarkedCache(made.config, len(made.layers), made.page, made.slack, made.others, made.kv_cache_dtype)
 
     def put(index: int, gate) -> None:
         if not dms.enabled:

@@ -22,8 +22,8 @@ from dms_kernels.cpu.dense import masked_attention
 class ChunkedLayer(DMSLayer):
     """One layer's rows; they hold the chunk under way."""
 
-    def __init__(self, config: DMSConfig, chunk: int, page: int) -> None:
-        super().__init__(config, page)
+    def __init__(self, config: DMSConfig, chunk: int, page: int, kv_cache_dtype: str = "auto") -> None:
+        super().__init__(config, page, kv_cache_dtype=kv_cache_dtype)
         self.chunk = chunk
 
     def attend(
@@ -84,8 +84,8 @@ class StatefulLayer(LinearAttentionLayer, DMSLayer):
 
     is_compileable = False
 
-    def __init__(self, config: DMSConfig, page: int, number_of_states: int) -> None:
-        DMSLayer.__init__(self, config, page)
+    def __init__(self, config: DMSConfig, page: int, number_of_states: int, kv_cache_dtype: str = "auto") -> None:
+        DMSLayer.__init__(self, config, page, kv_cache_dtype=kv_cache_dtype)
         LinearAttentionLayer.__init__(self, number_of_states)
 
     def lazy_initialization(self, *args, **kwargs) -> None:
@@ -95,7 +95,9 @@ class StatefulLayer(LinearAttentionLayer, DMSLayer):
     reset = DMSLayer.reset  # the states: see RowCache.reset
 
 
-def other_layers(layout: Layout, config: DMSConfig, page: int = 16, slack: int = 0) -> dict[int, Callable]:
+def other_layers(
+    layout: Layout, config: DMSConfig, page: int = 16, slack: int = 0, kv_cache_dtype: str = "auto"
+) -> dict[int, Callable]:
     """How to make the cache layers of the layers that are not plain full attention, by number."""
     made: dict[int, Callable] = {}
     for index, attention in enumerate(layout.attention):
@@ -103,9 +105,9 @@ def other_layers(layout: Layout, config: DMSConfig, page: int = 16, slack: int =
         if attention is None:
             made[index] = partial(copy.deepcopy, state)
         elif attention.sliding:
-            made[index] = partial(sliding_layer, config, attention.sliding, page, slack)
+            made[index] = partial(sliding_layer, config, attention.sliding, page, slack, kv_cache_dtype)
         elif attention.chunk:
-            made[index] = partial(ChunkedLayer, config, attention.chunk, page)
+            made[index] = partial(ChunkedLayer, config, attention.chunk, page, kv_cache_dtype)
         elif state:
-            made[index] = partial(StatefulLayer, config, page, state.number_of_states)
+            made[index] = partial(StatefulLayer, config, page, state.number_of_states, kv_cache_dtype)
     return made

@@ -6,11 +6,12 @@ follows from it.  Rows may share pages, as the chains of one prompt do: a page g
 before a step may write to it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from dms_kernels.naive import dequantise
 from dms_kernels.rows import Rows
 
 AHEAD = 16  # decode steps for which room is made at once: looking at sizes waits for the device
@@ -21,15 +22,18 @@ PER_ROW = ("table", "length", "owned", "ring_slot", "ring_evict", "seen", "reads
 class PagedRows(Rows):
     """Rows (see dms_kernels.rows) whose pool grows and shrinks."""
 
+    dtype: torch.dtype  # of what is read
     credit = 0  # appends for which there is room
     shares = False  # some page may have several owners
     moves = 0  # how often a tensor that append or attention uses was replaced
 
     @classmethod
-    def new(cls, rows: int, like: Tensor, page: int, window: int) -> "PagedRows":
+    def new(cls, rows: int, like: Tensor, page: int, window: int, int8: bool = False) -> "PagedRows":
         """Rows without any page; head dimension, dtype and device from ``like`` (..., D)."""
-        made = cls.empty(rows, 1, 1, page, window, like)
-        made.keys, made.values, made.free = made.keys[:0], made.values[:0], made.free[:0]
+        made = cls.empty(rows, 1, 1, page, window, like, int8)
+        made.dtype = like.dtype
+        made._replace(lambda pool: pool[:0])
+        made.free = made.free[:0]
         made.free_count.zero_()
         made.owners = made.free  # (pages,): rows that own each page, when they were last counted
         return made
@@ -41,7 +45,7 @@ class PagedRows(Rows):
     @property
     def nbytes(self) -> int:
         """Bytes of the key and value tensors, free pages included; a page that rows share counts once."""
-        return self.keys.nbytes + self.values.nbytes
+        return sum(pool.nbytes for pool in self.pools.values())
 
     # Room for the steps to come.
 
@@ -68,7 +72,7 @@ class PagedRows(Rows):
         if copies:
             row, column = torch.nonzero_static(self._written(steps), size=copies).unbind(1)  # does not wait
             old, new = self.table[row, column].long(), self._take(copies)
-            for pool in (self.keys, self.values):
+            for pool in self.pools.values():
                 pool[new] = pool[old]
             self.table[row, column] = new.int()
             self._count_owners()
@@ -131,7 +135,7 @@ class PagedRows(Rows):
         self.owned.copy_(pages)
         self.length.copy_(length)
         order = torch.argsort((~there[:, :columns]).flatten().to(torch.uint8), stable=True)[:total]
-        for pool, new in ((self.keys, k), (self.values, v)):
+        for pool, new in zip(self.pools.values(), self.stored(k, v), strict=True):
             padded = torch.nn.functional.pad(new, (0, 0, 0, columns * self.page - new.shape[1]))
             pool[:total] = padded.view(-1, *pool.shape[1:])[order]
         self.shares, self.credit = False, 0
@@ -140,7 +144,8 @@ class PagedRows(Rows):
     def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all rows, padded with garbage to the table's columns: (R, S, D)."""
         pages = self.table if len(self.keys) else self.table[:, :0]
-        return self.keys[pages].flatten(1, 2), self.values[pages].flatten(1, 2)
+        k, v, *largest = (pool[pages].flatten(1, 2) for pool in self.pools.values())
+        return dequantise(k, v, *largest, self.dtype) if largest else (k, v)
 
     def release(self, rows: Tensor) -> None:
         """Empty ``rows`` (N,); pages that nobody owns any more are free.  Does not wait."""
@@ -160,6 +165,8 @@ class PagedRows(Rows):
         """Rows (N,) become copies of rows ``source`` (N,) of ``other``; copies of one row share their pages."""
         if other.page != self.page:
             raise ValueError(f"rows in pages of {other.page} tokens: this cache has pages of {self.page}")
+        if other.pools.keys() != self.pools.keys():
+            raise ValueError(f"rows of {other.keys.dtype}: this cache holds {self.keys.dtype}")
         taken = {name: getattr(other, name)[source] for name in PER_ROW}  # before rows of our own are released
         there, columns = other._held()[source], other.table.shape[1]
         self.release(rows)
@@ -169,7 +176,7 @@ class PagedRows(Rows):
         self._grow(len(needed) - int(self.free_count), columns)
         number = torch.zeros(len(other.keys), dtype=torch.int32, device=rows.device)
         number[needed] = new = self._take(len(needed))
-        for pool, theirs in ((self.keys, other.keys), (self.values, other.values)):
+        for pool, theirs in zip(self.pools.values(), other.pools.values(), strict=True):
             pool[new.long()] = theirs[needed].to(pool.dtype)
         for name in PER_ROW[1:]:
             getattr(self, name)[rows] = taken[name]
@@ -183,12 +190,16 @@ class PagedRows(Rows):
         self._count_owners()
         used = self.owners > 0
         renumber = used.cumsum(0, dtype=torch.int32) - 1
-        self.keys, self.values = self.keys[used], self.values[used]
+        self._replace(lambda pool: pool[used])
         self.table = renumber[self.table].clamp_min_(0) if len(renumber) else self.table
         self.free, self.credit, self.moves = self.free[: len(self.keys)].clone(), 0, self.moves + 1
         self._count_owners()
 
     # Pages.
+
+    def _replace(self, by: Callable[[Tensor], Tensor]) -> None:
+        for name, pool in self.pools.items():
+            setattr(self, name, by(pool))
 
     def _pages(self, length: Tensor) -> Tensor:
         """Pages that ``length`` tokens fill."""
@@ -223,9 +234,7 @@ class PagedRows(Rows):
             return
         self.moves += 1
         pages = max(pages, len(self.keys) // 16)
-        self.keys, self.values = (
-            torch.cat([pool, pool.new_zeros(pages, *pool.shape[1:])]) for pool in (self.keys, self.values)
-        )
+        self._replace(lambda pool: torch.cat([pool, pool.new_zeros(pages, *pool.shape[1:])]))
         added = torch.arange(len(self.free), len(self.keys), dtype=torch.int32, device=self.free.device)
         self.free = torch.cat([added, self.free])  # below what is on the stack
         self.owners = torch.cat([self.owners, torch.zeros_like(added)])

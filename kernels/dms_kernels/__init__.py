@@ -162,14 +162,15 @@ def decode_attention(
     lengths: Tensor,
     scale: float | None = None,
     sinks: Tensor | None = None,
+    largest: Tensor | None = None,
 ) -> Tensor:
     """Attention of one token a row over ragged, paged (batch, KV head) rows (shapes in naive.decode_attention)."""
     _check_heads(q, table.shape[0] // q.shape[0])
     _check_sinks(q, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if ops.tracing(q):
-        return ops.decode(q, keys, values, table, lengths, scale, sinks)
-    return on(q.device, "decode").decode_attention(q, keys, values, table, lengths, scale, sinks)
+        return ops.decode(q, keys, values, table, lengths, scale, sinks, largest)
+    return on(q.device, "decode").decode_attention(q, keys, values, table, lengths, scale, sinks, largest)
 
 
 def cache_append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int) -> None:

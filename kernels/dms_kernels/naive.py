@@ -8,6 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LEVELS, TINY = 127.0, 1e-30  # codes are whole numbers in -127..127; below 1e-30 a number counts as none
+
+
+def quantise(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k, v (..., D) as int8 codes (..., D), and the largest magnitude in each of the two, (..., 2) in bf16.
+
+    A number is code * largest / 127.  The magnitude is what is rounded to bf16, not the quotient, and codes are of the
+    rounded one: what was read, in any dtype, has the same codes when it is stored again.
+    """
+    pair = torch.stack([k, v], -2).float()  # (..., 2, D)
+    largest = pair.abs().amax(-1).bfloat16()
+    top = largest.float().clamp_min(TINY)[..., None]
+    codes = (pair * (torch.full_like(top, LEVELS) / top)).round().to(torch.int8)  # 127 / top would be of 1 / top
+    return *codes.unbind(-2), largest
+
+
+def dequantise(keys: Tensor, values: Tensor, largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The keys and values that ``quantise`` made codes of, in ``dtype``."""
+    units = (largest.float() / LEVELS)[..., None].unbind(-2)
+    return tuple((codes * unit).to(dtype) for codes, unit in zip((keys, values), units, strict=True))
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
     """Softmax attention with an additive bias; a query that sees no key gets 0.
@@ -86,13 +107,23 @@ def prefill_attention(
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float, sinks: Tensor | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    sinks: Tensor | None = None,
+    largest: Tensor | None = None,
 ) -> Tensor:
     """One query token a row over ragged, paged rows.
 
     q (B, Hq, 1, D); keys and values (pages, page, D); table (B * H, columns) page numbers of each row in
-    order; lengths (B * H,) live tokens of each row, which fill its pages from the first slot on.
+    order; lengths (B * H,) live tokens of each row, which fill its pages from the first slot on.  largest
+    (pages, page, 2): keys and values are codes of ``quantise``.
     """
+    if largest is not None:
+        keys, values = dequantise(keys, values, largest, torch.float32)
     batch, heads = q.shape[0], q.shape[1]
     k, v = (pool[table].flatten(1, 2).unflatten(0, (batch, -1)) for pool in (keys, values))  # (B, H, S, D)
     live = torch.arange(k.shape[2], device=q.device) < lengths.view(batch, -1, 1)  # (B, H, S)

@@ -74,14 +74,21 @@ attend.register_autograd(_gradients, setup_context=_save)
 
 @custom_op("dms::decode", mutates_args=())
 def decode(
-    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float, sinks: Tensor | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    sinks: Tensor | None = None,
+    largest: Tensor | None = None,
 ) -> Tensor:
     """See naive.decode_attention."""
-    return dms_kernels.on(q.device, "decode").decode_attention(q, keys, values, table, lengths, scale, sinks)
+    return dms_kernels.on(q.device, "decode").decode_attention(q, keys, values, table, lengths, scale, sinks, largest)
 
 
 @decode.register_fake
-def _(q, keys, values, table, lengths, scale, sinks=None):
+def _(q, keys, values, table, lengths, scale, sinks=None, largest=None):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -89,23 +96,24 @@ def _(q, keys, values, table, lengths, scale, sinks=None):
     "dms::step",
     mutates_args=(
         "keys", "values", "table", "length", "owned", "free", "free_count", "ring_slot", "ring_evict", "seen", "reads",
-        "overflow",
+        "overflow", "largest",
     ),
 )  # fmt: skip
 def step(
     keys: Tensor, values: Tensor, table: Tensor, length: Tensor, owned: Tensor, free: Tensor, free_count: Tensor,
-    ring_slot: Tensor, ring_evict: Tensor, seen: Tensor, reads: Tensor, overflow: Tensor,
+    ring_slot: Tensor, ring_evict: Tensor, seen: Tensor, reads: Tensor, overflow: Tensor, largest: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int, scale: float,
     sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See rows.step; the first twelve are the tensors of ``Rows``."""
-    rows = Rows(keys, values, table, length, owned, free, free_count, ring_slot, ring_evict, seen, reads, overflow)
+    """See rows.step; the first thirteen are the tensors of ``Rows``."""
+    first = (keys, values, table, length, owned, free, free_count)
+    rows = Rows(*first, ring_slot, ring_evict, seen, reads, overflow, largest)
     return dms_kernels.on(q.device, "step").step(rows, q, k, v, evict, active, lag, scale, sinks)
 
 
 @step.register_fake
 def _(*arguments):
-    return torch.empty_like(arguments[12], memory_format=torch.contiguous_format)
+    return torch.empty_like(arguments[13], memory_format=torch.contiguous_format)
 
 
 @custom_op("dms::gate", mutates_args=())

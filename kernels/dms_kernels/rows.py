@@ -14,14 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dms_kernels.naive import decode_attention
+from dms_kernels.naive import decode_attention, quantise
+
+POOLS = ("keys", "values", "largest")
 
 
 @dataclass
 class Rows:
     """One layer's cache; R rows.  ``append`` works in place; integer tensors are int32."""
 
-    keys: Tensor  # (pages, page, D)
+    keys: Tensor  # (pages, page, D): numbers, or int8 codes (naive.quantise)
     values: Tensor  # (pages, page, D)
     table: Tensor  # (R, columns): page numbers of each row, in order
     length: Tensor  # (R,): live tokens
@@ -33,15 +35,19 @@ class Rows:
     seen: Tensor  # (R,): tokens taken in so far, so the position of the next
     reads: Tensor  # (R,) int64: tokens attended to, summed over decode steps; a row's first token does not count
     overflow: Tensor  # (1,) bool: some token found no page, once and for all
+    largest: Tensor | None = None  # (pages, page, 2) bf16, with codes: the largest magnitude of each key and value
 
     @classmethod
-    def empty(cls, rows: int, pages: int, columns: int, page: int, window: int, like: Tensor) -> "Rows":
-        """No token yet; head dimension, dtype and device from ``like`` (..., D)."""
+    def empty(
+        cls, rows: int, pages: int, columns: int, page: int, window: int, like: Tensor, int8: bool = False
+    ) -> "Rows":
+        """No token yet; head dimension, dtype (but with ``int8``) and device from ``like`` (..., D)."""
         if min(rows, pages, columns, page) < 1 or window < 0:
             raise ValueError(
                 f"rows {rows}, pages {pages}, columns {columns}, page {page}: must be >= 1; window {window}: >= 0"
             )
-        keys, values = (like.new_zeros(pages, page, like.shape[-1]) for _ in range(2))
+        dtype = torch.int8 if int8 else like.dtype
+        keys, values = (like.new_zeros(pages, page, like.shape[-1], dtype=dtype) for _ in range(2))
         on = {"dtype": torch.int32, "device": like.device}
         flags = {"dtype": torch.bool, "device": like.device}
         return cls(
@@ -57,7 +63,17 @@ class Rows:
             seen=torch.zeros(rows, **on),
             reads=torch.zeros(rows, dtype=torch.int64, device=like.device),
             overflow=torch.zeros(1, **flags),
+            largest=like.new_zeros(pages, page, 2, dtype=torch.bfloat16) if int8 else None,
         )
+
+    @property
+    def pools(self) -> dict[str, Tensor]:
+        """The tensors (pages, page, ...) that hold tokens, by name."""
+        return {name: pool for name in POOLS if (pool := getattr(self, name)) is not None}
+
+    def stored(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """What the pools hold of k, v (..., D)."""
+        return (k, v) if self.largest is None else quantise(k, v)
 
     @property
     def page(self) -> int:
@@ -114,7 +130,7 @@ def _store(rows: Rows, place: Tensor, takes: Tensor, k: Tensor, v: Tensor) -> No
     """
     source = torch.where(takes, torch.arange(len(takes), device=takes.device), takes.int().argmax())
     place, real = place[source], takes[source, None]
-    for pool, new in ((rows.keys, k), (rows.values, v)):
+    for pool, new in zip(rows.pools.values(), rows.stored(k, v), strict=True):
         flat = pool.view(-1, pool.shape[-1])
         flat[place] = torch.where(real, new[source].to(pool.dtype), flat[place])
 
@@ -132,4 +148,4 @@ def step(
 ) -> Tensor:
     """``append``, then attention of q (B, Hq, 1, D) over what the rows hold: (B, Hq, 1, D)."""
     append(rows, k, v, evict, active, lag)
-    return decode_attention(q, rows.keys, rows.values, rows.table, rows.length, scale, sinks)
+    return decode_attention(q, rows.keys, rows.values, rows.table, rows.length, scale, sinks, rows.largest)

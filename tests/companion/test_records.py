@@ -130,7 +130,8 @@ def test_other_stop_tokens_give_another_file_and_later_settings_at_their_default
         return records_file(model, "weights", TOKENIZER, TASK, DMS, replace(CONFIG, **change), None)
 
     before = name()
-    assert len({before, name(top_k=5), name(min_p=0.1)}) == 3 and name(top_k=None, min_p=0) == before
+    assert len({before, name(top_k=5), name(min_p=0.1), name(kv_cache_dtype="int8")}) == 4
+    assert name(top_k=None, min_p=0, kv_cache_dtype="auto") == before
     with monkeypatch.context() as patch:
         patch.setattr(module, "LATER", {})
         assert name() != before

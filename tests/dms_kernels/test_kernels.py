@@ -244,7 +244,7 @@ def test_a_compiled_step_is_append_and_attention(heads, group, width, page, wind
     finally:
         torch.set_num_threads(before)
     for name, tensor in vars(theirs).items():
-        assert torch.equal(getattr(ours, name), tensor), name
+        assert tensor is None or torch.equal(getattr(ours, name), tensor), name
 
 
 def test_gate_logits_by_machine_code_equal_the_oracle():

@@ -47,7 +47,8 @@ def test_a_step_its_attention_and_its_gate():
 def test_the_facade_takes_fake_tensors():
     rows, flags = filled(), (torch.ones(2, 2, 1, dtype=torch.bool), torch.ones(2, 1, dtype=torch.bool))
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        fake = Rows(*(mode.from_tensor(getattr(rows, field.name)) for field in fields(rows)))
+        tensors = [getattr(rows, field.name) for field in fields(rows)]
+        fake = Rows(*(None if x is None else mode.from_tensor(x) for x in tensors))
         q, k = mode.from_tensor(draw(2, 4, 1, 8)), mode.from_tensor(draw(2, 2, 1, 8))
         assert cache_step(fake, q, k, k, *map(mode.from_tensor, flags), 1).shape == (2, 4, 1, 8)
         assert decode_attention(q, fake.keys, fake.values, fake.table, fake.length).shape == (2, 4, 1, 8)

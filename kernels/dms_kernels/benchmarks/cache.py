@@ -125,5 +125,5 @@ def build_append(shape: dict, device: str) -> Work:
 def bytes_of(rows: Rows) -> int:
     """Bytes of the pages that rows own, and of all that says where things are."""
     pages = int(rows.owned.sum()) * 2 * rows.keys[0].nbytes
-    others = [value for name, value in vars(rows).items() if name not in ("keys", "values")]
+    others = [x for name, x in vars(rows).items() if name not in ("keys", "values") and x is not None]
     return pages + sum(tensor.nbytes for tensor in others)

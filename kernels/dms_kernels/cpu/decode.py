@@ -10,18 +10,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dms_kernels.naive import dequantise
+
 NEVER = float("-inf")
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float, sinks: Tensor | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    sinks: Tensor | None = None,
+    largest: Tensor | None = None,
 ) -> Tensor:
-    """See naive.decode_attention.  Pages that two rows share, or a pool mostly unused, are gathered first."""
+    """See naive.decode_attention.  Pages that two rows share, or a pool mostly unused, are gathered first; codes become
+    numbers of the query's dtype."""
     rows, page = table.shape[0], keys.shape[1]
     queries = q.reshape(rows, -1, q.shape[-1]) * scale  # (R, G, D)
     pages, owner, ends, tail = _plan(table.numpy(), lengths.numpy(), page, len(keys))
     if pages is not None:
         keys, values = keys[pages], values[pages]
+    if largest is not None:
+        keys, values = dequantise(keys, values, largest if pages is None else largest[pages], q.dtype)
     scores = torch.bmm(queries[owner.clamp_max(rows - 1)], keys.transpose(1, 2)).float()  # (P, G, page)
     scores[ends] = scores[ends].masked_fill_(tail[:, None], NEVER)
     spread = owner[:, None].expand(-1, queries.shape[1])

@@ -1,4 +1,7 @@
-"""What a decode step needs on a CPU: by numba where it is installed and numbers are fp32, else by torch."""
+"""What a decode step needs on a CPU: by numba where it is installed and numbers are fp32, else by torch.
+
+Pools of int8 codes are for torch alone.
+"""
 
 from dataclasses import fields
 from importlib.util import find_spec
@@ -16,7 +19,8 @@ from dms_kernels.rows import Rows
 COMPILED = find_spec("numba") is not None
 ALONE = 1 << 20  # numbers in the keys' pool, up to which a second thread is not worth its start
 NO_SINKS = np.empty(0, np.float32)
-tensors = attrgetter(*(field.name for field in fields(Rows)))  # in the order of compiled.append's arguments
+# In the order of compiled.append's arguments.
+tensors = attrgetter(*(field.name for field in fields(Rows) if field.name != "largest"))
 
 
 def append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int) -> None:
@@ -30,12 +34,19 @@ def append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag:
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float, sinks: Tensor | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    sinks: Tensor | None = None,
+    largest: Tensor | None = None,
 ) -> Tensor:
     """See naive.decode_attention.  Much work goes to torch where it has threads: its own wait actively for the next
     operation, and would share the cores with any others."""
     if not _fits(q, keys, values) or (torch.get_num_threads() > 1 and keys.numel() > ALONE):
-        return decode.decode_attention(q, keys, values, table, lengths, scale, sinks)
+        return decode.decode_attention(q, keys, values, table, lengths, scale, sinks, largest)
     from dms_kernels.cpu import compiled
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -60,7 +71,7 @@ def step(
     """``append``, then ``decode_attention``; on one thread they are one call."""
     if not _fits(rows.keys, q, k, v) or torch.get_num_threads() > 1:
         append(rows, k, v, evict, active, lag)
-        return decode_attention(q, rows.keys, rows.values, rows.table, rows.length, scale, sinks)
+        return decode_attention(q, rows.keys, rows.values, rows.table, rows.length, scale, sinks, rows.largest)
     from dms_kernels.cpu import compiled
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -2,7 +2,8 @@
 
 The first kernel is one program: it walks over the rows in blocks, does all bookkeeping and hands out pages by a
 prefix sum carried from block to block, so that the result does not depend on scheduling; on the way it writes decode's
-plan.  The second moves data, in parallel.  All shapes are static, so both can be captured in a CUDA graph.
+plan.  The second moves data, in parallel, and makes codes of it for pools in 8 bits.  All shapes are static, so both
+can be captured in a CUDA graph.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dms_kernels import naive
 from dms_kernels.gpu.common import same_device
 from dms_kernels.gpu.interpret import repair
 from dms_kernels.rows import Rows
@@ -20,6 +22,8 @@ repair()
 
 LONGEST = 512  # tokens of a chunk of decode
 STORED = 4  # rows a program of _store copies
+TO_WHOLE = tl.constexpr(1.5 * 2**23)  # added, it rounds to the nearest whole number and leaves that in the lowest bits
+LEVELS, TINY = tl.constexpr(naive.LEVELS), tl.constexpr(naive.TINY)
 
 
 @triton.jit(do_not_specialize=["rows", "share", "columns", "cells", "page", "lag", "chunk"])
@@ -80,9 +84,18 @@ def _allocate(
     tl.store(first + rows, chunks)
 
 
+@triton.jit
+def _quantise(x):
+    """naive.quantise: codes (R, D), largest (R,); not with fused multiply-add, which would round otherwise."""
+    x = x.to(tl.float32)
+    largest = tl.max(tl.abs(x), 1).to(tl.bfloat16)
+    scaled = x * tl.div_rn(LEVELS, tl.maximum(largest.to(tl.float32), TINY))[:, None]
+    return (scaled + TO_WHOLE).to(tl.int32, bitcast=True).to(tl.int8), largest
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _store(
-    keys, values, k, v, target, rows, stride_k, stride_v,
+    keys, values, largest, k, v, target, rows, stride_k, stride_v,
     D: tl.constexpr, D_PAD: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0) * STORED + tl.arange(0, STORED)
@@ -91,8 +104,15 @@ def _store(
     live = (place >= 0)[:, None] & (d < D)[None, :]
     to = place[:, None] * D + d[None, :]
     at = r.to(tl.int64)[:, None]
-    tl.store(keys + to, tl.load(k + at * stride_k + d[None, :], live, other=0), live)
-    tl.store(values + to, tl.load(v + at * stride_v + d[None, :], live, other=0), live)
+    new_k = tl.load(k + at * stride_k + d[None, :], live, other=0)
+    new_v = tl.load(v + at * stride_v + d[None, :], live, other=0)
+    if largest is not None:
+        new_k, largest_k = _quantise(new_k)
+        new_v, largest_v = _quantise(new_v)
+        tl.store(largest + 2 * place, largest_k, place >= 0)
+        tl.store(largest + 2 * place + 1, largest_v, place >= 0)
+    tl.store(keys + to, new_k, live)
+    tl.store(values + to, new_v, live)
 
 
 def _walk(rows: int) -> dict:
@@ -100,10 +120,16 @@ def _walk(rows: int) -> dict:
     return {"BLOCK": 128, "num_warps": 4} if rows <= 128 else {"BLOCK": 1024, "num_warps": 8}
 
 
+def _options(int8: bool) -> dict:
+    """How _store is launched."""
+    return {"num_warps": 2, **({"enable_fp_fusion": False} if int8 else {})}
+
+
 def append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag: int, chunk: int = LONGEST) -> Tensor:
     """See rows.append.  Returns the plan for decode in chunks of ``chunk`` tokens, (R + 1,) int32."""
     count, width = len(rows.length), k.shape[-1]
-    k, v = (x.to(rows.keys.dtype).reshape(count, width) for x in (k, v))
+    dtype = rows.keys.dtype if rows.largest is None else k.dtype
+    k, v = (x.to(dtype).reshape(count, width) for x in (k, v))
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     flags = [x.contiguous().view(torch.uint8) for x in (evict, active)]
     target = torch.empty(count, dtype=torch.int64, device=k.device)
@@ -116,8 +142,8 @@ def append(rows: Rows, k: Tensor, v: Tensor, evict: Tensor, active: Tensor, lag:
             SELF=lag == rows.cells, **_walk(count),
         )  # fmt: skip
         _store[(triton.cdiv(count, STORED),)](
-            rows.keys, rows.values, k, v, target, count, k.stride(0), v.stride(0),
-            D=width, D_PAD=triton.next_power_of_2(width), STORED=STORED, num_warps=2,
+            rows.keys, rows.values, rows.largest, k, v, target, count, k.stride(0), v.stride(0),
+            D=width, D_PAD=triton.next_power_of_2(width), STORED=STORED, **_options(rows.largest is not None),
         )  # fmt: skip
     return first
 
@@ -131,18 +157,21 @@ def aot_cases(target: int) -> Iterator[tuple]:
         **dict.fromkeys(("rows", "share", "columns", "cells", "page", "lag", "chunk", "stride_k", "stride_v"), "i32"),
     }  # fmt: skip
 
-    def case(name, kernel, warps, constants, **more):
+    def case(name, kernel, options, constants, **more):
         known = {**types, **more}
         signature = {arg: known[arg] for arg in kernel.arg_names if arg not in constants}
-        return name, kernel, signature, constants, {"num_warps": warps}
+        return name, kernel, signature, constants, options
 
     for walk in (_walk(1), _walk(1024)):
         block, warps = walk["BLOCK"], walk["num_warps"]
         for itself in (False, True):
             constants = {"SELF": itself, "BLOCK": block}
-            yield case(f"append.allocate rows{block} self{itself:d}", _allocate, warps, constants)
+            yield case(f"append.allocate rows{block} self{itself:d}", _allocate, {"num_warps": warps}, constants)
     for width in (32, 64, 80, 96, 128, 256):
         for dtype in ("bf16", "fp16", "fp32"):
-            pools = dict.fromkeys(("keys", "values", "k", "v"), f"*{dtype}")
             constants = {"D": width, "D_PAD": triton.next_power_of_2(width), "STORED": STORED}
-            yield case(f"append.store {dtype} D{width}", _store, 2, constants, **pools)
+            new, plain = dict.fromkeys(("k", "v"), f"*{dtype}"), {**constants, "largest": None}
+            pools = dict.fromkeys(("keys", "values"), f"*{dtype}")
+            yield case(f"append.store {dtype} D{width}", _store, _options(False), plain, **new, **pools)
+            pools = {**dict.fromkeys(("keys", "values"), "*i8"), "largest": "*bf16"}
+            yield case(f"append.store {dtype} int8 D{width}", _store, _options(True), constants, **new, **pools)

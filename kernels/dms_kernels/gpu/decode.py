@@ -9,6 +9,10 @@ The GQA group fills the rows of one tile, padded to 16, the least that ``tl.dot`
 the whole group.  Decoding waits for memory (16 padded rows cost 16 flops a byte in bf16, under a tenth of what an
 H100's tensor cores can do in that time), and a dot, unlike a broadcast product and a reduction, takes its operands
 from shared memory, which the pipelined copies fill, and needs no exchange between lanes.
+
+Of keys and values in 8 bits the codes are multiplied, as numbers of the query's dtype, which holds them exactly; what
+a code is worth goes to the scores and to the weights, 4 bytes a token.  For a query in fp32, which the tensor cores do
+not take, that would spill: there the pools are made numbers first.
 """
 
 from collections.abc import Iterator
@@ -21,6 +25,7 @@ from torch import Tensor
 from dms_kernels.gpu.append import LONGEST, append
 from dms_kernels.gpu.common import LN2, LOG2E, same_device
 from dms_kernels.gpu.interpret import repair
+from dms_kernels.naive import LEVELS, dequantise
 from dms_kernels.rows import Rows
 
 repair()
@@ -28,6 +33,7 @@ repair()
 TILE = 16384  # bytes of keys, and of values, in one tile
 SHORTEST = 128  # tokens of a chunk; the longest: append.LONGEST
 MERGED = 4096  # partial values the merge reads at once
+UNIT = tl.constexpr(1 / LEVELS)  # what a code of 1 is worth, as a share of the largest magnitude
 
 
 @triton.jit(do_not_specialize=["rows", "capacity", "chunk"])
@@ -66,11 +72,13 @@ def _pages_of(table_row, token, start, live, PAGE: tl.constexpr, BLOCK_N: tl.con
 
 @triton.jit(do_not_specialize=["rows", "columns", "group", "chunk"])
 def _split(
-    q, keys, values, table, lengths, first, partial, lse, rows, columns, group, chunk, scale,
+    q, keys, values, largest, table, lengths, first, partial, lse, rows, columns, group, chunk, scale,
     PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """partial (chunks, G, D), lse (chunks, G), for the chunks p, p + P, p + 2 P, ... of program p of P."""
+    """partial (chunks, G, D), lse (chunks, G), for the chunks p, p + P, p + 2 P, ... of program p of P.
+
+    largest: None, or a key's and a value's largest magnitude, both bf16, in one integer a token."""
     g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     d = tl.arange(0, D_PAD)
     real = (g < group)[:, None] & (d < D)[None, :]
@@ -86,18 +94,27 @@ def _split(
         for start in range(begin, end, BLOCK_N):
             token = start + tl.arange(0, BLOCK_N)
             live = token < end
-            place = _pages_of(table + row * columns, token, start, live, PAGE, BLOCK_N)[:, None] * D + d[None, :]
+            slot = _pages_of(table + row * columns, token, start, live, PAGE, BLOCK_N)
+            place = slot[:, None] * D + d[None, :]
             wanted = live[:, None] & (d < D)[None, :]
             k = tl.load(keys + place, wanted, other=0.0)  # (BLOCK_N, D)
-            scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+            scores = tl.dot(queries, tl.trans(k.to(queries.dtype)), input_precision="ieee") * scale
+            if largest is not None:
+                both = tl.load(largest + slot, live, other=0)
+                scores *= (both << 16).to(tl.float32, bitcast=True)[None, :]
             scores = tl.where(live[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
             weights = tl.exp2(scores - new_top[:, None])
             shrink = tl.exp2(top - new_top)
             norm = norm * shrink + tl.sum(weights, 1)
             v = tl.load(values + place, wanted, other=0.0)
-            acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+            if largest is not None:
+                weights *= (both & -65536).to(tl.float32, bitcast=True)[None, :]
+            weights = weights.to(queries.dtype)
+            acc = tl.dot(weights, v.to(queries.dtype), acc * shrink[:, None], input_precision="ieee")
             top = new_top
+        if largest is not None:
+            acc *= UNIT
         to = (tl.zeros([BLOCK_G], tl.int64) + item) * group + g
         tl.store(partial + to[:, None] * D + d[None, :], acc / norm[:, None], real)
         tl.store(lse + to, top + tl.log2(norm), g < group)
@@ -140,11 +157,12 @@ def _merge(
     tl.store(out_lse + i + tl.arange(0, 1), logs)
 
 
-def _tiles(group: int, width: int, size: int) -> tuple[dict, dict]:
-    """Tile sizes and launch options for a GQA group, a head dimension and an element size in bytes."""
+def _tiles(group: int, width: int, size: int, int8: bool = False) -> tuple[dict, dict]:
+    """Tile sizes and launch options for a GQA group, a head dimension, and bytes of a number of the query."""
     padded, half = max(16, triton.next_power_of_2(width)), size == 2  # 16: the least that tl.dot takes
     rows = min(max(16, triton.next_power_of_2(group)), 32 if half else 16)  # more would spill
-    tokens = min(max(16, TILE // (padded * size)), 128 if half else 64)
+    tile = TILE // 2 if int8 else TILE  # codes become numbers in registers, of which there are not enough for more
+    tokens = min(max(16, tile // (padded * size)), 128 if half else 64)
     # The look-up of the pages takes half of the pipeline's stages: 5 give two tiles of keys and two of values.
     options = {"num_warps": 4, "num_stages": 5 if half else 3}
     return {"D": width, "D_PAD": padded, "BLOCK_G": rows, "BLOCK_N": tokens}, options
@@ -173,7 +191,8 @@ def _programs(device: torch.device) -> int:
 
 def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float,
-    sinks: Tensor | None = None, programs: int | None = None, chunk: int | None = None, return_lse: bool = False,
+    sinks: Tensor | None = None, largest: Tensor | None = None, programs: int | None = None, chunk: int | None = None,
+    return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """See naive.decode_attention.  table (R, columns) and lengths (R,) of any integer dtype, pools contiguous.
 
@@ -188,7 +207,7 @@ def decode_attention(
     first = torch.empty(rows + 1, dtype=torch.int32, device=q.device)
     with same_device(q, table, lengths):
         _plan[(1,)](lengths, first, rows, capacity, chunk, BLOCK=128 if rows <= 128 else 1024, num_warps=4)
-    out, lse = _attend(q, keys, values, table, lengths, first, scale, sinks, programs, chunk)
+    out, lse = _attend(q, keys, values, largest, table, lengths, first, scale, sinks, programs, chunk)
     return (out, lse) if return_lse else out
 
 
@@ -200,10 +219,13 @@ def step(
     programs = _programs(q.device)
     chunk = chunk_length(len(rows.length), rows.table.shape[1] * rows.page, programs)
     first = append(rows, k, v, evict, active, lag, chunk)
-    return _attend(q, rows.keys, rows.values, rows.table, rows.length, first, scale, sinks, programs, chunk)[0]
+    pools = rows.keys, rows.values, rows.largest
+    return _attend(q, *pools, rows.table, rows.length, first, scale, sinks, programs, chunk)[0]
 
 
-def _attend(q, keys, values, table, lengths, first, scale, sinks, programs: int, chunk: int) -> tuple[Tensor, Tensor]:
+def _attend(
+    q, keys, values, largest, table, lengths, first, scale, sinks, programs: int, chunk: int
+) -> tuple[Tensor, Tensor]:
     """Split and merge by the plan ``first`` (R + 1,): out (B, Hq, 1, D) and lse (B, Hq, 1)."""
     batch, heads, _, width = q.shape
     rows, columns = table.shape
@@ -215,11 +237,15 @@ def _attend(q, keys, values, table, lengths, first, scale, sinks, programs: int,
     lse = torch.empty(pieces, group, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, heads, 1, width, dtype=q.dtype, device=q.device)
     out_lse = torch.empty(batch, heads, 1, dtype=torch.float32, device=q.device)
-    tiles, options = _tiles(group, width, q.element_size())
     sinks = None if sinks is None else sinks.contiguous()
-    with same_device(q, keys, values, table, lengths, first, sinks):
+    if largest is not None and q.dtype == torch.float32:
+        (keys, values), largest = dequantise(keys, values, largest, q.dtype), None
+    if largest is not None:
+        largest, scale = largest.view(torch.int32), scale * UNIT.value
+    tiles, options = _tiles(group, width, q.element_size(), largest is not None)
+    with same_device(q, keys, values, largest, table, lengths, first, sinks):
         _split[(programs, triton.cdiv(group, tiles["BLOCK_G"]))](
-            q.contiguous(), keys, values, table.contiguous(), lengths.contiguous(), first, partial, lse,
+            q.contiguous(), keys, values, largest, table.contiguous(), lengths.contiguous(), first, partial, lse,
             rows, columns, group, chunk, scale * LOG2E.value, PAGE=page, **tiles, **options,
         )  # fmt: skip
         sizes = {**_merge_tiles(width), "num_warps": 4}
@@ -238,15 +264,19 @@ def aot_cases(target: int) -> Iterator[tuple]:
         known = {**types, **more}
         return name, kernel, {x: known[x] for x in kernel.arg_names if x not in constants}, constants, options
 
-    def split(dtype, width, page, group, index="i32"):
-        tiles, options = _tiles(group, width, 4 if dtype == "fp32" else 2)
-        types = {**dict.fromkeys(("q", "keys", "values"), f"*{dtype}"), "table": f"*{index}", "lengths": f"*{index}"}
-        name = f"decode.split {dtype} D{width} page{page} G{group}" + (" int64" if index == "i64" else "")
-        return case(name, _split, {"PAGE": page, **tiles}, options, **types)
+    def split(dtype, width, page, group, index="i32", int8=False):
+        tiles, options = _tiles(group, width, 4 if dtype == "fp32" else 2, int8)
+        pools = dict.fromkeys(("keys", "values"), "*i8" if int8 else f"*{dtype}") | {"largest": "*i32"}
+        types = {"q": f"*{dtype}", **pools, "table": f"*{index}", "lengths": f"*{index}"}
+        name = f"decode.split {dtype}{' int8' * int8} D{width} page{page} G{group}" + " int64" * (index == "i64")
+        constants = {"PAGE": page, **tiles, **({} if int8 else {"largest": None})}
+        return case(name, _split, constants, options, **types)
 
     for width in (32, 64, 80, 96, 128, 256):
         for dtype in ("bf16", "fp16", "fp32"):
             yield split(dtype, width, 16, 4)
+            if dtype != "fp32":
+                yield split(dtype, width, 16, 4, int8=True)
             for sinks in (None, f"*{dtype}"):
                 constants = {**_merge_tiles(width), **({} if sinks else {"sinks": None})}
                 name = f"decode.merge {dtype} D{width}" + (" sinks" if sinks else "")
@@ -254,6 +284,7 @@ def aot_cases(target: int) -> Iterator[tuple]:
     for width in (64, 128, 256):
         for page, group in ((64, 4), (5, 4), (16, 32), (16, 64)):
             yield split("bf16", width, page, group)
+            yield split("bf16", width, page, group, int8=True)
     yield split("bf16", 128, 16, 4, "i64")
     yield split("fp32", 256, 64, 4)
     for block in (128, 1024):

@@ -1,8 +1,8 @@
 """Repairs of Triton 3.6's interpreter, so that it computes what a device does.  Compiled kernels are not touched.
 
 A loaded scalar is an array of one element, and NumPy 2.4 refuses ``int`` of it, so a loop could not end at a loaded
-number.  bfloat16 is held as uint16: ``tl.dot`` multiplied those integers, and float32 was cut off, not rounded.  A dot
-over fewer than 16 columns, which no device takes, passed.
+number.  bfloat16 is held as uint16: ``tl.dot`` multiplied those integers, float32 was cut off, not rounded, and int8
+became bits.  A dot over fewer than 16 columns, which no device takes, passed.
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ def repair() -> None:
         return handle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def rounding_cast(self, x, to):
-        if x.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+        if x.dtype.scalar in (tl.float32, tl.int8) and to.scalar == tl.bfloat16:
             return handle(_nearest_bfloat16(np.asarray(x.data)), tl.bfloat16)
         return cast(self, x, to)
 
