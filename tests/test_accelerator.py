@@ -274,7 +274,7 @@ def test_every_command_that_runs_a_model_takes_a_device():
         "eval",
         "runtime",
     }
-    running |= {"check", "fidelity", "tokens", "bench"}
+    running |= {"check", "fidelity", "recall", "tokens", "bench"}
     taking = {c.name for c in app.registered_commands if "device" in signature(c.callback).parameters}
     assert taking == running | {"plan"}  # which asks for a card's name
 

@@ -47,8 +47,13 @@ def documents():
 
 def commands(text: str, lines: bool) -> set[str]:
     """Lines of code blocks that are not Python, spans in backticks, and (``lines``) lines that begin with a command."""
-    fence = r"^```(\w*)\n(.*?)^```"
-    found = [x for kind, block in re.findall(fence, text, re.M | re.S) if kind != "python" for x in block.splitlines()]
+    fence = r"^```([^\n`]*)\n(.*?)^```"
+    found = [
+        x
+        for kind, block in re.findall(fence, text, re.M | re.S)
+        if not kind.startswith(("python", "{"))
+        for x in block.splitlines()
+    ]
     rest = re.sub(fence, "", text, flags=re.M | re.S)
     found += re.findall(rf"`((?:{WORDS})\s[^`]+)`", rest)
     if lines:
