@@ -61,17 +61,17 @@ def get_ablation(name: str) -> Ablation:
 
 def ablation_profile(seeds: int = 1) -> Profile:
     """200 problems, 2 chains, the longest length, after retrofits of 120 steps."""
-    tiny = get_profile("tiny")
+    full = get_profile("full")
     short = {"final_cr": CR, "steps_per_unit": 20, "rests": ((CR, 60),)}
     return replace(
-        tiny,
+        full,
         name="ablations",
-        recipe=tiny.recipe.changed(retrofit=short),
+        recipe=full.recipe.changed(retrofit=short),
         compare_cr=CR,
         crs=(CR,),
         problems=200,
         chains=2,
-        lengths=(max(tiny.lengths),),
+        lengths=(max(full.lengths),),
         widths=(1,),
         batch=120,
         held_out=64,

@@ -193,7 +193,8 @@ def records(run: Run, method: Method) -> list[dict]:
 
 def sampled(run: Run, method: Method, model, weights: str, length: int, baseline: Baseline | None = None) -> list[dict]:
     """The same of a model at hand, up to ``length`` tokens; weights: what tells its weights from others'."""
-    config = SamplingConfig(max_new_tokens=length, batch=run.profile.batch, seed=run.seed)
+    own = {"batch": run.profile.batch, "kv_cache_dtype": run.profile.kv_cache_dtype}
+    config = SamplingConfig(max_new_tokens=length, seed=run.seed, **own)
     file = records_dir(run) / records_file(model, weights, run.tokenizer, run.task, method, config, baseline)
     found = sample_records(model, run.tokenizer, run.task, method, run.profile.chains, config, file, baseline)
     return canonical(grade_file(file, run.task, missing=True) if run.task.grades_later else found)

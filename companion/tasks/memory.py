@@ -6,7 +6,7 @@ the loss is the divergence from the dense model's distribution at every token of
 its target is the same; where it does not, its uncertainty is the target, and a wrong answer of its own would have
 nothing to do with the fact.  So facts are new in every document and cost no sampling.
 
-What tells a fact belongs to one split by its hash: splits share no fact.  Kinds held out are in ``test`` alone.
+Each sentence that tells a fact belongs to one split by its hash: splits share none.  Kinds held out are in ``test`` alone.
 """
 
 import hashlib
@@ -18,10 +18,11 @@ from pathlib import Path
 
 import yaml
 
-SPLITS = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}  # remainders of a fact's hash by 10
+SPLITS = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}  # remainders of a sentence's hash by 10
 TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 KINDS: dict[str, dict] = TABLE["kinds"]
 HELD_OUT = tuple(name for name, kind in KINDS.items() if kind.get("held_out"))
+SUBJECTS = ("animal", "name", "thing")
 NUMBERS = {"digits": (1000, 9999), "few": (2, 9), "hour": (6, 22), "minute": (10, 59)}
 NOTED = ("Noted.", "I will remember that.", "All right, I have noted it.", "Thank you, I will keep that in mind.")
 OVERHEAD = 11  # tokens of the template around an exchange, and some of its system message
@@ -38,6 +39,7 @@ class Fact:
     told: tuple[str, ...]
     asked: str
     reply: str
+    subjects: frozenset[str]  # whom and what it is about: two facts of a conversation share none
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -57,22 +59,34 @@ def kinds_of(split: str) -> list[str]:
 
 
 def draw_fact(rng: random.Random, kind: str, split: str) -> Fact:
-    """A fact of that kind and split."""
+    """A fact of that kind, each of whose sentences belongs to the split."""
     texts = KINDS[kind]
-    slots = dict.fromkeys(re.findall(r"{(\w+)}", " ".join([*texts["told"], texts["asked"], texts["reply"]])))
-    while True:
-        values: dict[str, str] = {}
-        for slot in slots:
-            values[slot] = _draw(rng, slot, values)
-        told = tuple(sentence.format(**values) for sentence in texts["told"])
-        if _bucket(" ".join(told)) in SPLITS[split]:
-            return Fact(kind, told, texts["asked"].format(**values), texts["reply"].format(**values))
+    while (values := _draw_values(rng, texts["told"], split)) is None:
+        pass
+    subjects = frozenset(value for slot, value in values.items() if slot.rstrip("0123456789") in SUBJECTS)
+    told = tuple(sentence.format(**values) for sentence in texts["told"])
+    return Fact(kind, told, texts["asked"].format(**values), texts["reply"].format(**values), subjects)
+
+
+def _draw_values(rng: random.Random, told: Sequence[str], split: str) -> dict[str, str] | None:
+    """Words for the slots of ``told``, sentence by sentence; None where one found no words of the split."""
+    values: dict[str, str] = {}
+    for sentence in told:
+        slots = [slot for slot in re.findall(r"{(\w+)}", sentence) if slot not in values]
+        for _ in range(99):
+            trial = dict(values)
+            for slot in slots:
+                trial[slot] = _draw(rng, slot, trial)
+            if _bucket(sentence.format(**trial)) in SPLITS[split]:
+                break
+        else:
+            return None
+        values = trial
+    return values
 
 
 def _draw(rng: random.Random, slot: str, values: dict[str, str]) -> str:
     """A value that no slot of the same words has yet."""
-    if slot == "product":
-        return str(int(values["few"]) * int(values["few2"]))
     words = slot.rstrip("0123456789")
     if words in NUMBERS:
         return str(rng.randint(*NUMBERS[words]))
@@ -85,14 +99,15 @@ def _bucket(text: str) -> int:
 
 
 def draw_facts(rng: random.Random, count: int, split: str) -> list[Fact]:
-    """``count`` facts whose questions differ, the kinds in a random order in turn."""
+    """``count`` facts whose questions and subjects differ, the kinds in a random order in turn."""
     kinds, facts = kinds_of(split), []
     order = rng.sample(kinds, len(kinds))
     while len(facts) < count:
         kind = order[0]
         order = [*order[1:], *([] if KINDS[kind].get("once") else [kind])]
         fact = draw_fact(rng, kind, split)
-        if fact.asked not in {other.asked for other in facts}:
+        known = {word for other in facts for word in (other.asked, *other.subjects)}
+        if known.isdisjoint((fact.asked, *fact.subjects)):
             facts.append(fact)
     return facts
 
