@@ -33,14 +33,15 @@ def plan(
 
 @command(MEASURE, "bench")
 def bench(
-    kind: arg(str, "prefill, train, decode, cache or sampling", "KIND"),
+    kind: arg(str, "prefill, train, decode, cache, sampling or e2e", "KIND"),
     device: Device = None,
     case: opt(list[str], "only this case; may be given repeatedly", metavar="NAME") = None,
     repeats: opt(int, "timed rounds (default: what some seconds allow)") = None,
     quick: opt(bool, "tiny shapes, to see that it runs", "--quick") = False,
     save: opt(str, "merge into data/results/kernels-DEVICE.json, or into FILE", metavar="[FILE]") = None,
 ):
-    """time an operation of dms_kernels, or sampling, against what one would use otherwise"""
+    """time an operation of dms_kernels, sampling or a whole model's decoding against what one would use otherwise"""
+    from companion.experiments import end_to_end, sampling_speed
     from companion.experiments.sample import checked_device
     from companion.provenance import describe
     from dms_kernels import benchmarks
@@ -48,12 +49,8 @@ def bench(
     device = checked_device(device)
     if quick and save == "":
         raise ValueError("--quick with --save: tiny shapes are not kept among the results; name a file after --save")
-    if kind == "sampling":
-        from companion.experiments.sampling_speed import measure
-
-        cases = measure(device, case, repeats, quick)
-    else:
-        cases = benchmarks.run(kind, device, case, repeats, quick)
+    whole = {"sampling": sampling_speed.measure, "e2e": end_to_end.measure}.get(kind)
+    cases = whole(device, case, repeats, quick) if whole else benchmarks.run(kind, device, case, repeats, quick)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts = {**describe(), "cores": cores}
     name = facts["device"] if device == "cuda" else "cpu"
