@@ -32,7 +32,7 @@ SHAPES = {  # batch, context
     "reasoner": ((1, 512), (8, 512), (64, 512), (1, 4096), (8, 4096), (1, 16384), (8, 16384)),
     "larger": ((1, 512), (8, 512), (1, 4096), (8, 4096)),
 }
-GENERATE = (1, 8, 64)  # batches
+GENERATE = {"reasoner": (1, 8, 64), "larger": (1, 8)}  # batches
 PROMPT, TOKENS = 200, 33  # of the generate cases
 RATIOS, WINDOW, PAGE = (1.0, 4.0, 8.0), 16, 16
 BLOCK, ROUNDS = 4, 9  # steps that are timed together; rounds in which the methods take turns
@@ -55,9 +55,10 @@ def measure(
         for batch, context in sizes:
             name = f"e2e-{model}-b{batch}-{context}"
             groups[name] = lambda name=name, of=(model, batch, context): _decode(name, *of, device, rounds, copied)
-    for batch in (2,) if quick else GENERATE:
-        name = f"e2e-generate-b{batch}"
-        groups[name] = lambda name=name, batch=batch: _generate(name, batch, device, rounds, copied)
+    for model, batches in ({"reasoner": (2,)} if quick else GENERATE).items():
+        for batch in batches:
+            name = f"e2e-generate-{model}-b{batch}"
+            groups[name] = lambda name=name, of=(model, batch): _generate(name, *of, device, rounds, copied)
     if unknown := set(names or ()) - set(groups):
         raise ValueError(f"case {min(unknown)!r}: must be one of {', '.join(groups)}")
     return [row for name, run in groups.items() if not names or name in names for row in run()]
@@ -127,21 +128,21 @@ def _decode(name: str, model: str, batch: int, context: int, device: str, rounds
         yield row | {"expected": (weights + held["dynamic_cache"]) / (weights + held[which])}
 
 
-def _generate(name: str, batch: int, device: str, rounds: int, copied: float) -> Iterator[dict]:
-    plain, gated = make_models(MODELS["reasoner"], PROMPT + TOKENS, device)
+def _generate(name: str, model: str, batch: int, device: str, rounds: int, copied: float) -> Iterator[dict]:
+    plain, gated = make_models(MODELS[model], PROMPT + TOKENS, device)
     ids = torch.randint(2, plain.config.vocab_size, (batch, PROMPT), device=device)
     mask = torch.ones_like(ids)
 
-    def generate(model, **more) -> None:
+    def generate(which, **more) -> None:
         length = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
-        model.generate(ids, attention_mask=mask, **length, **more)
+        which.generate(ids, attention_mask=mask, **length, **more)
 
     calls = {
         "dynamic_cache": lambda: generate(plain),
         "cr1": lambda: generate(gated, past_key_values=DMSCache.for_model(gated)),
     }
     times = _in_turns(calls, name, rounds, TOKENS)
-    shape = {"model": "reasoner", "batch": batch, "context": PROMPT, "window": WINDOW, "cr": 1.0}
+    shape = {"model": model, "batch": batch, "context": PROMPT, "window": WINDOW, "cr": 1.0}
     yield _row(f"{name}-cr1", shape | {"threads": torch.get_num_threads()}, times, "cr1", batch, copied)
 
 

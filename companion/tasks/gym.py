@@ -7,20 +7,27 @@ from companion.tasks.base import Task, TaskProblem
 from companion.tasks.sandbox import sandbox
 from companion.tasks.sandbox.worker import gym_worker
 
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 
 class ReasoningGym(Task):
     """``size`` problems of one dataset; an answer is right if its score is 1.
 
-    config: further settings of that dataset.  unsafe: score without a sandbox where there is none: some scorers
+    config: further settings of that dataset.  answer: "tagged", as reasoning-gym's own prompt asks, or "number", the
+    question alone, whose answer is the last number: for models that do not follow a format.  unsafe: score without a sandbox where there is none: some scorers
     evaluate the answer as an expression.
     """
 
-    system = "TAGGED_SYSTEM"
-
     def __init__(
-        self, source=None, dataset="chain_sum", size: int = 100, seed: int = 0, config: dict | None = None, unsafe=False
+        self,
+        source=None,
+        dataset="chain_sum",
+        size: int = 100,
+        seed: int = 0,
+        config: dict | None = None,
+        answer="tagged",
+        unsafe=False,
     ) -> None:
         try:
             import reasoning_gym
@@ -31,7 +38,13 @@ class ReasoningGym(Task):
             raise ValueError(f"source {source}: reasoning_gym generates its problems and takes no file")
         if dataset not in known:
             raise ValueError(f"dataset {dataset!r}: must be one of {known}")
-        self.name, self.unsafe = f"reasoning_gym:{dataset}", unsafe
+        if answer not in ("tagged", "number"):
+            raise ValueError(f"answer {answer!r}: must be tagged or number")
+        self.name, self.unsafe, self.tagged = f"reasoning_gym:{dataset}", unsafe, answer == "tagged"
+        if self.tagged:
+            self.system = "TAGGED_SYSTEM"
+        else:
+            self.name += ":number"
         self.grades_later = not unsafe and sandbox.why_not() is not None
         options = {"size": size, "seed": seed, **(config or {})}
         try:
@@ -45,6 +58,8 @@ class ReasoningGym(Task):
             self.problems.append(problem)
 
     def candidates(self, text: str) -> Iterator[tuple[int, str]]:
+        if not self.tagged:
+            return ((match.end(), match[0]) for match in NUMBER.finditer(text))
         return ((match.end(), match[1].strip()) for match in ANSWER.finditer(text) if match[1].strip())
 
     def correct(self, answer: str, problem: TaskProblem) -> bool:

@@ -2,9 +2,13 @@
 
 Triton brings ptxas, cuobjdump and nvdisasm.  The compiler does not run where ``TRITON_INTERPRET`` is set, so the work
 is done in child processes without it.  From a shell: ``python -m dms_kernels.aot --json``.
+
+A whole sweep takes minutes; ``--save FILE`` keeps it with a hash of what was compiled (``sources``), by which a test
+knows whether it still holds.
 """
 
 import argparse
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -45,6 +49,16 @@ def report(targets: tuple[int, ...] = tuple(SHARED_LIMIT), jobs: int = 1, only: 
     with tqdm(total=0, desc="compiling", unit="kernel", file=sys.stderr) as bar, ThreadPoolExecutor(jobs) as pool:
         shares = list(pool.map(lambda n: _child(list(targets), n, jobs, only, bar), range(jobs)))
     return sorted((case for share in shares for case in share), key=lambda case: (case["kernel"], case["target"]))
+
+
+def sources() -> str:
+    """A hash of the code of all kernels, of how they are compiled, and of triton's release."""
+    from importlib.metadata import version
+
+    digest = hashlib.sha256(version("triton").encode())
+    for file in sorted([Path(__file__), *(Path(__file__).parent / "gpu").glob("*.py")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _clean_environment() -> dict[str, str]:
@@ -165,14 +179,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", type=int, nargs="+", default=list(SHARED_LIMIT), help="80, 86, 90, 100")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--only", help="a regular expression that the kernel's name must contain")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="keep it with a hash of the sources, a line a case")
     chosen = parser.parse_args(arguments)
     try:
         cases = report(tuple(chosen.targets), chosen.jobs, chosen.only)
     except (ImportError, ValueError) as error:
         parser.error(str(error))
-    if chosen.json:
-        from importlib.metadata import version
+    from importlib.metadata import version
 
+    if chosen.save:
+        head = json.dumps({"triton": version("triton"), "sources": sources()})[:-1]
+        chosen.save.write_text(f'{head}, "cases": [\n' + ",\n".join(map(json.dumps, cases)) + "\n]}\n")
+    if chosen.json:
         print(json.dumps({"triton": version("triton"), "cases": cases}))
     else:
         for case in cases:

@@ -3,9 +3,14 @@
 import importlib.metadata
 import importlib.util
 import json
+import random
 import re
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +31,9 @@ HEAVY = (  # the largest tiles of each module
 SAMPLED = (  # of all that is shipped (``dms kernels --aot``): fp16 needs what bf16 needs, and 80 and 96 what 128 needs
     r"^(forward|dq|dkv)\w*_(bf16_d(64|80|128|256)|fp16_d128|fp32_d(32|128|256))$|^append|^decode\.(?!.* (fp16|D32))"
 )
+STORED = Path(__file__).parents[2] / "data/results/kernels-aot.json"
+SAVE = f"python -m dms_kernels.aot --save data/results/kernels-aot.json --only '{SAMPLED}'"
+AGAIN = 6  # kernels of a stored sweep that are compiled again, others each day
 
 
 def check(cases: list[dict]) -> None:
@@ -49,19 +57,51 @@ def tensor_core(case: dict) -> str:
 @tuned
 def test_heaviest_kernels_compile_without_spills_and_within_shared_memory(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # must not reach the compiling processes
-    cases = aot.report(only=HEAVY)
+    found = json.loads(STORED.read_text())
+    if found["sources"] == aot.sources():
+        cases = [case for case in found["cases"] if re.search(HEAVY, case["kernel"])]
+    else:
+        cases = aot.report(only=HEAVY)
     assert {case["target"] for case in cases} == set(aot.SHARED_LIMIT) and len(cases) == 4 * 11
     check(cases)
 
 
+def stored_sweep(found: dict, compile: Callable) -> list[dict]:
+    """The cases of a stored sweep, a few of which are compiled again; of other sources all are compiled."""
+    if found["sources"] != aot.sources():
+        warnings.warn(f"kernels changed: all are compiled; keep them by: {SAVE}", stacklevel=2)
+        return compile(SAMPLED)
+    names = sorted({case["kernel"] for case in found["cases"] if not re.search(HEAVY, case["kernel"])})
+    again = random.Random(date.today().toordinal()).sample(names, AGAIN)
+    for case in compile("|".join(f"^{re.escape(name)}$" for name in again)):
+        assert case in found["cases"], case
+    return found["cases"]
+
+
 @tuned
-@pytest.mark.slow  # about 10 minutes on one core with an empty cache of triton's
+@pytest.mark.slow  # 10 minutes on one core if a kernel changed since the sweep was stored
 def test_shipped_configurations_compile_without_spills_and_within_shared_memory():
-    cases = aot.report(only=SAMPLED)
+    cases = stored_sweep(json.loads(STORED.read_text()), lambda only: aot.report(only=only))
     for name in ("forward", "dq", "dkv", "decode", "append"):
         assert any(case["kernel"].startswith(name) for case in cases), name
     assert len({(case["kernel"], case["target"]) for case in cases}) == len(cases)  # names are unique
+    assert {case["target"] for case in cases} == set(aot.SHARED_LIMIT)
     check(cases)
+
+
+def test_a_stored_sweep_counts_for_its_own_sources_alone():
+    cases = [{"kernel": f"k{number}", "target": 90, "registers": 8} for number in range(AGAIN)]
+    whole, asked = {"sources": aot.sources(), "cases": cases}, []
+
+    def compile(only: str) -> list[dict]:
+        asked.append(only)
+        return [case | {"registers": 9} for case in cases]
+
+    with pytest.raises(AssertionError):
+        stored_sweep(whole, compile)  # another number of registers than was stored
+    with pytest.warns(UserWarning, match="kernels changed"):
+        assert stored_sweep(whole | {"sources": "0"}, compile)[0]["registers"] == 9
+    assert asked[1] == SAMPLED != asked[0]
 
 
 def test_command_prints_one_line_of_json():

@@ -12,7 +12,7 @@ from dms_core.cache.dms import DMSCache
 def test_rows_have_the_form_of_other_benchmarks():
     rows = measure("cpu", quick=True)
     names = [f"e2e-reasoner-b2-96-cr{cr}" for cr in (1, 4, 8)]
-    assert [row["name"] for row in rows] == [*names, "e2e-generate-b2-cr1"]
+    assert [row["name"] for row in rows] == [*names, "e2e-generate-reasoner-b2-cr1"]
     for row in rows:
         assert row["kind"] == "e2e" and row["rounds"] == 1
         assert row["ratio"]["dynamic_cache"] == pytest.approx(row["baseline_ms"]["dynamic_cache"] / row["ours_ms"])

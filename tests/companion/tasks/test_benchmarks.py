@@ -295,6 +295,16 @@ def test_missing_grader_is_reported_before_sampling(load, monkeypatch):
     worker.math_worker.cache_clear()
 
 
+def test_reasoning_gym_reads_the_last_number_where_asked():
+    pytest.importorskip("reasoning_gym")
+    task = get_task("reasoning_gym:gcd", size=1, answer="number", unsafe=True)
+    assert task.name == "reasoning_gym:gcd:number" and [m["role"] for m in task.messages(task.problems[0])] == ["user"]
+    text = "The divisors of 12 are 1, 2, 3. So it is 3.5, no: -4."
+    assert task.extract(text) == "-4" and list(task.candidates(text))[-2:] == [(44, "3.5"), (52, "-4")]
+    with pytest.raises(ValueError, match="answer 'letter': must be tagged or number"):
+        get_task("reasoning_gym:gcd", answer="letter")
+
+
 def test_reasoning_gym_grades_later_without_sandbox(monkeypatch):
     pytest.importorskip("reasoning_gym")
     monkeypatch.setattr(sandbox, "why_not", lambda: "bwrap (bubblewrap) is not installed")
