@@ -8,12 +8,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from companion.figures.style import STYLES
+from companion.figures.style import COLUMN, STYLES, legend_above
 
 LOOKS = {  # of a benchmark's method: label, colour
     "ours": ("compacted", STYLES["dms"][1]),
     "sdpa": ("dense SDPA", STYLES["vanilla"][1]),
-    "sdpa_mask": ("SDPA, float mask", "#de8f05"),
+    "sdpa_mask": ("SDPA, float mask", "#d55e00"),
     "flex": ("FlexAttention", "#029e73"),
     "sdpa_folded": ("dense SDPA, folded", "#949494"),
     "sdpa_gqa": ("dense SDPA, grouped", "#cc78bc"),
@@ -53,7 +53,7 @@ def plot_memory(cases: Sequence[dict], ax: Axes | None = None) -> Axes:
 
 def _plot(cases: Sequence[dict], value: Callable, label: str, ax: Axes | None) -> Axes:
     """One column a case, in it one marker a method, with its value."""
-    ax = ax or plt.subplots(figsize=(7, 3), layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(COLUMN, 3.8), layout="constrained")[1]
     names = list(dict.fromkeys(name for case in cases for name in methods_of(case)))
     for n, name in enumerate(names):
         here = [(x, case) for x, case in enumerate(cases) if name in methods_of(case)]
@@ -61,20 +61,20 @@ def _plot(cases: Sequence[dict], value: Callable, label: str, ax: Axes | None) -
         found = [value(case, name) for _, case in here]
         height = np.array([middle for middle, _ in found])
         ends = np.array([spread for _, spread in found])
-        text, colour = LOOKS.get(name, (name, "#ca9161"))
+        text, colour = LOOKS.get(name, (name, "#703410"))
         style = {"fmt": "s" if name == "ours" else "o", "color": colour, "markersize": 6, "capsize": 2}
         ax.errorbar(at, height, np.maximum([height - ends[:, 0], ends[:, 1] - height], 0), label=text, **style)
         for x, y, top in zip(at, height, ends.max(1), strict=True):
-            place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+            place = {"xytext": (1, 7), "textcoords": "offset points", "ha": "center", "va": "bottom", "rotation": 90}
             ax.annotate(f"{y:.3g}" if y < 1000 else f"{y:.0f}", (x, top), color=colour, **place)
     ax.set_xticks(range(len(cases)), [label_of(case) for case in cases])
     ax.set(xlim=(-0.6, len(cases) - 0.4), yscale="log", ylabel=label)
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.margins(y=0.25)
+    ax.margins(y=0.45)
     ax.grid(axis="x", visible=False)
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    legend_above(ax, 2)
     return ax
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from companion.figures.style import STYLES, set_style, style_of
+from companion.figures.style import COLUMN, FONT, STYLES, legend_above, look, set_style, style_of
 from dms_core.budgets.pareto import frontier
 
 AXIS_LABELS = {
@@ -25,26 +25,28 @@ SCALING_LABELS = {"L": "length limit L (generated tokens)", "W": "width W (votin
 
 
 def draw_curves(summary: dict, file: Path | str) -> None:
-    """Accuracy against each budget, a row an axis and a column a task, as a PNG or SVG file."""
+    """Accuracy against each budget, a row a task and a column an axis, as a PNG or SVG file."""
     plt.switch_backend("agg")
     set_style()
     plot_panels(summary)
     plt.savefig(file, dpi=120)
 
 
-def plot_panels(summary: dict, axes: Sequence[str] = ("reads", "peak")) -> plt.Figure:
-    """``plot_curves`` for each of the axes (rows) and tasks (columns)."""
+def plot_panels(
+    summary: dict, axes: Sequence[str] = ("reads", "peak"), labelled: Sequence[str] = ("dms", "vanilla")
+) -> plt.Figure:
+    """``plot_curves`` for each of the tasks (rows) and axes (columns)."""
     tasks = list(dict.fromkeys(point.get("task") for point in summary["points"]))
-    size, shape = (4.2 * max(len(tasks), 2), 3.8 * len(axes)), (len(axes), len(tasks))
-    fig, panels = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False, sharey="col")
-    for row, axis in zip(panels, axes, strict=True):
-        for ax, task in zip(row, tasks, strict=True):
-            plot_curves({"points": [p for p in summary["points"] if p.get("task") == task]}, axis, ax)
-            ax.set_title(TASK_TITLES.get(task, task) or "", fontsize=10)
-            ax.set_xlabel(ax.get_xlabel().partition(" (")[0], fontsize=10)
+    shape, size = (len(tasks), len(axes)), (COLUMN, 2.8 * len(tasks) + 0.8)
+    fig, panels = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False, sharey="row")
+    for row, task in zip(panels, tasks, strict=True):
+        for ax, axis in zip(row, axes, strict=True):
+            plot_curves({"points": [p for p in summary["points"] if p.get("task") == task]}, axis, ax, labelled)
+            ax.set_xlabel(ax.get_xlabel().partition(" (")[0] if task == tasks[-1] else "")
             ax.get_legend().remove()
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
+            ax.set_ylabel(ax.get_ylabel() if ax is row[0] else "")
+        row[0].set_title(TASK_TITLES.get(task, task) or "", loc="left")
+    fig.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return fig
 
 
@@ -67,34 +69,33 @@ def plot_curves(
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(lambda x, _: f"$2^{{{np.log2(x):g}}}$" if x > 0 else "")
     ax.set(xlabel=AXIS_LABELS[axis], ylabel="accuracy (%)")
-    ax.margins(x=0.08, y=0.08)
+    ax.margins(x=0.14, y=0.08)
     _label_points(ax, [p for method in labelled for p in reversed(frontiers.get(method, []))], axis)
-    ax.legend(loc="best")
+    legend_above(ax, 2)
     return ax
 
 
 def plot_scaling(points: Sequence[dict], along: str, ax: Axes | None = None) -> Axes:
     """Accuracy along "L" (generated tokens) or "W" (voting chains): one line per (method, CR), with intervals.
 
-    points: of ``curves.summarise``, those of one W or one L.  CRs of a method differ in line style, not in colour.
+    points: of ``curves.summarise``, those of one W or one L.  CRs of a method differ as ``style.look`` says.
     """
     if along not in SCALING_LABELS:
         raise ValueError(f"along {along!r}: must be one of {', '.join(SCALING_LABELS)}")
     ax = ax or plt.gca()
     for method, cr in dict.fromkeys((p["method"], p["cr"]) for p in points):
-        label, colour, marker = style_of(method)
-        crs = list(dict.fromkeys(p["cr"] for p in points if p["method"] == method))
         rows = [p for p in points if (p["method"], p["cr"]) == (method, cr)]
         x, y, errors = _columns(sorted(rows, key=lambda p: p[along]), along)
         x = x * 1.012 ** (len(ax.containers) - 1)  # aside, so that intervals do not hide each other
-        style = dict(color=colour, marker=marker, capsize=2, elinewidth=1, markersize=5)
-        name, line = label if cr == 1 else f"{label}, CR {cr:g}", ("-", "--", ":", "-.")[crs.index(cr) % 4]
-        ax.errorbar(x, y, errors, label=name, linestyle=line, **style)
-    ticks = sorted({p[along] for p in points})
+        ax.errorbar(x, y, errors, **look(method, cr), capsize=2, elinewidth=1, markersize=6)
+    ticks: list[int] = []
+    for value in sorted({p[along] for p in points}, reverse=True):  # those that leave room for their names
+        if not ticks or ticks[-1] >= 2**0.5 * value:
+            ticks.append(value)
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [str(t) for t in ticks], minor=False)
     ax.set(xlabel=SCALING_LABELS[along], ylabel="accuracy (%)")
-    ax.legend()
+    legend_above(ax, 2)
     return ax
 
 
@@ -115,15 +116,15 @@ def plot_margins(rows: Sequence[dict], ax: Axes | None = None) -> Axes:
         ax.plot(*np.reshape(known, (-1, 2)).T, marker, color=colour, label=label, markersize=6)
         for x, row in mine:
             if row["value"] is None:
-                ax.annotate("NA", (x, 0), color=colour, ha="center", va="bottom", fontsize=7)
+                ax.annotate("NA", (x, 0), color=colour, ha="center", va="bottom")
             elif row.get("low") is not None:
                 ax.vlines(x, row["low"], row["high"], color=colour, linewidth=1.5)
     ax.axhline(0, color=STYLES["vanilla"][1], linewidth=1)
-    ax.set_xticks(list(at.values()), [model for _, model in places], fontsize=8)
+    ax.set_xticks(list(at.values()), [model for _, model in places], rotation=90)
     ax.set_xlim(-0.7, max(at.values()) + 0.7)
     for task in tasks:
         middle = np.mean([x for place, x in at.items() if place[0] == task])
-        ax.annotate(task, (middle, 1.01), xycoords=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
+        ax.annotate(task, (middle, 1.01), xycoords=ax.get_xaxis_transform(), ha="center", va="bottom")
     ax.grid(axis="x", visible=False)
     ax.set_ylabel("margin over vanilla (points)")
     return ax
@@ -149,15 +150,16 @@ def _plot_method(ax: Axes, points: list[dict], axis: str) -> list[dict]:
 def _label_points(ax: Axes, points: list[dict], axis: str) -> None:
     """Name points in the given order, leaving out those whose name would cover an earlier one."""
     placed: list[np.ndarray] = []
-    size = np.array([0.1, 0.045])  # of a name, in fractions of the axes
+    ax.autoscale_view()
+    size = np.array([5, 2]) * FONT * ax.figure.dpi / 72 / ax.bbox.size  # room of a name, in fractions of the axes
     for point in points:
         where = (point[axis], point["accuracy"])
         vanilla = point["method"] == "vanilla"  # its frontier lies below the others: names to its lower right
-        offset, side, shift = ((5, -11), "left", (0, 0)) if vanilla else ((-5, 5), "right", (-1, 1))
+        offset, side, shift = ((5, -15), "left", (0, 0)) if vanilla else ((-5, 5), "right", (-1, 1))
         corner = ax.transAxes.inverted().transform(ax.transData.transform(where)) + size * shift
         if all((np.abs(corner - other) > size).any() for other in placed):
             placed.append(corner)
             length = f"{point['L'] // 1024}K" if point["L"] % 1024 == 0 else point["L"]
             name = f"{point['W']}-{length}" + ("" if point["cr"] == 1 else f"-{point['cr']:g}")
-            style = dict(textcoords="offset points", ha=side, fontsize=7, color=style_of(point["method"])[1])
+            style = dict(textcoords="offset points", ha=side, color=style_of(point["method"])[1])
             ax.annotate(name, where, offset, **style)

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from companion.figures.style import STYLES
+from companion.figures.style import COLUMN, STYLES, legend_above
 
 PANELS = {  # of plot_training: label of the axis → key of the log → label of the line
     "loss": {"kd": "distillation, $L_{KD}$ (nats per token)", "aux": "auxiliary, $L_{aux}$"},
@@ -18,7 +18,7 @@ PANELS = {  # of plot_training: label of the axis → key of the log → label o
 }
 
 
-def plot_kept(text: str, kept: np.ndarray, ax: Axes | None = None, width: int = 64) -> Axes:
+def plot_kept(text: str, kept: np.ndarray, ax: Axes | None = None, width: int = 56) -> Axes:
     """A document of one-character tokens; under each, a cell per (layer, KV head): kept, or evicted by decision.
 
     kept: boolean (layers, KV heads, tokens), tokens as many as ``text`` has characters, else a ValueError.
@@ -29,20 +29,20 @@ def plot_kept(text: str, kept: np.ndarray, ax: Axes | None = None, width: int = 
     rows = kept.reshape(-1, len(text))
     height, blocks = len(rows) + 2, -(-len(text) // width)  # a line of text, its cells, a gap
     image = np.full((blocks * height, width), np.nan)
-    ax = ax or plt.subplots(figsize=(10, 0.13 * blocks * height + 0.4))[1]
+    ax = ax or plt.subplots(figsize=(COLUMN, 0.16 * blocks * height + 0.5), layout="constrained")[1]
     for at, character in enumerate(text):
         block, column = divmod(at, width)
         image[block * height + 1 : block * height + 1 + len(rows), column] = rows[:, at]
-        ax.text(column, block * height, character, ha="center", va="center", fontsize=8, family="monospace")
+        ax.text(column, block * height, character, ha="center", va="center", family="monospace")
     colours = ListedColormap(["#e6e6e6", STYLES["dms"][1]])
     ax.imshow(image, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="none")
     for layer, block in np.ndindex(len(kept), blocks):
         middle = block * height + 1 + (layer + 0.5) * kept.shape[1] - 0.5
-        ax.text(-1, middle, f"{layer}", ha="right", va="center", fontsize=6, color="#555555")
+        ax.text(-1, middle, f"{layer}", ha="right", va="center", color="#555555")
     ax.set_axis_off()
     names = {1.0: "kept", 0.0: "evicted once it left the window"}
     patches = [Patch(color=colours(value), label=name) for value, name in names.items()]
-    ax.legend(handles=patches, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8)
+    legend_above(ax, 2, handles=patches)
     return ax
 
 
@@ -68,12 +68,12 @@ def plot_positions(rows: Sequence[dict], ax: Axes | None = None) -> Axes:
     """
     shares = np.array([row["retention"] for row in rows])  # (buckets, layers, heads)
     buckets, layers, heads = shares.shape
-    ax = ax or plt.subplots(figsize=(0.5 * buckets + 2.5, 0.3 * layers * heads + 1.4), layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(COLUMN, 0.3 * layers * heads + 1.4), layout="constrained")[1]
     names = dict(
         xticklabels=[row["from"] for row in rows], yticklabels=[f"{i}.{j}" for i, j in np.ndindex(layers, heads)]
     )
     x = f"position in the document, from (buckets of {rows[0]['to'] - rows[0]['from']} tokens)"
-    style = dict(vmax=100, annot=True, annot_kws={"fontsize": 7})
+    style = dict(vmax=100, annot=buckets <= 12)
     return _heatmap(100 * shares.reshape(buckets, -1).T, ax, "tokens kept (%)", x, "layer.KV head", **style, **names)
 
 
@@ -83,7 +83,7 @@ def plot_compression(rows: Sequence[dict], target: float, ax: Axes | None = None
     rows: of ``heldout.retention_by_position``.
     """
     rows = [row for row in rows if row["cr"] is not None]
-    ax = ax or plt.subplots(figsize=(7, 3.8), layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(COLUMN, 4.4), layout="constrained")[1]
     at = [row["to"] for row in rows]
     held, decided = (1 / np.array([row[key] for row in rows]) for key in ("cr_live", "cr"))  # (buckets, layers, heads)
     colour, marker = STYLES["dms"][1:]
@@ -95,7 +95,7 @@ def plot_compression(rows: Sequence[dict], target: float, ax: Axes | None = None
     ax.set_yscale("log", base=2)
     ax.yaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="tokens of the document", ylabel="compression ratio (×)")
-    ax.legend(fontsize=8, ncols=2)
+    legend_above(ax, 3)
     return ax
 
 
@@ -104,7 +104,7 @@ def plot_training(log_rows: Sequence[dict], axes: Sequence[Axes] | None = None) 
 
     log_rows: dicts with step and any of kd, aux, cr_target, cr_measured, learning_rate (what ``retrofit`` logs).
     """
-    axes = np.ravel(plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")[1] if axes is None else axes)
+    axes = np.ravel(plt.subplots(3, 1, figsize=(COLUMN, 9), layout="constrained")[1] if axes is None else axes)
     if len(axes) != 3:
         raise ValueError(f"axes {len(axes)}: must be 3 (losses, compression ratio, learning rate)")
     for ax, (panel, labels) in zip(axes, PANELS.items(), strict=True):
@@ -114,7 +114,7 @@ def plot_training(log_rows: Sequence[dict], axes: Sequence[Axes] | None = None) 
                 style = dict(linestyle="--" if key == "cr_target" else "-", marker="." if len(series) < 30 else "")
                 ax.plot(*np.array(series, dtype=float).T, label=label, **style)
         if len(labels) > 1 and ax.lines:
-            ax.legend()
+            legend_above(ax)
         ax.set(xlabel="optimiser step", ylabel=panel)
     axes[0].set_yscale("symlog", linthresh=1e-3)  # the auxiliary loss reaches 0 exactly
     axes[0].set_ylim(bottom=0)

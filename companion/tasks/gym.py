@@ -15,8 +15,8 @@ class ReasoningGym(Task):
     """``size`` problems of one dataset; an answer is right if its score is 1.
 
     config: further settings of that dataset.  answer: "tagged", as reasoning-gym's own prompt asks, or "number", the
-    question alone, whose answer is the last number: for models that do not follow a format.  unsafe: score without a sandbox where there is none: some scorers
-    evaluate the answer as an expression.
+    question alone, whose answer is the last number: for models that do not follow a format.  unsafe: score without a
+    sandbox where there is none: some scorers evaluate the answer as an expression.
     """
 
     def __init__(

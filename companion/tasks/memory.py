@@ -6,7 +6,8 @@ the loss is the divergence from the dense model's distribution at every token of
 its target is the same; where it does not, its uncertainty is the target, and a wrong answer of its own would have
 nothing to do with the fact.  So facts are new in every document and cost no sampling.
 
-Each sentence that tells a fact belongs to one split by its hash: splits share none.  Kinds held out are in ``test`` alone.
+Each sentence that tells a fact belongs to one split by its hash: splits share none.  Kinds held out are in ``test``
+alone.
 """
 
 import hashlib

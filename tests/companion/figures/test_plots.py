@@ -103,6 +103,7 @@ def test_training_log_needs_three_axes(ax):
 
 def test_pairs_are_labelled_with_both_variants(ax):
     plot_pairs([{"a": "immediate-w16", "b": "dms", "difference": 1.0, "low": -1.0, "high": 2.0}], ax)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["immediate, w = 16 − reference"]
+    labels = [label.get_text().replace("\n", " ") for label in ax.get_yticklabels()]
+    assert labels == ["immediate, w = 16 − reference"]
     with pytest.raises(ValueError, match="pairs"):
         plot_pairs([])
