@@ -150,6 +150,8 @@ SINGLE = {
     "dms sample --model runs/qwen-r1-1.5b/cr8 --task aime24 --method dms --chains 16 --length 32768 --out runs/aime "
     "--shard 1/4": parsed("needs a card"),
     "make book": make_says,
+    "make book-check": make_says,
+    "make format": make_says,
     "make lint": make_says,
     "make pdf": make_says,
     "make setup": make_says,
@@ -158,13 +160,21 @@ SINGLE = {
     "make gpu-check": make_does,
     "make gpu-first-run": make_does,
     "make gpu-first-run OUT=DIR": make_does,
+    "dms notebook notebooks/08_real_model.ipynb out.ipynb -p save ../data/results/smollm2-needle.json": parsed(
+        "needs SmolLM2; test_reproduce.py executes all notebooks"
+    ),
     "papermill notebooks/05_retrofit.ipynb out.ipynb -p profile smoke -p run_dir /tmp/run": papermill,
     'papermill notebooks/06_hyperscaling.ipynb out.ipynb -p model DIR -y "checkpoints: [DIR/cr4, DIR/cr8]" '
     "-p task aime24 -p run_dir runs/aime": papermill,
     "python -m build": elsewhere("test_wheel.py::build", "its fixture builds the wheel"),
     "python -m companion.cost.decode_speed OUT.jsonl": python("--quick", "--device", "cpu"),
     "python -m companion.experiments.dmc": python(),  # hours
+    "python -m companion.figures.brand": elsewhere(
+        "companion/figures/test_brand.py::write(tmp_path)", "it writes book/_static"
+    ),
+    "python -m companion.figures.race": python(),  # test_race.py runs both models
     "python -m companion.experiments.gates": python(),  # half an hour
+    "python -m companion.experiments.int8": python(),  # samples 7,200 chains
     "python -m dms_kernels.aot --json": python(),  # minutes; test_aot.py compiles the heaviest
     "python -m dms_kernels.benchmarks KIND --device cuda --save FILE": elsewhere(
         "test_first_run.py::first_run.STEPS", "needs a card; first_run.py starts it with each KIND"

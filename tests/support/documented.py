@@ -52,7 +52,7 @@ def commands(text: str, lines: bool) -> set[str]:
         x
         for kind, block in re.findall(fence, text, re.M | re.S)
         if not kind.startswith(("python", "{"))
-        for x in block.splitlines()
+        for x in re.sub(r"\s*\\\n\s*", " ", block).splitlines()
     ]
     rest = re.sub(fence, "", text, flags=re.M | re.S)
     found += re.findall(rf"`((?:{WORDS})\s[^`]+)`", rest)
