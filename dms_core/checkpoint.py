@@ -3,22 +3,27 @@
 A directory of ours holds ``dms.json`` (the settings and the shape of the model they belong to), for the adapter gate
 ``dms_gates.safetensors``, and for a whole model the usual transformers files, loadable without DMS as well, or in
 ``dms_difference.safetensors`` how its weights differ from the base model's, in few numbers.
+``dms.json`` is written last and holds the SHA-256 of every safetensors file, so that what was damaged later, or half
+written by a killed process, is refused.
 Checkpoints of the authors' code load too: ``dms_core.interop`` knows their names.
 """
 
+import contextlib
 import hashlib
 import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dms_core import interop
 from dms_core.config import DMSConfig
-from dms_core.hub_files import local_directory, read_safetensors, resolve
+from dms_core.hub_files import check_references, local_directory, read_safetensors, resolve
 from dms_core.model import attach, detach
-from dms_core.storage import read_json, write_json
+from dms_core.storage import read_json, replacing, sha256, write_json
 
 SETTINGS, GATES, DIFFERENCE = "dms.json", "dms_gates.safetensors", "dms_difference.safetensors"
 
@@ -46,8 +51,10 @@ def save_gates(model: PreTrainedModel, directory: Path | str, state: dict | None
     directory.mkdir(parents=True, exist_ok=True)
     gates = {name: p.detach().contiguous() for name, p in state.items() if ".dms_gate." in name}
     if gates:
-        save_file(gates, directory / GATES)
-    write_json(directory / SETTINGS, {"dms": model.dms.config.to_dict(), "model": model_shape(model), **facts})
+        _write_tensors(gates, directory / GATES)
+    sums = {file.name: _sha256(file) for file in sorted(directory.glob("*.safetensors"))}
+    settings = {"dms": model.dms.config.to_dict(), "model": model_shape(model), **facts, "sha256": sums}
+    write_json(directory / SETTINGS, settings)
 
 
 def save_model(
@@ -61,7 +68,8 @@ def save_model(
     """
     state = model.state_dict() if state is None else state
     weights = {name: p for name, p in state.items() if ".dms_gate." not in name}
-    model.save_pretrained(directory, state_dict=weights)
+    with writing(directory):
+        model.save_pretrained(directory, state_dict=weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     save_gates(model, directory, state, **facts)
@@ -78,7 +86,8 @@ def save_difference(model: PreTrainedModel, base: PreTrainedModel, directory: Pa
     >>> load_gates(load_base("base"), "small").dms.config.window
     16
     """
-    before, parts = dict(base.named_parameters()), {}
+    before = dict(base.named_parameters())
+    parts: dict[str, torch.Tensor] = {}
     for name, p in model.named_parameters():
         if name in before:
             change = p.float() - before[name].float()
@@ -88,8 +97,33 @@ def save_difference(model: PreTrainedModel, base: PreTrainedModel, directory: Pa
                 parts |= {f"{name}.up": (u[:, :rank] * root).half(), f"{name}.down": (root[:, None] * v[:rank]).half()}
             else:
                 parts[name] = change
+    _write_tensors({name: x.contiguous().cpu() for name, x in parts.items()}, Path(directory) / DIFFERENCE)
     save_gates(model, directory, **facts)
-    save_file({name: x.contiguous().cpu() for name, x in parts.items()}, Path(directory) / DIFFERENCE)
+
+
+@contextlib.contextmanager
+def writing(place: Path | str) -> Iterator[None]:
+    """What torch and safetensors raise for a disk that is full, or fails, becomes an OSError that names ``place``."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(f"{place}: cannot be written; is the disk full? ({str(error).splitlines()[0]})") from None
+
+
+def _write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """A safetensors file, whole or not at all."""
+    with replacing(file) as part, writing(file):
+        save_file(tensors, part)
+
+
+def _check_sums(directory: Path, names: Iterable[str]) -> None:
+    """Raises ValueError for a file that is not the one that was saved; for those without a sum nothing is known."""
+    sums = read_settings(directory).get("sha256", {}) if (directory / SETTINGS).exists() else {}
+    for name in names:
+        file = directory / name
+        if name in sums and not (file.exists() and _sha256(file) == sums[name]):
+            how = f"remove 'sha256' from {SETTINGS} if the change was meant"
+            raise ValueError(f"{file}: not the file that was saved: damaged, or of an interrupted save; {how}")
 
 
 @torch.no_grad()
@@ -117,8 +151,8 @@ def read_settings(directory: Path | str) -> dict:
         settings = read_json(file)
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file; {directory} is not a DMS checkpoint") from None
-    if not {"dms", "model"} <= set(settings):
-        raise ValueError(f"{file}: must hold an object with 'dms' and 'model'")
+    if not {"dms", "model"} <= set(settings) or not isinstance(settings.get("sha256", {}), dict):
+        raise ValueError(f"{file}: must hold an object with 'dms' and 'model', and 'sha256' must be an object")
     return settings
 
 
@@ -145,6 +179,7 @@ def load_gates(model: PreTrainedModel, directory: Path | str) -> PreTrainedModel
         config, shape = DMSConfig.from_dict(settings["dms"]), settings["model"]
     if (given := model_shape(model)) != shape:
         raise ValueError(f"{directory} holds gates for {shape}: this model is {given}")
+    spelling: Callable[[str], str]
     if foreign:
         (gates, place), spelling = interop.read_foreign_gates(directory), interop.foreign_name
     else:
@@ -153,6 +188,7 @@ def load_gates(model: PreTrainedModel, directory: Path | str) -> PreTrainedModel
     attach(model, config)
     try:
         _check_gates(gates, model, place, spelling)
+        _check_sums(directory, (GATES, DIFFERENCE))
         if (directory / DIFFERENCE).exists():
             _add_difference(model, directory / DIFFERENCE)
     except ValueError:
@@ -213,7 +249,9 @@ def load_base(name: Path | str, **from_pretrained) -> PreTrainedModel:
     2
     """
     directory, options = resolve(name, from_pretrained)
-    for file in sorted(directory.glob("model*.safetensors")):
+    check_references(directory)
+    files = sorted(directory.glob("model*.safetensors"))
+    for file in files:
         read_safetensors(file, None)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -223,6 +261,7 @@ def load_base(name: Path | str, **from_pretrained) -> PreTrainedModel:
         raise ValueError(f"{name}: {str(error).splitlines()[0]}") from None
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{name}: {len(missing)} weights are missing, such as {missing[:3]}; all must be there")
+    _check_sums(directory, [file.name for file in files])
     return model.eval()
 
 
@@ -253,5 +292,4 @@ def _sha256(file: Path) -> str:
     blob = file.resolve().name
     if file.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob):
         return blob
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256(file)

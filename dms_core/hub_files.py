@@ -1,10 +1,13 @@
 """Files of checkpoints: a directory or a hub id, and safetensors; damage is a ValueError that names the file."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
+
+from dms_core.storage import read_json
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")  # those of from_pretrained
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # weights, settings, tokenizer; no code
@@ -37,6 +40,30 @@ def resolve(name: Path | str, options: dict) -> tuple[Path, dict]:
     rest = {key: value for key, value in options.items() if key not in HUB_OPTIONS}
     hub = {key: options[key] for key in options.keys() - rest.keys()}
     return local_directory(name, bool(options.get("trust_remote_code")), **hub), rest
+
+
+def check_references(directory: Path) -> None:
+    """Raises ValueError where JSON of a checkpoint names shards outside its directory, or kernels (code) of the hub."""
+    for file in sorted(directory.glob("*.index.json")):
+        for name in _values(read_json(file).get("weight_map")):
+            if Path(name).name != name:
+                raise ValueError(f"{file}: weight_map names {name!r}; must be files beside it")
+    for file in sorted(directory.glob("*config.json")):
+        for name in _values(read_json(file), "_implementation"):
+            if "/" in name:
+                raise ValueError(f"{file}: an implementation is {name!r}, code of the hub; must be a plain name")
+
+
+def _values(node, ending: str = "", inside: bool = False) -> Iterator[str]:
+    """All text below ``node``, or below those keys of it, however deep, that end with ``ending``."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _values(value, ending, inside or key.endswith(ending))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _values(value, ending, inside)
+    elif isinstance(node, str) and inside:
+        yield node
 
 
 def read_safetensors(file: Path, part: str | None = "") -> dict[str, torch.Tensor]:

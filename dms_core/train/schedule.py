@@ -59,7 +59,8 @@ class Schedule:
 
     def cr(self, step: int) -> float:
         """The target during ``step``."""
-        return float(np.interp(step, *zip(*self.corners(), strict=True)))
+        steps, crs = zip(*self.corners(), strict=True)
+        return float(np.interp(step, steps, crs))
 
     def falls(self) -> list[tuple[int, int]]:
         """(first step, steps) in which the rate falls to zero."""

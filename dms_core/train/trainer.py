@@ -13,11 +13,12 @@ from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from dms_core.checkpoint import save_model
+from dms_core.checkpoint import save_model, writing
 from dms_core.config import target_fraction
 from dms_core.gate import warmup_factor
 from dms_core.noise import row_keys
 from dms_core.probe import decoder_of
+from dms_core.storage import seal
 from dms_core.train.losses import Totals
 
 
@@ -61,6 +62,14 @@ class RetrofitTrainer(Trainer):
         loss = outputs["loss"] * self.args.world_size  # gradients, and the losses logged, are means over processes
         return (loss, outputs) if return_outputs else loss
 
+    def _save_checkpoint(self, *args) -> None:
+        """Sealed when every process has written its part, so that a resumed run can tell a whole checkpoint."""
+        with writing(directory := Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*args)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(directory)
+
     def _save(self, output_dir=None, state_dict=None) -> None:
         """Tied weights are saved once."""
         state = self.model.state_dict() if state_dict is None else state_dict
@@ -92,7 +101,7 @@ class SaveFamily(TrainerCallback):
             save_model(self.student, directory, self.tokenizer, weights, cr=cr, step=state.global_step)
 
 
-def full_state(distiller) -> dict[str, torch.Tensor]:
+def full_state(distiller) -> dict:
     """The student's weights gathered from their FSDP2 shards, on the first process; empty on the others."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(distiller, options=options)

@@ -178,7 +178,7 @@ def test_exported_adapters_load_on_their_base(foreign, tiny_model, tmp_path):
     with pytest.warns(UserWarning, match="window 4: the authors' code requires"):
         export_adapters(model, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "dms_adapters.safetensors"]
-    (tmp_path / "adapter" / "dms.json").touch()  # read as a plain model
+    (tmp_path / "adapter" / "dms.json").write_text('{"dms": {}, "model": {}}')  # read as a plain model
     base = load_gates(load_base(tmp_path / "adapter"), tmp_path / "out")
     assert torch.equal(base(IDS).logits, model(IDS).logits)
     with pytest.raises(ValueError, match=r"load_gates\(load_base"):

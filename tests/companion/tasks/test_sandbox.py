@@ -177,10 +177,13 @@ def test_unprivileged_sandbox_limits_processes(tmp_path, need_sandbox):
     python = "/usr/bin/python3"
     if not Path(python).exists():
         need_sandbox("no Python that an ordinary user can read")
-    for name in ("sandbox.py", "inside.py"):
-        (tmp_path / name).write_text(Path(sandbox.__file__).with_name(name).read_text())
+    package = tmp_path / "companion" / "tasks" / "sandbox"
+    package.mkdir(parents=True)
+    for name in ("sandbox.py", "syscalls.py", "inside.py"):
+        (package / name).write_text(Path(sandbox.__file__).with_name(name).read_text())
     script = "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import sandbox, os\n{script}"
+    script = f"from companion.tasks.sandbox import sandbox; import os\n{script}"
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{script}"
     script += "print(sandbox.why_not())\n"
     script += f"r = sandbox.run({FORKS!r}, limits=sandbox.Limits(wall=2, cpu=30)); print(r.status)\n"
     script += "r = sandbox.run('import os; print(os.getuid())'); print(r.status, r.stdout)\n"
