@@ -35,9 +35,9 @@
   }
 
   /* A choice of few: options are pairs [value, text]. */
-  let groups = 0;
   function segments(label, options, chosen, change) {
-    const name = `instrument-choice-${groups++}`, inputs = new Map();
+    api.groups = (api.groups || 0) + 1; // several instruments of a page have this script each
+    const name = `instrument-choice-${api.groups}`, inputs = new Map();
     const parts = options.map(([value, text]) => {
       const input = el("input", { type: "radio", name, value, checked: value === chosen, change: () => change(value) });
       inputs.set(value, input);

@@ -33,9 +33,9 @@
     const name = (j) => `${j} “${TEXT[j]}”`;
 
     const buttons = TEXT.map((text, j) => el("button", {
-      type: "button", tabindex: j ? -1 : 0, "aria-label": `mark token ${name(j)}`,
+      type: "button", tabindex: j ? -1 : 0,
       click: () => { now.marks[j] = !now.marks[j]; focus(j); draw(); },
-    }, text, el("small", { "aria-hidden": "true" }, String(j))));
+    }, `${text} `, el("small", {}, String(j))));
     function focus(j) {
       buttons.forEach((button, i) => button.setAttribute("tabindex", i === j ? 0 : -1));
       buttons[j].focus();

@@ -5,7 +5,7 @@ The claims stand in ``claims.yaml``, the rules of their verdicts in ``data/proto
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.resources import files
 
 import yaml
@@ -18,12 +18,20 @@ from companion.claims.protocols import protocol
 __all__ = ["Claim", "Evidence", "gather", "make_ledger", "markdown"]
 
 NOT_TESTED = "not tested"
-HEAD = ("claim of the paper", "where", "this book", "published", "verdict", "rule", "the rest needs")
+COLUMNS = {  # of the table, by field
+    "claim": "claim of the paper",
+    "where": "where",
+    "measured": "this book",
+    "published": "published",
+    "verdict": "verdict",
+    "rule": "rule",
+    "needs": "the rest needs",
+}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A row of the ledger; every field is text, ``where`` a MyST reference into the book."""
+    """An entry of the ledger; every field is text, ``where`` a MyST reference into the book."""
 
     claim: str
     where: str
@@ -32,6 +40,7 @@ class Claim:
     verdict: str
     rule: str  # of the verdict: the protocol's name, whether it was written before the records, and its words
     needs: str
+    protocol: str = ""  # its name; none where nothing was tested
 
 
 def make_ledger(evidence: Evidence) -> list[Claim]:
@@ -42,7 +51,7 @@ def make_ledger(evidence: Evidence) -> list[Claim]:
 
 def markdown(claims: Sequence[Claim]) -> str:
     """The ledger as a Markdown table."""
-    return wording.table(HEAD, [asdict(claim).values() for claim in claims])
+    return wording.table(tuple(COLUMNS.values()), [[getattr(claim, name) for name in COLUMNS] for claim in claims])
 
 
 def _judge(
@@ -56,7 +65,7 @@ def _judge(
     if found is None:
         return Claim(**{"measured": "—", "verdict": NOT_TESTED, "rule": "—"} | entry | (untested or {}))
     words = f"{rule.name}.yaml, written {rule.written} the records: {rule.rule}"
-    return Claim(measured=found[0], verdict=found[1], rule=words, **entry)
+    return Claim(measured=found[0], verdict=found[1], rule=words, protocol=rule.name, **entry)
 
 
 def _told(part: dict) -> str:
@@ -65,7 +74,8 @@ def _told(part: dict) -> str:
     if source == "accuracies":
         rows, value = published.accuracies(), "difference"
     else:
-        rows, value = published.table(source) if isinstance(source, int) else published.read(source), "value"
+        rows = published.table(source) if isinstance(source, int) else published.read(source)
+        value = part.get("value", "value")
     rows = rows.query(part["query"])
     means = rows.groupby(rows[part["by"]].astype(str).agg(" ".join, axis=1))[value].mean().to_dict()
     text = part["text"].format_map(means | {"min": rows[value].min(), "max": rows[value].max(), "table": source})

@@ -55,7 +55,7 @@ def schedule(evidence: Evidence, rule: Protocol) -> Found:
     words = ", ".join(f"{name.removeprefix('dms-')} {cr:.2f}" for name, cr in reached.items())
     measured = f"{steps} steps to CR {target:g}, {unit:.0f} a unit with rests; by decisions, held out: {words}"
     kl = {float(cr): ratio["kl"] for cr, ratio in evidence.main["retrofit"]["ratios"].items()}
-    measured += "; KL at each ratio " + ", ".join(f"{cr:g}: {value:.4f}" for cr, value in kl.items())
+    measured += "; KL at each ratio: " + ", ".join(f"CR {cr:g} {value:.4f}" for cr, value in kl.items())
     most = rule.thresholds["kl_factor"] * max(kl.get(cr, 0) for cr in (4, 8))
     why = [f"{unit:.0f} steps a unit"] * (unit > rule.thresholds["steps_a_unit"])
     why += [f"{1 - min(shares):.0%} short of its target"] * (min(shares) < rule.thresholds["compression"])
@@ -147,8 +147,8 @@ def training_free(evidence: Evidence, rule: Protocol) -> Found:
     measured, verdicts = [], {}
     for name in dict.fromkeys(m["b"] for m in margins):
         axes = {what: [m for m in margins if (m["b"], m["axis"]) == (name, axis)] for axis, what in AXES.items()}
-        parts = [f"{what}: {_by_task(rows, 'value')}" for what, rows in axes.items() if rows]
-        measured.append(f"{style_of(name)[0]}, {'; '.join(parts)}")
+        label = style_of(name)[0]
+        measured += [f"{label}, {what}: {_by_task(rows, 'value')}" for what, rows in axes.items() if rows]
         signs = {_sign(row) for rows in axes.values() for row in rows}
         words = {frozenset({1}): "agrees", frozenset({-1}): "disagrees", frozenset({0}): "unresolved"}
         verdicts.setdefault(words.get(frozenset(signs), "the axes or tasks disagree"), []).append(style_of(name)[0])
@@ -217,9 +217,9 @@ def latency(evidence: Evidence, rule: Protocol) -> Found:
     """By the roofline model."""
     model, batch, context = ARCHITECTURES["llama-3.1-8b"], 256, 8192
     dense, ours = (kv_share(model, batch, context, cr) for cr in (1, 8))
-    measured = f"roofline model, Llama 3.1 8B, batch {batch}, {context} tokens: {dense:.0%} of the bytes read, "
+    measured = f"roofline model, Llama 3.1 8B, batch {batch}, {context} tokens: {100 * dense:.0f} % of the bytes read, "
     verdict = "agrees, by the same model" if dense > rule.thresholds["share"] else "disagrees"
-    return f"{measured}{ours:.0%} at CR 8", verdict
+    return f"{measured}{100 * ours:.0f} % at CR 8", verdict
 
 
 def needle(evidence: Evidence, rule: Protocol) -> Found:
@@ -231,6 +231,25 @@ def needle(evidence: Evidence, rule: Protocol) -> Found:
     found, kept = (f"{round(row['needles'] * row['prompts'])} of {row['prompts']}" for row in (dense, ours))
     verdict = "agrees" if ours["needles"] >= dense["needles"] else "loses here; too few to tell how much"
     return f"SmolLM2 135M, gates alone: {found} for the original, {kept} at CR {ours['cr']:g}", verdict
+
+
+def recall(evidence: Evidence, rule: Protocol) -> Found:
+    """The stored study of SmolLM2 with all weights: needles, minus the dense model's and minus each control's."""
+    pairs = [p for p in evidence.rows("recall", "pairs") if (p["a"], p["measure"]) == ("dms", "needles")]
+    pairs = [{**p, **{key: 100 * p[key] for key in ("value", "low", "high")}} for p in pairs]
+    dense = next((pair for pair in pairs if pair["b"] == "vanilla"), None)
+    others, loss = [p for p in pairs if p["b"] not in ("vanilla", "dms", "dms-gates")], rule.thresholds["loss"]
+    if dense is None or not others:
+        return None
+    kept, ahead = dense["low"] > -loss, [style_of(p["b"])[0] for p in others if _sign(p) == 1]
+    worse = dense["high"] < -loss or any(_sign(p) == -1 for p in others)
+    verdict = "agrees" if kept and len(ahead) == len(others) else "disagrees" if worse else "mixed"
+    of_dense = f"within {loss:g} points of the original" if kept else f"not within {loss:g} points of the original"
+    measured = [
+        f"minus {label}: {wording.interval(p['value'], p['low'], p['high'])}"
+        for label, p in (("the original", dense), *((style_of(p["b"])[0], p) for p in others))
+    ]
+    return "; ".join(measured), f"{verdict} ({of_dense}; ahead of {len(ahead)} of {len(others)} controls)"
 
 
 def _compared(evidence: Evidence, a: str, b: str, study: str | None = None) -> dict | None:
@@ -272,4 +291,4 @@ def _difference(row: dict) -> str:
 
 
 MEASURES = (margin, fixed_budget, schedule, against_dmc, memory, delay, absorbed, training_free, rests, neuron_gate)
-MEASURES += (teachers, latency, needle)
+MEASURES += (teachers, latency, recall, needle)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 def signed(value: float | None, digits: int = 1) -> str:
     """A number with its sign, minus as "−"; the paper's NA for None."""
-    return "NA" if value is None else f"{value:+.{digits}f}".replace("-", "−")
+    return "NA" if value is None else f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")  # no −0.0
 
 
 def points(value: float, low: float, high: float) -> str:

@@ -19,7 +19,9 @@ TITLES = {
     "budget": "A budget line over the frontiers",
     "roofline": "What a decode step costs, by the roofline model",
     "gate": "The gate: logit, noise and temperature",
+    "tokens": "A text whose tokens are coloured by the rows of the cache that keep them",
 }
+NEEDED = {"budget": "a summary", "tokens": "an example"}
 AXES = ("reads", "peak", "seconds")
 
 
@@ -27,14 +29,15 @@ def instrument(name: str, data: dict | None = None) -> HTML:
     """An instrument of TITLES, for display.
 
     data: for "budget" a summary of `dms_core.budgets.curves.summarise`, of one task or several; for "roofline"
-    architectures by name, beside those that it has; the others take none.  Raises ValueError for another name, for data
+    architectures by name, beside those that it has; for "tokens" an `example` of companion.figures.tokens, which may
+    have "marked", positions to point out; the others take none.  Raises ValueError for another name, for data
     that are missing or not wanted, and where there is no repository.
     """
     if name not in TITLES:
         raise ValueError(f"instrument {name!r}: must be one of {sorted(TITLES)}")
-    if (data is None) if name == "budget" else (data is not None and name != "roofline"):
-        raise ValueError(f"data for instrument {name!r}: must be {'a summary' if name == 'budget' else 'left out'}")
-    given = {"budget": budget_data, "roofline": roofline_data}.get(name, lambda _: None)(data)
+    if (data is None) if name in NEEDED else (data is not None and name != "roofline"):
+        raise ValueError(f"data for instrument {name!r}: must be {NEEDED.get(name, 'left out')}")
+    given = {"budget": budget_data, "roofline": roofline_data, "tokens": tokens_data}.get(name, lambda _: None)(data)
     folder = checkout("an instrument") / "book" / "instruments"
     style, common, own = ((folder / file).read_text() for file in ("instrument.css", "common.js", f"{name}.js"))
     stored = json.dumps(given, separators=(",", ":")).replace("</", "<\\/")
@@ -56,6 +59,12 @@ def roofline_data(models: dict[str, Architecture] | None = None) -> dict:
     }
     devices = {name: asdict(device) for name, device in DEVICES.items()}
     return {"models": sizes, "devices": devices, "reserved": RESERVED, "model": "llama-3.1-8b", "device": "h100"}
+
+
+def tokens_data(shown: dict) -> dict:
+    """What tokens.js takes of an example."""
+    names = ("tokens", "special", "layers", "heads", "kept")
+    return {name: shown[name] for name in names} | {"marked": list(shown.get("marked", ()))}
 
 
 def budget_data(summary: dict) -> dict:

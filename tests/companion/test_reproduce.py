@@ -2,11 +2,13 @@
 
 import re
 import shutil
+from functools import partial
 
 import nbformat
 import pytest
 
 from companion.book import STAGELESS, execute, reproduce
+from companion.book_check import check_files, check_pages, check_with_myst
 from companion.paths import CHECKOUT as ROOT
 
 
@@ -22,6 +24,21 @@ def test_reproduce_smoke_executes_every_notebook_and_renders_the_book(tmp_path):
     assert result["retrofit"]["cr_target"] == 3.0 and {"retrofit-dms", "summary", "05_retrofit"} <= set(result["parts"])
     pages = {path.stem for path in (tmp_path / "book" / "_build" / "html" / "notebooks").glob("*.html")}
     assert pages == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    check_book(tmp_path / "book")
+
+
+def check_book(book) -> None:
+    """The checks of `make book-check`; the brief ones in a browser.  Skips what cannot be had."""
+    html = book / "_build" / "html"
+    assert check_files(html) == []
+    missing = []
+    for check in (partial(check_with_myst, book), partial(check_pages, html, brief=True)):
+        try:
+            assert check() == []
+        except ValueError as error:
+            missing.append(str(error))
+    if missing:
+        pytest.skip("; ".join(missing))
 
 
 def test_an_unknown_parameter_is_an_error(tmp_path):

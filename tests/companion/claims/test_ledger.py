@@ -1,14 +1,17 @@
 """Verdicts follow from signs and intervals; claims without data are not tested."""
 
+import re
 from importlib.resources import files
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from companion.claims.cards import claim_card, rule_card, show_claims, tally, tone
 from companion.claims.evidence import Evidence, gather, job
-from companion.claims.ledger import HEAD, MEASURES, NOT_TESTED, make_ledger, markdown
-from companion.paths import RESULTS
+from companion.claims.ledger import COLUMNS, MEASURES, NOT_TESTED, make_ledger, markdown
+from companion.claims.protocols import protocols
+from companion.paths import CHECKOUT, RESULTS
 from dms_core.storage import read_json, write_json
 
 ALL = {"problems": 300}
@@ -182,6 +185,28 @@ def test_dmc_is_judged_at_equal_ratio_and_at_equal_tokens(adapter, neuron, token
         assert found["DMS needs far fewer training tokens than DMC"] == verdict
 
 
+@pytest.mark.parametrize(
+    "dense, tova, word",
+    [
+        ((-0.03, 0.01), (0.2, 0.4), "agrees (within 5 points of the original; ahead of 2 of 2 controls)"),
+        ((-0.03, 0.01), (-0.1, 0.1), "mixed (within 5 points of the original; ahead of 1 of 2 controls)"),
+        ((-0.09, 0.01), (0.2, 0.4), "mixed (not within"),
+        ((-0.09, -0.06), (0.2, 0.4), "disagrees (not within"),
+        ((-0.03, 0.01), (-0.4, -0.2), "disagrees (within"),
+    ],
+)
+def test_memory_is_judged_against_the_original_and_against_every_control(dense, tova, word):
+    def of(b, cr, ends, a="dms", measure="needles"):
+        return {"a": a, "b": b, "cr": cr, "measure": measure, **interval("value", *ends)}
+
+    pairs = [of("vanilla", 1.0, dense), of("tova", 4.0, tova), of("h2o", 4.0, (0.1, 0.2)), of("dms", 8.0, (-0.5, -0.4))]
+    pairs += [of("dms-gates", 4.0, (-0.5, -0.4)), of("tova", 4.0, (-0.5, -0.4), measure="hops")]
+    claim = "It still finds a needle in a haystack as long as its training context"
+    assert verdicts(evidence(stored={"recall": {"pairs": pairs}}))[claim].startswith(word)
+    assert verdicts(evidence(stored={"recall": {"pairs": pairs[:1]}}))[claim] == NOT_TESTED  # no control was run
+    assert verdicts(evidence())[claim] == NOT_TESTED
+
+
 def test_every_verdict_quotes_a_protocol():
     for claim in make_ledger(evidence()):
         assert (claim.verdict == NOT_TESTED) == (claim.rule == "—")
@@ -215,9 +240,9 @@ def test_stored_results_of_the_repository_give_a_whole_table():
     claims = make_ledger(evidence(stored=stored))
     lines = markdown(claims).splitlines()
     assert len(lines) == len(claims) + 2
-    assert {line.count("|") for line in lines} == {len(HEAD) + 1}
+    assert {line.count("|") for line in lines} == {len(COLUMNS) + 1}
     tested = verdicts(evidence(stored=stored))
-    assert tested["It still finds a needle in a haystack as long as its training context"] != NOT_TESTED
+    assert tested["And in a haystack longer than that"] != NOT_TESTED
 
 
 def test_every_entry_names_a_measure_and_every_measure_has_an_entry():
@@ -246,3 +271,78 @@ def test_gather_prefers_the_grid_of_the_run_to_the_stored_one(tmp_path, monkeypa
     found = gather(SimpleNamespace(root=root), results)
     assert found.stored == {"dmc": {"runs": []}, "grid": {"of": "run"}, "full": {"of": "three"}}
     assert (found.steps, found.target, found.main) == (7, 3.0, {"of": "three"})
+
+
+# Cards.
+
+
+@pytest.fixture(scope="module")
+def stored_claims():
+    stored = {file.stem: read_json(file) for file in RESULTS.glob("*.json")}
+    stored |= {"full": read_json(RESULTS / "full" / "curves.json"), "grid": read_json(RESULTS / "tiny" / "grid.json")}
+    return make_ledger(evidence(stored=stored))
+
+
+def test_card_has_the_verdict_first_and_every_text_of_the_claim(stored_claims):
+    for claim in stored_claims:
+        card = claim_card(claim)
+        kind, strip = re.match(r":::::\{div\} ledger-card (\S+)\n\n::::\{div\} ledger-strip\n(.*)\n", card).groups()
+        assert kind == f"ledger-{tone(claim.verdict)}" and strip.lower() == claim.verdict.lower()
+        assert claim.claim in card and claim.published in card and (claim.where == "—" or claim.where in card)
+        assert all(number in card for number in re.findall(r"\[[^]]*\]", claim.measured))
+        assert (":::{dropdown} Rule: " in card) == (claim.protocol != "")
+        assert card.count("\n:::::") == 1 and card.count(":::{dropdown}") == len(re.findall(r"^:::$", card, re.M))
+
+
+def test_long_lists_of_numbers_are_folded(stored_claims):
+    lines = {claim.protocol: claim.measured.count("; ") + 1 for claim in stored_claims}
+    assert lines["training-free"] > 6 >= lines["delay"]
+    cards = {claim.protocol: claim_card(claim) for claim in stored_claims}
+    assert "lines of numbers" in cards["training-free"] and "lines of numbers" not in cards["delay"]
+
+
+def test_cards_of_one_protocol_are_its_own(stored_claims):
+    shown = show_claims(stored_claims, "delay").data
+    assert shown.count("ledger-card") == 1 and "Delayed eviction is far better than immediate" in shown
+    assert (
+        show_claims(stored_claims).data.count("ledger-card") == len(stored_claims) == sum(tally(stored_claims).values())
+    )
+
+
+@pytest.mark.parametrize(
+    "verdict, kind",
+    [
+        ("agrees", "yes"),
+        ("agrees (as good: at most 5 points worse); needed: the start at zero", "yes"),
+        ("agrees: TOVA; the axes or tasks disagree: Quest", "part"),
+        ("agrees with the adapter gate, not with a neuron gate", "part"),
+        ("mixed: agrees on traces", "part"),
+        ("better, not far", "part"),
+        ("disagrees (159 steps a unit)", "no"),
+        ("loses here; too few to tell how much", "no"),
+        ("unresolved; against future attention: agrees", "open"),
+        ("no difference that this design can resolve", "open"),
+        ("not tested", "untested"),
+    ],
+)
+def test_a_strip_has_the_colour_of_its_verdict(verdict, kind):
+    assert tone(verdict) == kind
+    css = (CHECKOUT / "book" / "_static" / "ledger.css").read_text()
+    assert kind == "open" or f".ledger-{kind} .ledger-strip" in css
+
+
+@pytest.mark.parametrize("name", protocols())
+def test_card_of_a_rule_has_question_rule_and_what_counts_against(name):
+    rule = protocols()[name]
+    card = rule_card(rule)
+    assert all(text in card for text in (rule.question, rule.rule, rule.against, rule.outcome, rule.analysis))
+    assert f"written {rule.written} the records" in card
+
+
+def test_each_claim_names_a_place_that_is_in_the_book():
+    entries = yaml.safe_load((files("companion.claims") / "claims.yaml").read_text(encoding="utf-8"))
+    texts = {path.stem: path.read_text() for path in (CHECKOUT / "notebooks").glob("*.ipynb")}
+    labels = {label: stem for stem, text in texts.items() for label in re.findall(r'"\(([\w-]+)\)=', text)}
+    for entry in entries:
+        chapter, label = re.search(r"chapter (\d)(?: <([\w-]+)>|\])", entry["where"] + "chapter 0]").groups()
+        assert chapter == "0" or label is None or labels[label].startswith(f"0{chapter}"), entry["where"]

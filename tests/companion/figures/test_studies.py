@@ -56,8 +56,11 @@ def study():
 
     def row(method, cr, share):
         spread = {"value": share, "low": share - 0.1, "high": share + 0.1}
-        names = ("needles", "needles_held_out", "hops", "agreement", "far_agreement", "far_kl", "prose_kl")
-        measures = dict.fromkeys(names, spread) | {"copies": {"value": None, "low": None, "high": None}}
+        names = ("needles", "needles_held_out", "agreement", "far_kl", "kl")
+        measures = dict.fromkeys(names, spread) | {
+            "hops": {**spread, "value": share / 2},
+            "copies": {"value": None, "low": None, "high": None},
+        }
         return {"method": method, "cr": cr, "cr_live": cr, "measures": measures}
 
     rows = [row("vanilla", 1.0, 0.8), row("dms-gates", 4.0, 0.3), row("dms", 4.0, 0.7)]
@@ -71,7 +74,10 @@ def test_recall_is_drawn_a_line_a_method_and_the_dense_model_as_a_dashed_line():
     assert labels[:2] == ["DMS, gates alone, CR 4", "DMS, CR 4"] and len(labels) == 2 + len(CONTROLS)
     dashed = [line for line in fig.axes[0].lines if line.get_linestyle() == "--"]
     assert [list(line.get_xdata()) for line in dashed] == [[80.0, 80.0]]
-    assert list(table.index) == ["dense", *labels] and table.loc["DMS, CR 4", "needles"] == "70.0"
+    assert list(table.index) == ["dense", *labels] and list(table.loc["DMS, CR 4", ["needles", "hops"]]) == [
+        "70.0",
+        "35.0",
+    ]
     assert "copies" not in table and table.loc["dense", "KL far"] == "0.800"
 
 
