@@ -122,7 +122,8 @@ SINGLE = {
     "dms bench KIND --device cuda": parsed("needs a card", KIND="train|prefill|decode|cache|sampling"),
     "dms bench decode": whole("--quick --repeats 1"),
     "dms bench sampling": parsed("minutes; test_bench.py runs each kind with --quick"),
-    "dms bench train|prefill|decode|cache|sampling [--save]": parsed("minutes; test_bench.py runs each with --quick"),
+    "dms bench e2e": parsed("minutes; test_end_to_end.py runs it with --quick"),
+    "dms bench train|prefill|decode|cache|sampling|e2e [--save]": parsed("minutes; test_bench.py runs each with --quick"),
     "dms cache-report --cr 8": whole(),
     "dms check --family TYPE": whole(TYPE="lfm2"),
     "dms check --family qwen3_next": whole(),
@@ -174,6 +175,7 @@ SINGLE = {
     ),
     "python -m companion.figures.race": python(),  # test_race.py runs both models
     "python -m companion.experiments.gates": python(),  # half an hour
+    "python -m companion.experiments.soak": python(),  # minutes; test_soak.py runs it in short
     "python -m companion.experiments.int8": python(),  # samples 7,200 chains
     "python -m dms_kernels.aot --json": python(),  # minutes; test_aot.py compiles the heaviest
     "python -m dms_kernels.benchmarks KIND --device cuda --save FILE": elsewhere(
