@@ -16,7 +16,7 @@ from companion.experiments.stages import run_stage, stages
 from companion.live import write_live
 from companion.paths import checkout
 from companion.side_by_side import run_side_by_side
-from dms_core.storage import read_json
+from dms_core.storage import read_json, write_text
 
 STAGELESS = ("01", "02", "03", "04", "08", "09")  # chapters that need no stage
 TRAINED = ("05",)  # that need no records; all others need the summary
@@ -62,7 +62,7 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
     )
     content = nbformat.read(running, 4)
     content.cells = [cell for cell in content.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-    nbformat.write(content, out)
+    write_text(out, nbformat.writes(content) + "\n")
     running.unlink()
 
 

@@ -123,7 +123,7 @@ SINGLE = {
     "dms bench decode": whole("--quick --repeats 1"),
     "dms bench sampling": parsed("minutes; test_bench.py runs each kind with --quick"),
     "dms bench e2e": parsed("minutes; test_end_to_end.py runs it with --quick"),
-    "dms bench train|prefill|decode|cache|sampling|e2e [--save]": parsed("minutes; test_bench.py runs each with --quick"),
+    "dms bench train|prefill|decode|cache|sampling|e2e [--save]": parsed("minutes; tests run each with --quick"),
     "dms cache-report --cr 8": whole(),
     "dms check --family TYPE": whole(TYPE="lfm2"),
     "dms check --family qwen3_next": whole(),
