@@ -14,7 +14,7 @@ INDEXES := $(BIN)/pip config list \
   | sed -nE "s/\\\\n/ /g; s/^[^=]*\.(find-links|index-url|extra-index-url)='(.*)'/\1 \2/p" \
   | while read -r name urls; do printf -- "--$$name=%s " $$urls; done
 
-.PHONY: setup test book pdf gpu-check gpu-first-run lint format clean
+.PHONY: setup test book book-check pdf gpu-check gpu-first-run lint format clean
 
 setup: $(STAMP)
 
@@ -36,12 +36,17 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/mypy
 
 book: setup
 	$(BIN)/dms reproduce --profile $(PROFILE)
 
 pdf: book
 	$(BIN)/dms pdf
+
+# What `make book` has rendered: links, spelling, and each page in Chromium (apt-get install chromium).
+book-check: setup
+	$(BIN)/python -m companion.book_check
 
 # On a machine with a card, with the Python that is there (or PYTHON=...) and what these tests import: torch with its
 # triton, transformers, pytest and hypothesis. Nothing is installed.
@@ -63,4 +68,4 @@ format: setup
 	$(BIN)/nbstripout $(wildcard notebooks/*.ipynb)
 
 clean:
-	rm -rf book/_build book/notebooks runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf book/_build book/notebooks runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

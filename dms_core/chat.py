@@ -12,7 +12,8 @@ def chat_text(tokenizer, messages: Sequence[dict], waiting: bool = True, **argum
     assistant's turn; arguments: the template's own, such as enable_thinking.  Raises ValueError that names the model
     if its template refuses the conversation all the same.
     """
-    wordings, written, refused = [list(messages)], [], None
+    wordings, refused = [list(messages)], None
+    written: list = []
     if [message["role"] for message in messages[:2]] == ["system", "user"]:
         system, user, *rest = messages
         wordings.append([{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest])

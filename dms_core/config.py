@@ -68,7 +68,7 @@ def check_numbers(
             continue
         if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
             raise ValueError(f"{name} {value!r}: must be {words}{bound}")
-        if not (value >= least and value > above):
+        if not (float(value) >= least and float(value) > above):
             raise ValueError(f"{name} {value}: must be{bound}")
 
 

@@ -23,6 +23,7 @@ class AdapterGate(nn.Module):
 
     def __init__(self, width: int, heads: int, eps: float = 1e-6) -> None:
         super().__init__()
+        self.eps = eps
         self.norm = nn.RMSNorm(width, eps=eps, dtype=torch.float32)
         self.proj = nn.Linear(width, heads, bias=False, dtype=torch.float32)
         nn.init.zeros_(self.proj.weight)
@@ -37,7 +38,7 @@ class AdapterGate(nn.Module):
         """``gate_logits`` of what the gate reads; in a decode step as one operation."""
         if hidden.shape[1] > 1 or torch.is_grad_enabled() or config.granularity == "layer":
             return gate_logits(self(hidden), config)
-        return fused(hidden, self.norm.weight, self.proj.weight, self.norm.eps, config.scale, config.offset)
+        return fused(hidden, self.norm.weight, self.proj.weight, self.eps, config.scale, config.offset)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterGate":
         """Move with the model, but keep the dtype."""

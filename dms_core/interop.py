@@ -115,7 +115,8 @@ def read_foreign_gates(directory: Path | str) -> tuple[dict[str, torch.Tensor], 
 
     ``dms_proj_alpha.bias``, which a model with ``attention_bias`` has, must be zero: our gate has none.
     """
-    gates, files = {}, []
+    gates: dict[str, torch.Tensor] = {}
+    files: list[Path] = []
     for file in sorted(Path(directory).glob("*.safetensors")):
         found = read_safetensors(file, part=MARK)
         for name in [name for name in found if name.endswith(f"{MARK}.bias")]:

@@ -35,6 +35,9 @@ IDLE = "a row sat out a step and then went on: layers with states cannot; put_ro
 class DMS:
     """The gates of one model: configuration, hooks, and the state of the forward pass under way."""
 
+    attention_before: str  # what transformers looks up in the configuration, without and
+    implementation: str  # with the gates
+
     def __init__(self, model: PreTrainedModel, config: DMSConfig) -> None:
         """Raises ValueError for attention that DMS cannot stand in for (see dms_core.probe)."""
         self.config = config
@@ -66,8 +69,8 @@ class DMS:
         ]
         for module in self.layout.modules:
             module.__dict__["dms"] = self
-        for index in self.layout.gated:
-            self._attach_layer(index, self.layout.attention[index])
+        for index, attention in zip(self.layout.gated, self.layout.full, strict=True):
+            self._attach_layer(index, attention)
 
     def _check(self, name: str) -> None:
         """Raises ValueError for gates that this model cannot have."""
@@ -231,15 +234,18 @@ class DMS:
         step, self.outer_mask, self.tuples = self.step, None, False
         if not self.enabled:
             self._choose(self.attention_before)
-        if step is None or step.soft:
+        if step is None:
+            return
+        cache, step.cache = step.cache, None  # it is the caller's, who may want its memory back
+        if step.soft:
             return
         if step.unasked and isinstance(output, dict):
-            output.past_key_values = Uncached()
+            output.past_key_values = Uncached()  # type: ignore[attr-defined]  # of a ModelOutput
         if not step.logits:
             return
         logits = list(step.logits.values())
         self.watches[0].note(torch.cat([z.to(logits[0].device) for z in logits], 1).isnan().any())
-        if step.cache is None or logits[0].shape[2] > 1 or logits[0].device.type == "cpu":
+        if cache is None or logits[0].shape[2] > 1 or logits[0].device.type == "cpu":
             self.check_logits()
 
     def check_logits(self) -> None:

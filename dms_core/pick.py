@@ -31,7 +31,7 @@ def pick_tokens(
     if temperature == 0:
         return logits.argmax(-1)
     p, token = _likeliest((logits.float() / temperature).softmax(-1), top_p, top_k, min_p)
-    nucleus = top_p
+    nucleus: float | Tensor = top_p
     if top_k is not None:  # equals of the last one stay
         p = torch.where(p >= p[:, min(top_k, p.shape[1]) - 1, None], p, 0.0)
         nucleus = top_p * p.sum(-1, keepdim=True)

@@ -6,6 +6,7 @@ ValueError that names the model and the reason, before any gate is made.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ STATES = (LinearAttentionCacheLayerMixin, DummyLayer)
 class Attention:
     """One layer's attention.  Heads are those on this process."""
 
-    module: nn.Module  # what calls the interface
+    module: Any  # an nn.Module, which calls the interface
     layer: nn.Module  # the decoder layer around it
     heads: int  # KV heads
     group: int  # query heads of a KV head
@@ -50,7 +51,7 @@ class Layout:
     """What the layers of a decoder are, by number."""
 
     attention: list[Attention | None]  # None: a layer that has none (linear attention, convolution, Mamba)
-    states: dict[int, object]  # transformers' cache layers of those with a state, empty, to be copied
+    states: dict[int, Any]  # transformers' cache layers of those with a state, empty, to be copied
     mixes: bool  # whether a state goes from token to token, so that documents packed in a row would mix
 
     @property
@@ -71,7 +72,7 @@ class Layout:
     @property
     def full(self) -> list[Attention]:
         """The attention of the layers with gates."""
-        return [self.attention[index] for index in self.gated]
+        return [a for a in self.attention if a and not (a.sliding or a.chunk)]
 
     @property
     def modules(self) -> list[nn.Module]:

@@ -3,8 +3,11 @@
 Refills wait until an eighth of the rows is free, so that prompts are prefilled together.
 
 Every (problem, chain) has a random stream of its own, so what a chain says does not depend on the batch size, on
-the order, or on its neighbours.  Budgets are counted as in paper section 5.1: KV reads are the items attended to
-at each decode step, summed over steps, per KV head (mean over layers and heads); prefill does not count.
+the order, or on its neighbours.  On one machine, with the same versions and number of threads, it is the same bit for
+bit; elsewhere sums may round otherwise, and where two tokens are nearly as likely a chain may then take another way.
+
+Budgets are counted as in paper section 5.1: KV reads are the items attended to at each decode step, summed over steps,
+per KV head (mean over layers and heads); prefill does not count.
 Wall time is counted too: a prefill's is divided among the rows that it fills, a decode step's among those under way.
 """
 
@@ -121,27 +124,34 @@ def sample_chains(
     longest = max((len(prompts[problem]) for problem, _ in jobs), default=0)
     check_length(model.config, longest + config.max_new_tokens)
     stop = stop_tokens(model, tokenizer) if stop is None else stop
-    yield from _Batch(model, padding_token(model, tokenizer), set(stop), prompts, list(jobs), config, make_cache).run()
+    batch = _Batch(model, padding_token(model, tokenizer), set(stop), prompts, list(jobs), config, make_cache)
+    try:
+        yield from batch.run()
+    finally:
+        vars(batch).pop("graph", None)  # it refers to the batch: the cache would stay until the garbage collector comes
 
 
 class _Batch:
     """The rows under way.  What a step changes lies on the model's device; the host knows each row's job."""
 
+    cache: RowCache  # this and the graph are there once the first prompts have been prefilled
+    graph: StepGraph
     PER_ROW = ("made", "position", "active", "stepped", "last", "tokens", "uniforms", "live", "reads")
 
-    def __init__(self, model, pad: int, stop: set[int], prompts, jobs, config: SamplingConfig, make_cache) -> None:
+    def __init__(
+        self, model, pad: int, stop: set[int], prompts, jobs: list[tuple[int, int]], config: SamplingConfig, make_cache
+    ) -> None:
         self.model, self.prompts, self.queue, self.config = model, prompts, jobs[::-1], config
         self.pad, self.stop = pad, stop
         size = min(config.batch, len(jobs))
         page = config.page or (64 if model.device.type == "cuda" else 8)
         stored = config.kv_cache_dtype
         self.make_cache = make_cache or (lambda model, _: DMSCache.for_model(model, page, kv_cache_dtype=stored))
-        self.cache: RowCache | None = None
         self.device, self.look = model.device, 1 if model.device.type == "cpu" else LOOK
         self.jobs: list[tuple[int, int] | None] = [None] * size
         self.since = [0] * size  # the step in which the row's chain began
         self.prefill_seconds = [0.0] * size  # its share of the prefill
-        self.seconds = [0.0]  # a row's share of the decode steps so far, after each
+        self.seconds = {0: 0.0}  # step: a row's share of the decode steps up to it, as far back as a row needs it
         self.step = self.shrunk = 0
         on = {"device": self.device}
         self.stop_ids = torch.tensor(sorted(stop), dtype=torch.long, **on)
@@ -180,16 +190,17 @@ class _Batch:
         """Divide wall time among the rows that were ``admitted`` in it, else among the steps and the rows under way."""
         for row in admitted:
             self.prefill_seconds[row] = seconds / len(admitted)
-        if steps := self.step + 1 - len(self.seconds):
+        last = next(reversed(self.seconds))
+        if steps := self.step - last:
             share = seconds / steps / sum(job is not None for job in self.jobs)
-            self.seconds += [self.seconds[-1] + share * step for step in range(1, steps + 1)]
+            self.seconds |= {last + step: self.seconds[last] + share * step for step in range(1, steps + 1)}
 
     def _admit(self, rows: list[int]) -> None:
         """Prefill prompts for idle rows, each distinct prompt once, and sample their first tokens."""
         jobs = [self.queue.pop() for _ in rows]
         distinct = list(dict.fromkeys(problem for problem, _ in jobs))
         prefilled, logits = self._prefill([self.prompts[p] for p in distinct])
-        if self.cache is None:
+        if not hasattr(self, "cache"):
             self.cache = prefilled.empty_like(len(self.jobs))
             self.graph = StepGraph(
                 self._advance,
@@ -203,6 +214,8 @@ class _Batch:
         self.cache.name_streams(at, torch.tensor([chain_stream(self.config.seed, *job) for job in jobs]))
         for row, job in zip(rows, jobs, strict=True):
             self.jobs[row], self.since[row] = job, self.step
+        first = min(since for job, since in zip(self.jobs, self.since, strict=True) if job)
+        self.seconds = {step: seconds for step, seconds in self.seconds.items() if step >= first}
         under_way = zip(self.jobs, self.since, strict=True)
         self.cache.columns = max(len(self.prompts[job[0]]) + self.step - since for job, since in under_way if job)
         draws = np.stack([chain_uniforms(self.config.seed, *job, self.config.max_new_tokens) for job in jobs])

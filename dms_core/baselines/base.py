@@ -58,11 +58,8 @@ class Baseline:
 class DenseLayer(RowLayer):
     """Rows of slots (B, H, S, D), the live ones first.  ``per_slot`` and ``per_row`` name all that belongs to a row."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.per_slot, self.per_row = ["keys", "values"], ["seen"]
-
     def _allocate(self) -> None:
+        self.per_slot, self.per_row = ["keys", "values"], ["seen"]
         self.keys, self.values = (self.like.new_zeros(self.batch, self.heads, 0, self.like.shape[-1]) for _ in "kv")
         self.seen = self._counter(self.batch)
 
@@ -101,9 +98,11 @@ class DenseLayer(RowLayer):
     def _copy(self, indices: Tensor, other: Self, source: Tensor) -> None:
         self._reserve(other.capacity)
         for name in self.per_slot:
-            getattr(self, name)[indices, :, : other.capacity] = getattr(other, name)[source]
+            mine = getattr(self, name)
+            mine[indices, :, : other.capacity] = getattr(other, name)[source].to(mine.dtype)
         for name in self.per_row:
-            getattr(self, name)[indices] = getattr(other, name)[source]
+            mine = getattr(self, name)
+            mine[indices] = getattr(other, name)[source].to(mine.dtype)
         self._measure()
 
     def _empty(self, indices: Tensor) -> None:
@@ -125,11 +124,11 @@ class BaselineLayer(DenseLayer):
     def __init__(self, method: Baseline, max_new_tokens: int, index: int, split: Split = WHOLE) -> None:
         super().__init__()
         self.method, self.max_new_tokens, self.index, self.split = method, max_new_tokens, index, split
-        self.per_row += ["budget", "pinned", "held"]
         self.sinks: Tensor | None = None  # (Hq,) of the call of attend under way
 
     def _allocate(self) -> None:
         super()._allocate()
+        self.per_row += ["budget", "pinned", "held"]
         # ``pinned``: tokens of a protected prompt, which lie in the first slots and stay there.
         self.budget, self.pinned, self.held = (self._counter(self.batch) for _ in range(3))
         self.one = self.method.budget(self._counter(1) + 1, self.max_new_tokens)  # of a row without a prompt
@@ -161,7 +160,7 @@ class BaselineLayer(DenseLayer):
         """Store new tokens and attend to what they may see (shapes in DMSLayer.attend); ``evict`` is not used."""
         self.unread, self.sinks = False, sinks
         padded = valid is not None
-        valid = valid if padded else torch.ones_like(q[:, 0, :, 0], dtype=torch.bool)
+        valid = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool) if valid is None else valid
         if q.shape[2] == 1 and self.capacity:
             return self._step(q, k[:, :, 0], v[:, :, 0], valid[:, 0], scale, counts=True)
         return self._prefill(q, k, v, valid, padded, scale)
@@ -216,7 +215,7 @@ class BaselineLayer(DenseLayer):
         self.budget = torch.where(fresh, self.method.budget(lengths, self.max_new_tokens), self.budget)
         self.pinned = torch.where(fresh, lengths * self.method.protect, self.pinned)
         grown = self.held + lengths + fresh * self.max_new_tokens  # a prompt brings room for its chain
-        slots = grown if self.keeps_all else self.budget + 1
+        slots = grown if self.keeps_all else torch.maximum(self.budget, self.one) + 1  # a row may begin with a step
         self._reserve(int(slots.max()) + 1)  # and the bin
         dense = lengths if self.keeps_all else torch.minimum(lengths, (self.budget - self.held).clamp_min(0))
         out = torch.zeros_like(q)

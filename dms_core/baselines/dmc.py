@@ -84,7 +84,7 @@ class DMC(DMS):
         self.weights: dict[int, Tensor] = {}  # layer -> omega (B, H, T) of the pass under way
         super().__init__(model, config)
 
-    def new_cache(self, page: int = 0, slack: int = 0, kv_cache_dtype: str = "auto") -> DMCCache:
+    def new_cache(self, page: int | None = None, slack: int = 0, kv_cache_dtype: str = "auto") -> DMCCache:
         """An empty cache for this model; it has no pages.  Raises ValueError for slack, as merged tokens stay merged,
         and for 8 bits."""
         if slack:

@@ -38,12 +38,9 @@ def running_average(x: Tensor, alpha: Tensor, weight: Tensor, carry: Tensor | No
 class DMCLayer(DenseLayer):
     """One layer's rows.  ``open`` is for the hooks that merge; ``attend`` stores the entries and answers queries."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.per_row += ["length", "open"]
-
     def _allocate(self) -> None:
         super()._allocate()
+        self.per_row += ["length", "open"]
         self.length = torch.zeros_like(self.reads)
         size = (self.batch, self.heads, 2, self.like.shape[-1] + 1)
         self.open = self.keys.new_zeros(size, dtype=torch.float)  # sums of the open entry: of keys, of values
@@ -97,6 +94,9 @@ class DMCLayer(DenseLayer):
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, merged: Tensor, valid: Tensor, scale: float, sinks: Tensor | None
     ) -> Tensor:
+        order = tokens_first(valid)[:, None]
+        q, k, v = (take(x, order.expand(-1, x.shape[1], -1)) for x in (q, k, v))
+        merged, valid = merged.gather(2, order.expand_as(merged)), valid.gather(1, order[:, 0])
         tokens, held = q.shape[2], int(self.length.max())
         place = torch.arange(held, device=q.device)
         taken = (merged & (valid.cumsum(1) == 1)[:, None]).any(2, keepdim=True)  # the first token takes the open entry
@@ -111,10 +111,10 @@ class DMCLayer(DenseLayer):
         kept = torch.cat([past, stays], 2)
         self.length = kept.sum(2)
         self.bound = int(self.length.max())
-        order = tokens_first(kept)[..., : self.bound]
-        self.keys, self.values = take(k, order), take(v, order)
+        first = tokens_first(kept)[..., : self.bound]
+        self.keys, self.values = take(k, first), take(v, first)
         self.seen = self.seen + valid.sum(1)
-        return out
+        return take(out, torch.argsort(order, dim=2).expand(-1, q.shape[1], -1))
 
     def _reserve(self, slots: int) -> None:
         if slots > self.capacity:

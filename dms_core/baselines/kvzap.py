@@ -60,6 +60,7 @@ class ScoreGate(AdapterGate):
 class FutureLayer(BaselineLayer):
     """Dense.  ``future`` (B, H, T), after a first prefill: the most attention a token gets from beyond the window."""
 
+    method: "Future"
     keeps_all = True
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:

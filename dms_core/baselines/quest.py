@@ -17,6 +17,7 @@ from dms_core.baselines.base import Baseline, BaselineLayer, put_at
 
 
 class QuestLayer(BaselineLayer):
+    method: "Quest"
     keeps_all = True
 
     def _allocate(self) -> None:

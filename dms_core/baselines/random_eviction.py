@@ -18,6 +18,7 @@ from dms_core.noise import GOLDEN, splitmix64
 
 
 class RandomEvictionLayer(BaselineLayer):
+    method: "RandomEviction"
     evicts_first = True
 
     def _allocate(self) -> None:

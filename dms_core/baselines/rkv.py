@@ -25,6 +25,8 @@ from dms_core.baselines.base import Baseline, BaselineLayer
 
 
 class RKVLayer(BaselineLayer):
+    method: "RKV"
+
     def _allocate(self) -> None:
         super()._allocate()
         # The latest queries (B, window, Hq, D), the newest last; how many heads ask is known with the first.
@@ -37,6 +39,7 @@ class RKVLayer(BaselineLayer):
 
     def _copy(self, indices: Tensor, other: "RKVLayer", source: Tensor) -> None:
         self._widen(other.queries.shape[2])
+        other._widen(self.queries.shape[2])  # where it has had no token yet
         super()._copy(indices, other, source)
 
     def _widen(self, heads: int) -> None:

@@ -7,15 +7,18 @@ long chain of thought nothing that is generated is compressed, and the ratio ove
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from dms_core.baselines.base import Baseline, BaselineLayer, attention, take
+from dms_core.baselines.base import Baseline, BaselineLayer, attention
+from dms_core.cache.base import take
 
 
 class SnapKVLayer(BaselineLayer):
+    method: "SnapKV"
     keeps_all = True
 
     def _after_dense(self, q: Tensor, received: Tensor, dense: Tensor, fresh: Tensor, scale: float) -> None:
@@ -40,7 +43,7 @@ class SnapKVLayer(BaselineLayer):
         weights = attention(queries.unflatten(1, (self.heads, -1)), k, k, visible, scale, self.sinks)[1]
         votes = (weights * (turn < window[:, None])[:, None, None, :, None]).sum(3)  # (N, H, G, S)
         votes = votes * (slot < (length - window)[:, None])[:, None, None]
-        pool = {"max": max_pool1d, "avg": avg_pool1d}[self.method.pool]
+        pool: Any = {"max": max_pool1d, "avg": avg_pool1d}[self.method.pool]
         kernel = self.method.kernel
         return pool(votes.flatten(0, 1), kernel, stride=1, padding=kernel // 2).view_as(votes).sum(2)
 

@@ -14,6 +14,7 @@ from dms_core.baselines.base import Baseline, BaselineLayer
 
 
 class StreamingLLMLayer(BaselineLayer):
+    method: "StreamingLLM"
     evicts_first = True
 
     def _place(self) -> Tensor:

@@ -27,7 +27,10 @@ LEVELS = (2.5, 97.5)
 def interval(samples: np.ndarray) -> tuple[float | None, float | None]:
     """(low, high) of resampled values (R,), NaN left out; (None, None) where nothing else is there."""
     defined = samples[~np.isnan(samples)]
-    return tuple(map(float, np.percentile(defined, LEVELS))) if defined.size else (None, None)
+    if not defined.size:
+        return None, None
+    low, high = np.percentile(defined, LEVELS)
+    return float(low), float(high)
 
 
 @lru_cache(maxsize=8)
@@ -66,8 +69,8 @@ def indices(n: int, resamples: int = 1000, seed: int = 0) -> np.ndarray:
 def mean(values: ArrayLike, resamples: int = 1000, seed: int = 0) -> tuple[float, float, float]:
     """(mean, low, high), times 100, of a share a problem (P,)."""
     values = np.asarray(values, float)
-    low, high = interval(values[indices(len(values), resamples, seed)].mean(1))
-    return 100 * float(values.mean()), 100 * low, 100 * high
+    low, high = np.percentile(values[indices(len(values), resamples, seed)].mean(1), LEVELS)
+    return 100 * float(values.mean()), 100 * float(low), 100 * float(high)
 
 
 def beta_binomial(correct: ArrayLike, total: ArrayLike, level: float = 0.95) -> tuple[float, float]:

@@ -174,7 +174,8 @@ def _margin(frontiers: list, scale: str, low: float, high: float) -> dict:
     """Over the budgets from low to high; None where low is greater."""
     if low > high:
         return dict.fromkeys(("value", "low", "high", "from", "to"))
-    value, *drawn = margins_of_frontiers(*frontiers, scale, (low, high))
+    a, b = frontiers
+    value, *drawn = margins_of_frontiers(a, b, scale, (low, high))
     bounds = dict(zip(("low", "high"), bootstrap.interval(np.array(drawn)), strict=True))
     return {"value": float(value)} | bounds | {"from": low, "to": high}
 

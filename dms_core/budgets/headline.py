@@ -40,7 +40,7 @@ def headline(a: Sequence[Scores], b: Sequence[Scores], draws: tuple[int, int]) -
         [resampled(curve, "credit", problems, draws, half) for curve in (a, b)]
         for half in (np.arange(len(problems)) % 2 == odd for odd in (0, 1))
     ]
-    about = {"a": a[0].method, "b": b[0].method}
+    about: dict = {"a": a[0].method, "b": b[0].method}
     about |= {"problems": len(problems), "seeds": max(len(one.seeds) for one in [*a, *b])}
     rows = []
     for axis in a[0].costs:
@@ -89,7 +89,7 @@ def _saving(budgets: list, accuracy: list, target: np.ndarray) -> dict:
     least_a, least_b = (
         np.where(drawn >= target[:, None], costs, np.inf).min(1) for costs, drawn in zip(budgets, accuracy, strict=True)
     )
-    row = {"accuracy": float(target[0]), "budget_b": float(least_b[0])}
+    row: dict = {"accuracy": float(target[0]), "budget_b": float(least_b[0])}
     row["budget_a"] = float(least_a[0]) if np.isfinite(least_a[0]) else None
     row |= _with_bounds("saving", least_b / least_a) | {"reached": float(np.isfinite(least_a[1:]).mean())}
     return row | ({} if row["budget_a"] else {"saving": None})

@@ -36,8 +36,8 @@ def margin(a: ArrayLike, b: ArrayLike, scale: str = "log2") -> float | None:
     """
     if scale not in SCALES:
         raise ValueError(f"scale {scale!r}: must be one of {SCALES}")
-    curves = [padded_frontiers(*_validated(points).T[:, None]) for points in (a, b)]
-    value = margins_of_frontiers(*curves, scale)[0]
+    first, second = (padded_frontiers(*_validated(points).T[:, None]) for points in (a, b))
+    value = margins_of_frontiers(first, second, scale)[0]
     return None if np.isnan(value) else float(value)
 
 

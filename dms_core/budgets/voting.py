@@ -65,7 +65,7 @@ def shared_problems(scores: Sequence[Scores]) -> list:
     return sorted(set.intersection(*(set(one.problems) for one in scores)))
 
 
-def resampled(curve: Sequence[Scores], name: str, problems: Sequence, draws: tuple, half=None) -> np.ndarray:
+def resampled(curve: Sequence[Scores], name: str, problems: Sequence, draws: tuple[int, int], half=None) -> np.ndarray:
     """Means (1 + resamples, configurations of the curve), row 0 as measured; see `bootstrap.means`.
 
     "credit" comes in points from 0 to 100, and rounded: equal accuracies must stay equal, since a frontier drops the
@@ -162,9 +162,9 @@ def _score(key: tuple, chains: dict, lengths: tuple, widths: tuple, aggregate: s
         means = np.mean([_costs(r, lengths, names) for r in records], axis=0)  # (names, L), over chains
         for name, cost, mean in zip(names, costs, means, strict=True):
             cost[at] = np.outer(mean, widths) + prompts.get(name, 0)
-    cr, costs = int(key[1]) if key[1].is_integer() else key[1], dict(zip(names, costs, strict=True))
+    cr, named = int(key[1]) if key[1].is_integer() else key[1], dict(zip(names, costs, strict=True))
     about = (key[0], cr, first.get("task"), tuple(seeds), tuple(problems), lengths, widths)
-    return Scores(*about, credit, costs, alone, ended, counts)
+    return Scores(*about, credit, named, alone, ended, counts)
 
 
 def _credit(answers: np.ndarray, width: int, aggregate: str, seed: int) -> np.ndarray:

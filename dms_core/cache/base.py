@@ -6,7 +6,7 @@ KV reads (items attended to at each decode step; prefill does not count) and say
 """
 
 import math
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -19,8 +19,12 @@ from dms_core.cache.pages import PagedRows, make_room
 class RowLayer(CacheLayerMixin):
     """One layer.  A subclass has attend, _allocate, _select, _copy, _empty, and the properties live, count, nbytes."""
 
-    counters = ("reads", "peak")  # (B, H) int64: KV reads so far; most live tokens before they last shrank
+    counters: ClassVar[tuple[str, ...]] = (
+        "reads",
+        "peak",
+    )  # (B, H) int64: KV reads so far; most live tokens before they last shrank
     rows: PagedRows | None = None  # where keys and values lie in pages
+    peak: Tensor
     slack = spare = 0  # columns that crop() can take back at most, and now
     is_croppable = property(lambda self: self.slack > 0)
 
@@ -114,7 +118,7 @@ class RowCache(Cache):
     A subclass has ``_new``, an empty cache like it, and ``config``, its settings.
     """
 
-    config: object
+    config: Any
     idle: Tensor | None = None  # (B,): rows that sat out a step, which states took in all the same
     static = False  # whether a decode step has static shapes
     slack = 0  # tokens that crop() can take back at most

@@ -36,6 +36,7 @@ class DMSLayer(RowLayer):
     """One layer's rows.  ``attend`` stores the new tokens and answers their queries."""
 
     counters = ("peak",)
+    rows: PagedRows  # from the first token on
 
     def __init__(self, config: DMSConfig, page: int, slack: int = 0, kv_cache_dtype: str = "auto") -> None:
         super().__init__()

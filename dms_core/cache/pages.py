@@ -26,16 +26,17 @@ class PagedRows(Rows):
     credit = 0  # appends for which there is room
     shares = False  # some page may have several owners
     moves = 0  # how often a tensor that append or attention uses was replaced
+    owners: Tensor  # (pages,): rows that own each page, when they were last counted
 
     @classmethod
     def new(cls, rows: int, like: Tensor, page: int, window: int, int8: bool = False) -> "PagedRows":
         """Rows without any page; head dimension, dtype and device from ``like`` (..., D)."""
         made = cls.empty(rows, 1, 1, page, window, like, int8)
         made.dtype = like.dtype
-        made._replace(lambda pool: pool[:0])
+        made._replace(lambda pool: pool[:0].clone())
         made.free = made.free[:0]
         made.free_count.zero_()
-        made.owners = made.free  # (pages,): rows that own each page, when they were last counted
+        made.owners = made.free
         return made
 
     @property
@@ -64,7 +65,7 @@ class PagedRows(Rows):
         Raises RuntimeError if a token was lost since the last look.
         """
         missing, copies, columns, free, overflow, shares = wants
-        self._check(overflow)
+        self._check(bool(overflow))
         if spare:
             missing, columns = missing + len(self.keys) // spare, columns + columns // spare
         self._grow(missing - free, columns)
@@ -145,7 +146,7 @@ class PagedRows(Rows):
         """Keys and values of all rows, padded with garbage to the table's columns: (R, S, D)."""
         pages = self.table if len(self.keys) else self.table[:, :0]
         k, v, *largest = (pool[pages].flatten(1, 2) for pool in self.pools.values())
-        return dequantise(k, v, *largest, self.dtype) if largest else (k, v)
+        return dequantise(k, v, largest[0], self.dtype) if largest else (k, v)
 
     def release(self, rows: Tensor) -> None:
         """Empty ``rows`` (N,); pages that nobody owns any more are free.  Does not wait."""

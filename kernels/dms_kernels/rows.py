@@ -10,6 +10,7 @@ for which this fails takes no token, stays as it was, and sets ``overflow``, whi
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Rows:
     @classmethod
     def empty(
         cls, rows: int, pages: int, columns: int, page: int, window: int, like: Tensor, int8: bool = False
-    ) -> "Rows":
+    ) -> Self:
         """No token yet; head dimension, dtype (but with ``int8``) and device from ``like`` (..., D)."""
         if min(rows, pages, columns, page) < 1 or window < 0:
             raise ValueError(

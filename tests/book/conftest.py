@@ -1,6 +1,5 @@
 """The live page and the instruments as they are written, and headless browsers that open them from files."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from firefox import PROGRAM, Firefox
 from companion import live
 from companion.figures.instruments import TITLES, instrument
 from companion.paths import RESULTS
+from dms_core.storage import read_json
 
 LOCAL = ("file:", "data:")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -29,9 +29,10 @@ def page(tmp_path_factory) -> Path:
 def pages(tmp_path_factory) -> Path:
     """A folder with a page NAME.html for each instrument."""
     folder = tmp_path_factory.mktemp("instruments")
-    summary = json.loads((RESULTS / "full" / "curves.json").read_text())
+    data = {"budget": read_json(RESULTS / "full" / "curves.json")}
+    data["tokens"] = read_json(RESULTS / "smollm2-tokens.json")["example"] | {"marked": [3, 4]}
     for name in TITLES:
-        shown = instrument(name, summary if name == "budget" else None)
+        shown = instrument(name, data.get(name))
         (folder / f"{name}.html").write_text(ALONE.format(shown.data))
     return folder
 

@@ -12,6 +12,7 @@ import torch
 
 from companion.cost import planner, roofline
 from companion.figures.instruments import TITLES, instrument, roofline_data
+from companion.figures.tokens import kept_rows
 from companion.paths import RESULTS
 from dms_core.budgets import pareto
 from dms_core.cache.dms import DMSLayer
@@ -22,6 +23,7 @@ from dms_core.visibility import align_decisions, visible
 
 AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
 SUMMARY = json.loads((RESULTS / "full" / "curves.json").read_text())
+EXAMPLE = json.loads((RESULTS / "smollm2-tokens.json").read_text())["example"]
 HYBRID = roofline.Architecture(
     *(6, 2048, 0, 512, 50000),
     kinds=(
@@ -179,6 +181,15 @@ def test_margins_and_best_configurations_are_those_of_the_stored_summary(show):
     assert tab.evaluate("(x) => DMS_INSTRUMENTS.budget.best(...x)", [equals, "reads", 10])["reads"] == 4
 
 
+def test_tokens_are_filled_by_the_rows_that_keep_them(show):
+    kept, tab = kept_rows(EXAMPLE), show("tokens")
+    assert calls(tab, "DMS_INSTRUMENTS.tokens.counts", [[EXAMPLE["kept"], None]]) == [kept.sum((0, 1)).tolist()]
+    for layer, head in ((0, 0), (7, 2), (29, 1)):
+        found = calls(tab, "DMS_INSTRUMENTS.tokens.counts", [[EXAMPLE["kept"], 3 * layer + head]])
+        assert found == [kept[layer, head].astype(int).tolist()]
+    assert f"All 90 rows together keep {100 * kept.mean():.1f} %" in said(tab)
+
+
 def _points(task: str, method: str, cr: float | None = None) -> list[dict]:
     return [p for p in SUMMARY["points"] if (p["task"], p["method"]) == (task, method) and cr in (None, p["cr"])]
 
@@ -280,6 +291,23 @@ def test_budget_line_is_dragged_and_keyed(show):
     assert tab.problems == []
 
 
+def test_a_row_of_tokens_is_chosen_by_slider_and_by_click(show):
+    tab, kept = show("tokens"), kept_rows(EXAMPLE)
+    slide(tab, "Layer", "ArrowRight", 2)
+    assert tab.get_by_label("one row").is_checked()
+    slide(tab, "KV head", "End")
+    assert said(tab).startswith(f"Layer 2, KV head 2 keeps {100 * kept[2, 2].mean():.1f} % of 400 tokens")
+    assert f"to be remembered: {int(kept[2, 2, 3:5].sum())} of 2" in said(tab)
+    title = tab.locator(".text span").nth(10).get_attribute("title")
+    assert title == ("kept" if kept[2, 2, 10] else "evicted")
+    tab.locator("svg g").nth(3 * 7 + 1).click()
+    assert said(tab).startswith("Layer 7, KV head 1 ")
+    tab.get_by_label("all rows").check(force=True)
+    assert said(tab).startswith("All 90 rows")
+    assert "".join(tab.locator(".text span").all_text_contents()).replace("↵\n", "\n") == "".join(EXAMPLE["tokens"])
+    assert tab.problems == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
 @pytest.mark.parametrize("name", TITLES)
@@ -304,7 +332,8 @@ def test_without_javascript_a_sentence_stands_there(pages, open_file):
 
 
 def test_instruments_are_small_and_refuse_what_they_cannot_show():
-    assert all(len(instrument(name, SUMMARY if name == "budget" else None).data) < 120_000 for name in TITLES)
+    data = {"budget": SUMMARY, "tokens": EXAMPLE}
+    assert all(len(instrument(name, data.get(name)).data) < 120_000 for name in TITLES)
     with pytest.raises(ValueError, match="instrument 'clock': must be one of"):
         instrument("clock")
     with pytest.raises(ValueError, match="must be a summary"):

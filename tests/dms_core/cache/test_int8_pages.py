@@ -97,7 +97,7 @@ class Twins:
         assert packed.nbytes == len(plain.keys) * plain.page * 2 * (WIDTH + 2)
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(
     window=st.sampled_from([0, 1, 3, 16]),
     delayed=st.booleans(),

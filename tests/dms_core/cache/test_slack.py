@@ -112,7 +112,7 @@ class Fed:
         self.check()
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     window=st.sampled_from([0, 0, 1, 2, 3, 5, 16]),
     delayed=st.booleans(),
