@@ -19,10 +19,8 @@ from dms_core.cache.pages import PagedRows, make_room
 class RowLayer(CacheLayerMixin):
     """One layer.  A subclass has attend, _allocate, _select, _copy, _empty, and the properties live, count, nbytes."""
 
-    counters: ClassVar[tuple[str, ...]] = (
-        "reads",
-        "peak",
-    )  # (B, H) int64: KV reads so far; most live tokens before they last shrank
+    # (B, H) int64 each: KV reads so far; most live tokens before they last shrank.
+    counters: ClassVar[tuple[str, ...]] = ("reads", "peak")
     rows: PagedRows | None = None  # where keys and values lie in pages
     peak: Tensor
     slack = spare = 0  # columns that crop() can take back at most, and now
