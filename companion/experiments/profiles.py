@@ -82,6 +82,6 @@ def get_profile(name: str, task: str = "traces") -> Profile:
         widths=(1, 2),
         batch=12,
         held_out=9,
-        recipe=tiny.recipe.changed(retrofit=short),
+        recipe=full.recipe.changed(retrofit=short),
         compare_cr=2.0,
     )
