@@ -48,6 +48,12 @@ def pytest_addoption(parser):
     parser.addoption("--write-page", action="store_true", help="tests/test_faults.py writes book/faults.md")
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked ``forks`` come first: torch refuses a backward pass in a fork of a process whose autograd has
+    started threads for a device, as that of the stand-in device does."""
+    items.sort(key=lambda item: item.get_closest_marker("forks") is None)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("sandbox"):
         _need_sandbox(item.config)

@@ -28,6 +28,7 @@ def without_details(row: str) -> str:
     return re.sub(r"\(.*?\)", "", row)
 
 
+@pytest.mark.forks
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_survived_as_the_page_says(name, tmp_path, tiny_model, request):
     ROWS[name] = FAULTS[name].row(FAULTS[name].run(tmp_path, tiny_model), tmp_path)

@@ -171,7 +171,7 @@ def worker_dies(out, make):
             elastic_launch(LaunchConfig(**shape), work)()
         return next(failure.exitcode for failure in error.value.failures.values())
 
-    assert in_child(launch) == -signal.SIGKILL
+    assert in_child(launch) in (-signal.SIGKILL, 1)  # of the one whose end is noticed first; 1: it lost the other
     assert not (out / "run" / "retrofit.json").exists()
     weights = train(make, out / "run", "adamw")  # Muon would magnify how sums are rounded
     for name, weight in train(make, out / "whole", "adamw").items():

@@ -45,7 +45,7 @@ def chapter_data(chapter):
             *BASE, *PUBLISHED, *sorted(RESULTS.rglob("*.json")), ROOT / "companion/claims/claims.yaml",
             *sorted((ROOT / "data" / "protocols").glob("*.yaml")),
         ],
-        "08_real_model": [RESULTS / "smollm2.json", RESULTS / "smollm2-tokens.json"],
+        "08_real_model": sorted([*RESULTS.glob("smollm2*.json"), *RESULTS.glob("recall.json")]),
         "09_on_gpus": PUBLISHED,
     }
     return stored.get(chapter, [*BASE, *PUBLISHED])
