@@ -103,6 +103,7 @@ RINGS = """() => {
   document.activeElement.blur();
   return bare;
 }"""
+SETTLING = 800  # ms in which a page of another width has marked what scrolls; after 50 it sometimes has not
 AXE_OPTIONS = {"iframes": False, "preload": False, "resultTypes": ["violations"]}
 AXE_VIEWS = (  # all rules once, then those that depend on the colours and on the width
     (1280, "light", {"rules": {"label-content-name-mismatch": {"enabled": True}}}),
@@ -312,7 +313,7 @@ class _Visit:
         self.tab.evaluate(THIN)
         for width, scheme, options in views:
             self.show(width, scheme)
-            self.tab.wait_for_timeout(50)
+            self.tab.wait_for_timeout(SETTLING)
             found = self.tab.evaluate(AXE, AXE_OPTIONS | options)
             self.faults += [f"{width} px, {scheme}: {fault}" for fault in found]
 
