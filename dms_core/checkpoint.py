@@ -265,6 +265,12 @@ def load_base(name: Path | str, **from_pretrained) -> PreTrainedModel:
     return model.eval()
 
 
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """The dtype that weights are best held in on ``device``: bf16; fp32 on a CPU without instructions for it."""
+    have = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.float32 if torch.device(device).type == "cpu" and not have else torch.bfloat16
+
+
 def load_tokenizer(name: Path | str, **from_pretrained) -> PreTrainedTokenizerBase:
     """A tokenizer from a directory or the hub, where it is looked for as ``load_base`` looks for a model."""
     directory, options = resolve(name, from_pretrained)

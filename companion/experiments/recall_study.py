@@ -62,7 +62,7 @@ def open_methods(
     for directory in map(local_directory, retrofits):
         cr, mark = float(read_settings(directory)["cr"]), fingerprint(directory)[:8]
         if any(directory.glob("model*.safetensors")):
-            theirs = load_model(directory, dtype=torch.bfloat16).to(dense.device)
+            theirs = load_model(directory, dtype=dense.dtype).to(dense.device)
         else:
             theirs = load_gates(load_dense(model, device)[0], directory)
         name = "dms-gates" if {file.name for file in directory.glob("*.safetensors")} == {GATES} else "dms"

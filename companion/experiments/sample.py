@@ -24,7 +24,7 @@ from dms_core.baselines import BASELINES, get_baseline
 from dms_core.budgets.curves import summarise
 from dms_core.budgets.voting import RECORD_KEYS
 from dms_core.chat import check_arguments
-from dms_core.checkpoint import fingerprint, load_base, load_model, read_settings
+from dms_core.checkpoint import fast_dtype, fingerprint, load_base, load_model, read_settings
 from dms_core.config import DMSConfig
 from dms_core.hub_files import local_directory
 from dms_core.interop import is_foreign
@@ -61,9 +61,9 @@ def checked_dtype(name: str) -> str:
 
 
 def load_dense(name: str, device: str | None = None):
-    """A model in bf16 on ``device`` (see checked_device), and its tokenizer, of a directory or hub id."""
-    directory = local_directory(name)
-    return load_base(directory, dtype=torch.bfloat16).to(checked_device(device)), load_tokenizer(directory)
+    """A model on ``device`` (see checked_device) in its fast dtype, and its tokenizer, of a directory or hub id."""
+    directory, device = local_directory(name), checked_device(device)
+    return load_base(directory, dtype=fast_dtype(device)).to(device), load_tokenizer(directory)
 
 
 def load_tokenizer(name: Path | str):

@@ -53,7 +53,7 @@ class RetrofitConfig:
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
     checkpointing: bool = False  # compute activations twice instead of keeping them
-    autocast: bool = False  # products in bf16 on a CPU, too: pays with AVX512_BF16 or AMX, where all weights train
+    autocast: bool = False  # products in bf16 on a CPU, too, if it has AVX512_BF16 or AMX: pays where all weights train
     chunk: int = 4096  # tokens whose logits are held at once
     seed: int = 0
     save_steps: int = 100  # between resumable checkpoints

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dms_core.checkpoint import load_base, load_tokenizer
+from dms_core.checkpoint import fast_dtype, load_base, load_tokenizer
 from dms_core.probe import has_states
 from dms_core.storage import claim
 from dms_core.train.data import PackedRows, prepare
@@ -32,7 +32,8 @@ def run_recipe(
     none.  fsdp: shard model and teacher over the processes.  report: is given some lines about what is about to run, on
     the first process.  load: ``load(recipe)`` gives model and tokenizer, in place of ``load_model_and_tokenizer``;
     make_data: ``make_data(recipe, tokenizer, out)`` gives data set and facts, in place of ``make_packed_rows``.
-    bf16: compute in bf16 on a GPU, by autocast; on a CPU in the weights' own precision unless the recipe has autocast.
+    bf16: compute in bf16 on a GPU, by autocast; on a CPU in the weights' own precision unless the recipe
+    has autocast and the CPU has instructions for bf16.
     until: stop after the checkpoint of this CR, where the next call goes on.
 
     Returns {"out", "steps", "checkpoints": {CR: directory}, "documents": facts}.  Raises ValueError where the batch
@@ -44,7 +45,9 @@ def run_recipe(
     if first:
         claim(out, recipe.to_dict(), CLAIM)
     cpu = cpu or not torch.cuda.is_available()
-    arguments = {"use_cpu": True, "bf16": settings.autocast} if cpu else {"bf16": bf16}
+    arguments = (
+        {"use_cpu": True, "bf16": settings.autocast and fast_dtype("cpu") is torch.bfloat16} if cpu else {"bf16": bf16}
+    )
     arguments |= {"ddp_backend": "gloo"} if cpu and processes > 1 else {}
     arguments |= {"fsdp": True} if fsdp else {}
     model, tokenizer = (load or load_model_and_tokenizer)(recipe)
@@ -59,10 +62,11 @@ def run_recipe(
 
 
 def load_model_and_tokenizer(recipe: Recipe):
-    """Model (fp32, or bf16 if its weights stay frozen) and tokenizer of a hub id or directory."""
+    """Model (fp32, or its fast dtype if its weights stay frozen) and tokenizer of a hub id or directory."""
     tokenizer = load_tokenizer(recipe.model)
     # frozen weights need no more precision; the gates are in fp32 by themselves
-    dtype = torch.bfloat16 if recipe.retrofit.train == "gates" else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = fast_dtype(device) if recipe.retrofit.train == "gates" else torch.float32
     return load_base(recipe.model, dtype=dtype), tokenizer
 
 

@@ -19,6 +19,7 @@ from dms_core.checkpoint import (
     DIFFERENCE,
     GATES,
     SETTINGS,
+    fast_dtype,
     fingerprint,
     load_base,
     load_gates,
@@ -99,6 +100,14 @@ def test_difference_of_another_model_raises_and_changes_nothing(tiny_model, tmp_
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("avx512, amx", [(False, False), (True, False), (False, True)])
+def test_fast_dtype_is_bf16_where_the_hardware_has_instructions_for_it(monkeypatch, avx512, amx):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert fast_dtype("cpu") == (torch.bfloat16 if avx512 or amx else torch.float32)
+    assert fast_dtype("cuda") == torch.bfloat16
+
+
 def test_saved_model_loads_without_dms(saved):
     model, directory = saved
     plain = AutoModelForCausalLM.from_pretrained(directory)

@@ -45,9 +45,11 @@ def test_recipe_becomes_checkpoints_and_goes_on_with_the_same_settings_only(reci
     assert json.loads((out / "recipe.json").read_text()) == recipe.to_dict()
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_autocast_is_what_the_recipe_says_and_weights_stay_in_fp32(recipe, tmp_path, monkeypatch, autocast):
+@pytest.mark.parametrize("autocast, able", [(False, True), (True, True), (True, False)])
+def test_autocast_is_what_recipe_and_cpu_say_and_weights_stay_in_fp32(recipe, tmp_path, monkeypatch, autocast, able):
     seen, plain = set(), losses.chunked_loss
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
     def watched(*given):
         seen.add(torch.is_autocast_enabled("cpu"))
@@ -56,7 +58,7 @@ def test_autocast_is_what_the_recipe_says_and_weights_stay_in_fp32(recipe, tmp_p
     monkeypatch.setattr(losses, "chunked_loss", watched)
     result = run_recipe(recipe.changed(retrofit={"autocast": autocast}), tmp_path / "run", cpu=True)
     weights = load_base(result["checkpoints"]["2"], dtype="auto").parameters()
-    assert seen == {autocast} and {p.dtype for p in weights} == {torch.float32}
+    assert seen == {autocast and able} and {p.dtype for p in weights} == {torch.float32}
 
 
 def test_model_and_data_can_be_handed_in(recipe, tmp_path, tiny_model):
