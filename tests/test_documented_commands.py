@@ -98,6 +98,17 @@ CHAIN = [  # in the order in which a reader types them
         "runs/smollm2-full/cr4 --data memory-test.jsonl --out runs/recall --save",
         whole("--topics 1 --controls tova", **{"data/smollm2/dms-cr4": "runs/smollm2/cr4"}, MODEL="a model"),
     ),
+    *(
+        (
+            f"dms sample --model {model} --method {method} --task reasoning_gym:products --option "
+            """'config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}' --option answer=number """
+            "--option size=60 --option seed=9000 --length 256 --lengths 64 128 256 --chains 8 --dtype bfloat16 "
+            "--out runs/smollm2-products",
+            whole("--limit 1 --length 8 --lengths 4 8 --chains 2 --widths 1 2", MODEL="a model"),
+        )
+        for model, method in (("$MODEL", "vanilla"), ("runs/smollm2-full/cr4", "dms"))
+    ),
+    ("dms curves --results runs/smollm2-products --figure runs/smollm2-products.svg", whole()),
     (
         "dms retrofit --recipe qwen-r1-1.5b --out runs/mine",
         whole(f"--model 'a model' --data conversations.jsonl {SHORT}"),

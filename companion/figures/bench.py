@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from companion.figures.style import COLUMN, STYLES, legend_above
+from companion.figures.style import COLUMN, STYLES, legend_above, look
 
 LOOKS = {  # of a benchmark's method: label, colour
     "ours": ("compacted", STYLES["dms"][1]),
@@ -75,6 +75,33 @@ def _plot(cases: Sequence[dict], value: Callable, label: str, ax: Axes | None) -
     ax.margins(y=0.45)
     ax.grid(axis="x", visible=False)
     legend_above(ax, 2)
+    return ax
+
+
+def plot_end_to_end(cases: Sequence[dict], ax: Axes | None = None) -> Axes:
+    """Whole models that decode: tokens a second over those of transformers' cache, a column a batch and context.
+
+    Small bars across: what the bytes that a step must read let one expect.
+    """
+    ax = ax or plt.subplots(figsize=(COLUMN, 4.2), layout="constrained")[1]
+    columns = list(dict.fromkeys((case["shape"]["batch"], case["shape"]["context"]) for case in cases))
+    columns.sort(key=lambda column: column[0] * column[1])
+    ratios = sorted({case["shape"]["cr"] for case in cases})
+    for n, cr in enumerate(ratios):
+        mine = [case for case in cases if case["shape"]["cr"] == cr]
+        at = [columns.index((c["shape"]["batch"], c["shape"]["context"])) + 0.2 * (n - 1) for c in mine]
+        style = look("dms", cr) | {"linestyle": "none", "label": f"DMS, CR {cr:g}"}
+        ax.plot(at, [case["ratio"]["dynamic_cache"] for case in mine], markersize=8, **style)
+        expected = {"color": style["color"], "linestyle": "none", "marker": "_", "markersize": 14}
+        ax.plot(at, [case["expected"] for case in mine], **expected)
+    ax.axhline(1, color=STYLES["vanilla"][1], linewidth=1)
+    ax.set_xticks(range(len(columns)), [f"{b} × {c}" if c < 1024 else f"{b} × {c // 1024}K" for b, c in columns])
+    ax.set(yscale="log", xlabel="batch × context", ylabel="tokens/s, over dense")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 4)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.grid(axis="x", visible=False)
+    legend_above(ax, 3)
     return ax
 
 
