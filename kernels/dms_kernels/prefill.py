@@ -73,7 +73,7 @@ def prefill_and_pack(
     capacity, longest = torch.stack([keep.sum(2).max(), length.max()]).tolist()  # the one wait for the device
     plan = make_plan(keep, start[:, None].expand(-1, q.shape[2]), window, capacity)
     if not dms_kernels.by_list(q.device, q.shape[2] * k.shape[2] > DENSE):
-        out = dense.masked_attention(q, k, v, visible(plan, k.shape[2]), scale, sinks)
+        out = dense.masked_attention(q, k, v, visible(plan, keep, start), scale, sinks)
     else:
         out, lse = dms_kernels.on(q.device, "forward").forward(q, k, v, plan, None, scale)
         if sinks is not None:
@@ -92,16 +92,11 @@ def _pack(plan: Plan, k: Tensor, v: Tensor, band: Tensor, outside: Tensor, longe
     return k.gather(2, index), v.gather(2, index)
 
 
-def visible(plan: Plan, keys: int) -> Tensor:
-    """The plan as a boolean matrix (B, H, T, keys)."""
-    batch, heads, queries = plan.first.shape
-    key = torch.arange(keys, device=plan.band.device)
-    band = (key >= plan.band[..., None]) & (key <= torch.arange(queries, device=key.device)[:, None] + plan.offset)
-    entry = torch.arange(plan.kept.shape[2], device=key.device)
-    live = (entry < plan.count[..., None]).expand(-1, -1, len(entry))
-    kept = torch.zeros(batch, heads, keys + 1, dtype=torch.bool, device=key.device)
-    kept.scatter_(2, torch.where(live, plan.kept.long(), keys), True)
-    kept = kept[..., :keys]
-    order = kept.cumsum(2)[:, :, None] - 1  # (B, H, 1, keys): each kept key's entry
-    listed = kept[:, :, None] & (order >= plan.first[..., None]) & (order < plan.last[..., None])
-    return band[:, None] | listed
+def visible(plan: Plan, keep: Tensor, start: Tensor) -> Tensor:
+    """The plan as a boolean matrix (B, H, T, S), or (B, 1, T, S) where all heads keep all; keep (B, H, S); start (B,):
+    the first key that exists."""
+    key = torch.arange(keep.shape[2], device=keep.device)
+    exists = key >= start[:, None, None]
+    listed = exists if bool((keep | ~exists).all()) else keep & exists
+    own = torch.arange(plan.band.shape[1], device=keep.device)[:, None] + plan.offset
+    return (listed[:, :, None] | (key >= plan.band[:, None, :, None])) & (key <= own)

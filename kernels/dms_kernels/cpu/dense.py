@@ -97,11 +97,11 @@ def train_attention(
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, sinks: Tensor | None = None
 ) -> Tensor:
-    """q (B, Hq, T, D), k and v (B, H, S, D), visible (B, H, T, S), at least one key a query; sinks (Hq,)."""
+    """q (B, Hq, T, D), k and v (B, H, S, D), visible (B, H or 1, T, S), at least one key a query; sinks (Hq,)."""
     group = q.shape[1] // k.shape[1]
-    mask = visible.repeat_interleave(group, 1)
+    mask = visible if visible.shape[1] == 1 else visible.repeat_interleave(group, 1)
     if sinks is not None:  # a key and value of zeros, with the sink as its bias
-        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, NEVER)
-        mask = torch.cat([bias, sinks.to(q.dtype)[:, None, None].expand(*mask.shape[:1], -1, mask.shape[2], 1)], 3)
+        bias = q.new_zeros(mask.shape).masked_fill_(~mask, NEVER).expand(-1, q.shape[1], -1, -1)
+        mask = torch.cat([bias, sinks.to(q.dtype)[:, None, None].expand(*q.shape[:3], 1)], 3)
         k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=group > 1)
