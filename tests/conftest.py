@@ -27,6 +27,9 @@ REMEDIES = {
     "is not installed|could not import": "make setup",
 }
 VOCABULARY = 40
+LONGEST = (  # files of more than 20 s, longest first
+    "tests/companion/test_reproduce.py",
+)
 
 
 def pytest_configure(config):
@@ -49,9 +52,16 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked ``forks`` come first: torch refuses a backward pass in a fork of a process whose autograd has
-    started threads for a device, as that of the stand-in device does."""
-    items.sort(key=lambda item: item.get_closest_marker("forks") is None)
+    """Files with tests marked ``forks`` come first: torch refuses a backward pass in a fork of a process whose autograd
+    has started threads for a device, as that of the stand-in device does.  Then the longest, as ``make test`` gives
+    whole files to its processes, which so end together."""
+    forking = {item.path for item in items if item.get_closest_marker("forks")}
+    longest = {name: place for place, name in enumerate(LONGEST)}
+
+    def key(item):
+        return item.path not in forking, longest.get(item.nodeid.partition("::")[0], len(longest))
+
+    items.sort(key=key)
 
 
 def pytest_runtest_setup(item):
