@@ -27,8 +27,21 @@ REMEDIES = {
     "is not installed|could not import": "make setup",
 }
 VOCABULARY = 40
-LONGEST = (  # files of more than 20 s, longest first
+LONGEST = (  # files of about 20 s and more, longest first
     "tests/companion/test_reproduce.py",
+    "tests/dms_core/train/test_scale.py",
+    "tests/test_accelerator.py",
+    "tests/workflow/test_workflow.py",
+    "tests/test_documented_commands.py",
+    "tests/dms_core/cache/test_stateful_baselines.py",
+    "tests/dms_core/cache/test_stateful.py",
+    "tests/test_wheel.py",
+    "tests/companion/experiments/test_main.py",
+    "tests/workflow/test_settings.py",
+    "tests/dms_core/test_reproducible.py",
+    "tests/dms_kernels/test_aot.py",
+    "tests/companion/tasks/test_lm_eval.py",
+    "tests/companion/test_book.py",
 )
 
 

@@ -19,6 +19,7 @@ EXTERNAL = re.compile(
 
 @pytest.mark.slow
 def test_reproduce_smoke_executes_every_notebook_and_renders_the_book(tmp_path):
+    """Slow: a retrofit, all records, nine chapters and a browser."""
     for part in ("notebooks", "book"):
         ignore = (
             shutil.ignore_patterns("_build") if part == "notebooks" else shutil.ignore_patterns("_build", "notebooks")

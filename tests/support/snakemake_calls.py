@@ -1,4 +1,4 @@
-"""A process that has imported Snakemake and forks for each call: importing takes longer than most calls."""
+"""Snakemake in copies of a process that has imported it: importing takes longer than most calls."""
 
 import json
 import os
@@ -22,7 +22,9 @@ def _server() -> subprocess.Popen:
 
 
 def _serve() -> None:
-    from snakemake import cli, workflow  # noqa: F401  each call would import them
+    import papermill  # noqa: F401  these are what each call would import, but for the sources, which may be copies
+    import transformers  # noqa: F401
+    from snakemake import cli, workflow  # noqa: F401
 
     for line in sys.stdin:
         arguments, cwd, environment = json.loads(line)
