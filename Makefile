@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 test: lint
-	$(BIN)/pytest -q -n auto -m "not gpu" $(PYTEST)
+	$(BIN)/pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not gpu" $(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -178,11 +178,13 @@ class _Page(HTMLParser):
         self.names: set[str] = set()
         self.links: list[str] = []
         self.images: list[str] = []
+        self.kinds: set[tuple[str, str]] = set()  # of its parts, by tag and class; those of a line of code are one
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
         self.names |= {found[key] for key in ("id", "name") if found.get(key)}
+        self.kinds |= {(tag, name) for name in (found.get("class") or "").split() or [""] if tag != "span"}
         self.links += [found[key] for key in ("href", "src") if found.get(key) is not None]
         self.images += [found["src"]] if tag == "img" and found.get("src") else []
         if tag == "meta" and (found.get("http-equiv") or "").lower() == "refresh":
@@ -224,27 +226,38 @@ def check_files(html: Path) -> list[str]:
 # Pages in a browser.
 
 
+def sample_of(pages: list[Path]) -> list[Path]:
+    """Pages that together have a part of every kind, and the live one: each next has most kinds that are missing."""
+    kinds = {path: _Page(path.read_text()).kinds for path in pages}
+    chosen = [path for path in pages if path.parent.name == "live"]
+    while missing := set().union(*kinds.values()) - set().union(*(kinds[path] for path in chosen)):
+        chosen.append(max(pages, key=lambda path: len(kinds[path] & missing)))
+    return chosen
+
+
 def check_pages(html: Path, brief: bool = False) -> list[str]:
     """Faults of a rendered book that a browser shows.
 
-    brief: over HTTP only the first page, the live one and the search, and axe looks once at a chapter.
+    brief: pages are opened wide and light, then narrow and dark, over HTTP only the first and the live one; parts are
+    tried out, and axe looks once, on a sample of pages that has every kind of part.
     Raises ValueError where Chromium, Playwright's client or axe is not installed: nothing was checked then.
     """
-    faults = []
+    faults, pages = [], list(filter(_stays, pages_of(html)))
+    tried = sample_of(pages) if brief else pages
     with _chromium() as (browser, axe_file), _served(html) as address:
         for origin, views in VIEWS.items():
             base = address if origin == "http" else html.resolve().as_uri()
             context = browser.new_context(offline=origin == "file", reduced_motion="reduce")
             context.set_default_timeout(TIMEOUT)
-            for path in filter(_stays, pages_of(html)):
+            for path in pages:
                 name = path.relative_to(html).as_posix()
                 if brief and origin == "http" and name not in ("intro.html", "live/index.html"):
                     continue
                 visit = _Visit(context, f"{base}/{name}", base, views[0])
-                visit.look(views)
-                if origin == "file":
+                visit.look(views[::2] if brief else views)
+                if origin == "file" and path in tried:
                     visit.try_out()
-                    visit.ask_axe(axe_file, AXE_VIEWS[: 1 if brief and path.parent.name == "notebooks" else None])
+                    visit.ask_axe(axe_file, AXE_VIEWS[:1] if brief else AXE_VIEWS)
                 faults += [f"{name} ({origin}): {fault}" for fault in visit.close()]
             visit = _Visit(context, f"{base}/search.html?q=delayed+eviction", base, views[0])
             visit.read_results(excerpts=origin == "http")

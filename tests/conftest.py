@@ -27,6 +27,22 @@ REMEDIES = {
     "is not installed|could not import": "make setup",
 }
 VOCABULARY = 40
+LONGEST = (  # files of about 20 s and more, longest first
+    "tests/companion/test_reproduce.py",
+    "tests/dms_core/train/test_scale.py",
+    "tests/test_accelerator.py",
+    "tests/workflow/test_workflow.py",
+    "tests/test_documented_commands.py",
+    "tests/dms_core/cache/test_stateful_baselines.py",
+    "tests/dms_core/cache/test_stateful.py",
+    "tests/test_wheel.py",
+    "tests/companion/experiments/test_main.py",
+    "tests/workflow/test_settings.py",
+    "tests/dms_core/test_reproducible.py",
+    "tests/dms_kernels/test_aot.py",
+    "tests/companion/tasks/test_lm_eval.py",
+    "tests/companion/test_book.py",
+)
 
 
 def pytest_configure(config):
@@ -49,9 +65,16 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked ``forks`` come first: torch refuses a backward pass in a fork of a process whose autograd has
-    started threads for a device, as that of the stand-in device does."""
-    items.sort(key=lambda item: item.get_closest_marker("forks") is None)
+    """Files with tests marked ``forks`` come first: torch refuses a backward pass in a fork of a process whose autograd
+    has started threads for a device, as that of the stand-in device does.  Then the longest, as ``make test`` gives
+    whole files to its processes, which so end together."""
+    forking = {item.path for item in items if item.get_closest_marker("forks")}
+    longest = {name: place for place, name in enumerate(LONGEST)}
+
+    def key(item):
+        return item.path not in forking, longest.get(item.nodeid.partition("::")[0], len(longest))
+
+    items.sort(key=key)
 
 
 def pytest_runtest_setup(item):

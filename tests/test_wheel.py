@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from companion.cli.main import main
+
 ROOT = Path(__file__).parents[1]
 OPTIONAL = (
     "gguf",
@@ -92,12 +94,13 @@ print(out.shape[1], cache.get_seq_length())
     ],
     ids=lambda value: value.split()[0],
 )
-def test_command_prints_what_it_prints_in_the_checkout(installed, arguments, shown):
+def test_command_prints_what_it_prints_in_the_checkout(installed, arguments, shown, monkeypatch, capsys):
     done = installed("dms", *arguments.split())
     assert done.returncode == 0, done.stderr
-    command = [sys.executable, "-m", "companion.cli.main", *arguments.split()]
     assert shown in done.stdout
-    assert done.stdout == subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    monkeypatch.chdir(ROOT)
+    assert main(arguments.split()) == 0
+    assert done.stdout == capsys.readouterr().out
 
 
 def test_curves_as_json_hold_margins(installed):

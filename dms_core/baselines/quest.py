@@ -24,7 +24,7 @@ class QuestLayer(BaselineLayer):
         super()._allocate()
         # Of each page the largest k and the largest -k; the last entry is a bin.
         self.bounds = self.like.new_zeros(self.batch, self.heads, 1, 2 * self.like.shape[-1])
-        self.most = 1  # pages of the largest budget
+        self.most = -(-int(self.one) // self.method.page)  # pages of the largest budget
 
     @property
     def nbytes(self) -> int:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from companion import book_check
-from companion.book_check import check_files, check_pages, check_sources
+from companion.book_check import check_files, check_pages, check_sources, pages_of, sample_of
 from companion.paths import CHECKOUT as ROOT
 
 SPEC = importlib.util.spec_from_file_location("pages", ROOT / "book" / "_ext" / "pages.py")
@@ -85,11 +85,19 @@ def test_links_and_anchors_that_lead_nowhere_and_large_pages_are_found(book, mon
     assert any("MB with its images" in fault for fault in check_files(html))
 
 
+def test_sample_of_pages_has_every_kind_of_part_and_the_live_page(tmp_path):
+    texts = {"a": "<p>x</p><table></table>", "b": "<p>x</p>", "c": '<p class="note">x</p>', "live/index": "<p>x</p>"}
+    (tmp_path / "live").mkdir()
+    for name, text in texts.items():
+        (tmp_path / f"{name}.html").write_text(text)
+    assert {path.stem for path in sample_of(pages_of(tmp_path))} == {"a", "c", "index"}
+
+
 @pytest.mark.slow
 def test_each_fault_in_a_page_is_found_and_a_good_page_has_none(book, monkeypatch):
     good = f'<p>An <a href="search.html">evicted</a> token.</p><img src="{PIXEL}" alt="A curve that rises">'
     try:
-        assert check_pages(book(good)) == []
+        assert check_pages(book(good)) == check_pages(book(good), brief=True) == []
     except ValueError as error:
         pytest.skip(str(error))
     monkeypatch.setattr(book_check, "PATIENCE", 2000)

@@ -10,21 +10,39 @@ import pytest
 from companion.book import STAGELESS, execute, reproduce
 from companion.book_check import check_files, check_pages, check_with_myst
 from companion.paths import CHECKOUT as ROOT
+from companion.side_by_side import prepare
+
+EXTERNAL = re.compile(
+    r"<(?:script|img|iframe)[^>]*\ssrc=.(?:https?:)?//|<link[^>]*\shref=.(?:https?:)?//|@import url\(.?https?:"
+)
 
 
 @pytest.mark.slow
 def test_reproduce_smoke_executes_every_notebook_and_renders_the_book(tmp_path):
+    """Slow: a retrofit, all records, nine chapters and a browser."""
     for part in ("notebooks", "book"):
         ignore = (
             shutil.ignore_patterns("_build") if part == "notebooks" else shutil.ignore_patterns("_build", "notebooks")
         )
         shutil.copytree(ROOT / part, tmp_path / part, ignore=ignore)
     shutil.copytree(ROOT / "data", tmp_path / "data")
+    prepare(["companion.book"])
     result = reproduce("smoke", tmp_path / "runs", root=tmp_path)
     assert result["retrofit"]["cr_target"] == 3.0 and {"retrofit-dms", "summary", "05_retrofit"} <= set(result["parts"])
     pages = {path.stem for path in (tmp_path / "book" / "_build" / "html" / "notebooks").glob("*.html")}
     assert pages == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    check_network(tmp_path / "book" / "_build" / "html")
     check_book(tmp_path / "book")
+
+
+def check_network(html) -> None:
+    """Nothing comes from elsewhere; formulas are set by the book's own copy of MathJax, once a chapter."""
+    pages = sorted(html.rglob("*.html"))
+    assert {page.name: EXTERNAL.findall(page.read_text()) for page in pages if EXTERNAL.search(page.read_text())} == {}
+    assert [path.relative_to(html).as_posix() for path in html.rglob("tex-*.js")] == ["_static/tex-svg-full.js"]
+    for chapter in (html / "notebooks").glob("*.html"):
+        text = chapter.read_text()
+        assert text.count("tex-svg-full.js") == 1 and "unpkg" not in text and ".png" in text
 
 
 def check_book(book) -> None:

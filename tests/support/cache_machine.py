@@ -76,7 +76,6 @@ class CacheMachine(RuleBasedStateMachine):
 
     steps: ClassVar[int]
     slack = 0
-    busy = False
 
     def new_cache(self) -> RowCache:
         raise NotImplementedError
@@ -109,11 +108,11 @@ class CacheMachine(RuleBasedStateMachine):
         twin.cache, twin.dtype, twin.layers, twin.columns, twin.recent = cache, dtype, layers, 0, []
 
     def did(self, *twins: Twin) -> None:
-        """Ends a rule.  Where ``busy`` every other step brings tokens: hypothesis leaves rules out of examples."""
+        """Ends a rule.  Every other step brings tokens: hypothesis leaves rules out of examples."""
         type(self).steps += 1
         for twin in twins:
             twin.changed = True
-        if self.busy and self.rng.random() < 0.5:
+        if self.rng.random() < 0.5:
             twin, tokens = twins[0], self.rng.choice([1, 1, 2, 5, 9, 12])
             padding = [self.rng.choice([0, 0, self.rng.randint(0, tokens)]) for _ in range(twin.batch)]
             valid = [[t >= n for t in range(tokens)] for n in padding]

@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -31,7 +30,7 @@ DMS = DMSConfig(window=2, scale=10.0)
 RECIPE = RetrofitConfig(final_cr=2.0, steps_per_unit=8, rests=(), batch=2, lr=1e-2, save_steps=3, warmup=1)
 TOKENIZER, WEIGHTS = make_tokenizer(), "model.safetensors"
 RETROFIT = sys.modules["dms_core.train.retrofit"]  # the package exports the function of that name
-KEPT: list = []  # directories, until the tests end
+COMMON = tempfile.TemporaryDirectory()  # what several faults begin with; faults run in copies of this process
 
 
 def train(make, out: Path, optimizer="muon", **more) -> dict[str, torch.Tensor]:
@@ -42,11 +41,12 @@ def train(make, out: Path, optimizer="muon", **more) -> dict[str, torch.Tensor]:
     return retrofit(make(gates=False), TOKENIZER, documents, DMS, recipe, out, use_cpu=True, **more).state_dict()
 
 
-@cache
 def whole(make) -> dict[str, torch.Tensor]:
-    """The weights of a run that nothing disturbs."""
-    with tempfile.TemporaryDirectory() as out:
-        return train(make, Path(out))
+    """The weights of a run that nothing disturbs, which is made once."""
+    out, file = Path(COMMON.name, "whole"), Path(COMMON.name, "whole.pt")
+    if not file.exists():
+        torch.save(train(make, out), file)
+    return torch.load(file)
 
 
 def stopping_at(step: int, action: Callable):
@@ -65,12 +65,13 @@ def stopping_at(step: int, action: Callable):
 
 
 def goes_on(make, out: Path) -> str:
-    """A run ends with the weights of one that nothing disturbed; returns what it warned of."""
+    """A run ends with the weights and losses of one that nothing disturbed; returns what it warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         weights = train(make, out)
     assert all(torch.equal(weight, weights[name]) for name, weight in whole(make).items())
     assert load_model(out / "cr2") is not None
+    assert losses(out) == losses(Path(COMMON.name, "whole"))
     return "; ".join(str(w.message) for w in caught if str(out) in str(w.message))
 
 
@@ -101,13 +102,18 @@ def killed_in_checkpoint_of_trainer(out, make):
     return goes_on(make, out)
 
 
-@cache
+def losses(out: Path) -> list[list[float]]:
+    """Step by step."""
+    log = read_json(out / "retrofit.json")["log"]
+    return [[entry[key] for key in ("loss", "kd", "aux", "evicted")] for entry in log if "loss" in entry]
+
+
 def interrupted(make) -> Path:
-    """A run with checkpoints of the trainer at steps 3 and 6."""
-    KEPT.append(tempfile.TemporaryDirectory())
-    out = Path(KEPT[-1].name)
-    with stopping_at(7, die):
-        killed(lambda: train(make, out))
+    """A run with checkpoints of the trainer at steps 3 and 6, which is made once."""
+    out = Path(COMMON.name, "interrupted")
+    if not out.exists():
+        with stopping_at(7, die):
+            killed(lambda: train(make, out))
     assert sorted(d.name for d in (out / "trainer").iterdir()) == ["checkpoint-3", "checkpoint-6"]
     return out
 

@@ -5,12 +5,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+import snakemake_calls
 import yaml
 
 from companion.cli.main import main
@@ -31,32 +31,11 @@ pytest.importorskip("snakemake")
 def snakemake(directory, config, *options, root=ROOT):
     """Run Snakemake in a directory of its own, with the local profile; returns status and output."""
     flow = root / "workflow"
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "-s",
-        flow / "Snakefile",
-        "--profile",
-        flow / "profiles" / "local",
-        "--directory",
-        directory,
-        "--cores",
-        "1",
-        *options,
-        "--configfile",
-        config,
-    ]
+    place = ["-s", flow / "Snakefile", "--profile", flow / "profiles" / "local", "--directory", directory]
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=root,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    return snakemake_calls.snakemake(
+        [*place, "--cores", "1", *options, "--configfile", config], cwd=root, environment=environment
     )
-    return done.returncode, done.stdout
 
 
 def jobs(output):

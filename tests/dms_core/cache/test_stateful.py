@@ -89,7 +89,6 @@ def alike(found: list[float], wanted: list[float], dtype: torch.dtype) -> bool:
 
 class DMSMachine(CacheMachine):
     steps = round = 0
-    busy = True
 
     @initialize(seeds=st.tuples(st.integers(0, 2**31), st.integers(0, 2**31)))
     def start(self, seeds):

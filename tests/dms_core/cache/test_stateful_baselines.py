@@ -192,9 +192,9 @@ def test_a_cache_that_was_reset_selects_rows_as_a_new_one(name):
         assert torch.equal(*(fed(layer, tokens, batch=3) for layer in layers))
 
 
-@pytest.mark.parametrize("name", EVICTING)
-def test_a_row_may_begin_after_a_call_that_was_all_padding(name):
-    one, other = (BASELINES[name].layer(BASELINES[name](2.0), MAX_NEW, 0) for _ in range(2))
+@pytest.mark.parametrize("method", [*(BASELINES[name](2.0) for name in EVICTING), Quest(2.0, page=4)], ids=str)
+def test_a_row_may_begin_after_a_call_that_was_all_padding(method):
+    one, other = (method.layer(method, MAX_NEW, 0) for _ in range(2))
     fed(one, 3, [[False] * 3] * 2)
     for _ in range(6):
         assert torch.equal(fed(one, 1), fed(other, 1))

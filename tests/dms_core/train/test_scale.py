@@ -133,29 +133,37 @@ def logged(out: Path) -> list[list[float]]:
     return [[entry[key] for key in ("loss", "kd", "aux", "evicted")] for entry in log if "loss" in entry]
 
 
+TWO = 2, "optimizer=adamw", "device_batch=1"
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """A run of two processes that nothing disturbs."""
+    out = tmp_path_factory.mktemp("two")
+    run(command(out, *TWO))
+    return out
+
+
 @pytest.mark.slow
-def test_two_accumulating_processes_take_the_steps_of_one(tmp_path):
+def test_two_accumulating_processes_take_the_steps_of_one(two, tmp_path):
     """AdamW: Muon magnifies rounding where gradients almost vanish, so that small divergences differ by 0.1 %."""
-    for processes, device_batch in ((1, 4), (2, 1)):
-        run(command(tmp_path / str(processes), processes, "optimizer=adamw", f"device_batch={device_batch}"))
-    one, two = (logged(tmp_path / name) for name in ("1", "2"))
-    assert len(one) == 4
-    assert two == [pytest.approx(step, rel=1e-4, abs=1e-8) for step in one]
-    weights = [load_file(tmp_path / name / "cr2" / "model.safetensors") for name in ("1", "2")]
-    for name, weight in weights[0].items():
-        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
+    run(command(tmp_path, 1, "optimizer=adamw", "device_batch=4"))
+    assert len(logged(tmp_path)) == 4
+    assert logged(two) == [pytest.approx(step, rel=1e-4, abs=1e-8) for step in logged(tmp_path)]
+    weights = load_file(two / "cr2" / "model.safetensors")
+    for name, weight in load_file(tmp_path / "cr2" / "model.safetensors").items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_restarted_run_has_the_weights_of_an_uninterrupted_one(tmp_path, processes):
-    run(command(tmp_path / "whole", processes))
-    kill_after_checkpoint(command(tmp_path / "cut", processes), tmp_path / "cut" / "trainer" / "checkpoint-2")
-    assert not (tmp_path / "cut" / "retrofit.json").exists()
-    run(command(tmp_path / "cut", processes))
-    whole, resumed = (load_file(tmp_path / name / "cr2" / "model.safetensors") for name in ("whole", "cut"))
+def test_killed_and_restarted_run_has_the_weights_of_an_uninterrupted_one(two, tmp_path):
+    """Of one process, and with Muon: tests/test_faults.py."""
+    kill_after_checkpoint(command(tmp_path, *TWO), tmp_path / "trainer" / "checkpoint-2")
+    assert not (tmp_path / "retrofit.json").exists()
+    run(command(tmp_path, *TWO))
+    whole, resumed = (load_file(out / "cr2" / "model.safetensors") for out in (two, tmp_path))
     assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
-    assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
+    assert logged(two) == logged(tmp_path)
 
 
 def kill_after_checkpoint(command: list[str], checkpoint: Path) -> None:
