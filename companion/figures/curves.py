@@ -14,6 +14,7 @@ from dms_core.budgets.pareto import frontier
 AXIS_LABELS = {
     "reads": "KV reads per problem (items per KV head)",
     "peak": "peak KV memory per problem (live tokens per KV head)",
+    "bytes": "peak bytes of keys and values per KV head (of a problem)",
     "seconds": "seconds of generation per problem",
 }
 TASK_TITLES = {

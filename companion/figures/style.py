@@ -14,7 +14,9 @@ import math
 COLUMN, FONT = 7.0, 12.75  # inches, points
 STYLES = {  # method → (label, colour, marker)
     "vanilla": ("vanilla", "#222222", "o"),
+    "vanilla-int8": ("vanilla, 8 bits", "#949494", "o"),
     "dms": ("DMS", "#0173b2", "s"),
+    "dms-int8": ("DMS, 8 bits", "#0014a3", "D"),
     "dms-gates": ("DMS, gates alone", "#0014a3", "p"),
     "dms-immediate": ("DMS, immediate eviction", "#d55e00", "v"),
     "dms-random": ("DMS, random marks", "#4f8cff", "8"),

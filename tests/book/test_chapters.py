@@ -80,6 +80,12 @@ def test_set_up_is_folded(chapter):
     assert all(len(re.findall(r"^(?:from|import) ", source, re.M)) <= 2 for source in others)
 
 
+def test_folded_cells_say_what_they_hold(chapter):
+    for cell in code(chapter):
+        if tags(cell) & {"hide-input", "hide-cell"}:
+            assert cell.metadata.get("mystnb", {}).get("code_prompt_show"), cell.id
+
+
 def test_paragraphs_are_short(chapter):
     for cell in text(chapter):
         for paragraph in re.split(r"\n\s*\n|\n(?=- |\d\. )", re.sub(r"\$\$.*?\$\$", "", cell.source, flags=re.S)):

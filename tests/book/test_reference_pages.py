@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -50,3 +51,10 @@ def test_colophon_names_versions_and_is_in_the_book():
     assert "colophon" in (ROOT / "book" / "_toc.yml").read_text()
     config = yaml.safe_load((ROOT / "book" / "_config.yml").read_text())
     assert config["sphinx"]["local_extensions"]["versions"] == "_ext"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "book").glob("*.md")), ids=lambda path: path.stem)
+def test_paragraphs_are_short(page):
+    text = re.sub(r"^```.*?^```|^\|.*?$", "", page.read_text(), flags=re.S | re.M)
+    for paragraph in re.split(r"\n\s*\n|\n(?=- |\d\. )", text):
+        assert len(paragraph.split()) <= 120, paragraph

@@ -57,7 +57,7 @@ def turned(colour: str) -> str:
 
 
 def test_every_method_that_is_measured_has_a_style():
-    measured = {"vanilla", "dms", "dms-gates", "dms-immediate", "dmc"}
+    measured = {"vanilla", "vanilla-int8", "dms", "dms-int8", "dms-gates", "dms-immediate", "dmc"}
     for name in measured | {*recall.CONTROLS, *controls.CONTROLS, *controls.LIGHT}:
         assert style_of(name)
 
@@ -100,6 +100,7 @@ def figures() -> dict:
     """A figure of every kind, of stored numbers."""
     summary, bench = read_json(RESULTS / "full" / "curves.json"), read_json(RESULTS / "kernels-cpu.json")
     traces = [p for p in summary["points"] if p["task"] == "traces"]
+    in_bytes = [p | {"bytes": p["peak"]} for p in read_json(RESULTS / "int8.json")["points"]]
     kept = np.random.default_rng(0).random((4, 2, 300)) < 0.3
     share = [[0.5, 0.25]] * 4
     rows = [{"from": 64 * i, "to": 64 * i + 64, "retention": share, "cr": share, "cr_live": share} for i in range(6)]
@@ -110,6 +111,7 @@ def figures() -> dict:
     return {
         "curves": lambda: plot_curves({"points": traces}),
         "panels": lambda: plot_panels(summary),
+        "bytes": lambda: plot_panels({"points": in_bytes}, ["bytes"], labelled=()),
         "scaling": lambda: plot_scaling([p for p in traces if p["W"] == 1], "L"),
         "margins": lambda: plot_margins(margins),
         "pairs": lambda: plot_pairs([pair]),
