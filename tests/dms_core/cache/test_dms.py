@@ -171,7 +171,6 @@ class Model:
 WINDOWS = st.sampled_from([0, 0, 1, 2, 3, 5, 16, 20])
 
 
-@settings(max_examples=100)
 @given(
     window=WINDOWS,
     delayed=st.booleans(),
