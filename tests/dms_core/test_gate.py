@@ -81,6 +81,7 @@ def test_adapter_starts_at_zero_with_its_own_norm():
     gate = AdapterGate(8, 3)
     assert (gate(torch.randn(2, 5, 8)) == 0).all() and gate(torch.randn(2, 5, 8)).shape == (2, 3, 5)
     assert (gate.norm.weight == 1).all()
+    assert {name for name, _ in gate.named_parameters()} == {"norm.weight", "proj.weight"}
     torch.nn.init.normal_(gate.proj.weight)
     hidden = torch.randn(1, 4, 8)
     normed = hidden / hidden.square().mean(-1, keepdim=True).add(1e-6).sqrt()

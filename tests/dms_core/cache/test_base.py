@@ -55,6 +55,8 @@ def test_states_and_idle_rows_move_with_the_rows():
     other = mixed()
     cache.put_rows(torch.tensor([1, 3]), other, torch.tensor([2, 0]))
     assert state(cache) == [0, 3, 1, 1, 3, 3] and cache.idle.tolist() == [False] * 5 + [True]
+    assert cache.tokens_seen().tolist() == [0, 5, 5, 5, 5, 5]
+    assert cache.live_tokens()[0, :, 0].tolist() == [0, 5, 5, 5, 5, 5]
     assert not sits_out(cache, False, False, False, False, False, True)
     assert sits_out(cache, *[False] * 6)
     cache.reset()
