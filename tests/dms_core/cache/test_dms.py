@@ -265,6 +265,14 @@ def test_reloaded_rows_leave_no_page_without_owner(trim):
     assert len(rows.keys) == rows.nbytes == 0
 
 
+def test_rows_are_short_of_pages_or_columns_only_beyond_what_is_there():
+    rows = PagedRows.new(1, torch.empty(0, WIDTH), page=1, window=0)
+    make_room([rows])
+    free, columns = int(rows.free_count), rows.table.shape[1]
+    asked = [(free, columns), (free + 1, columns), (free, columns + 1)]
+    assert [rows.is_short([pages, 0, most, free, 0, 0]) for pages, most in asked] == [False, True, True]
+
+
 def reload(rows: PagedRows) -> None:
     rows.load(torch.ones(1, 1, WIDTH), torch.ones(1, 1, WIDTH), torch.ones(1, dtype=torch.long))
 
