@@ -14,7 +14,7 @@ INDEXES := $(BIN)/pip config list \
   | sed -nE "s/\\\\n/ /g; s/^[^=]*\.(find-links|index-url|extra-index-url)='(.*)'/\1 \2/p" \
   | while read -r name urls; do printf -- "--$$name=%s " $$urls; done
 
-.PHONY: setup test book book-check pdf gpu-check gpu-first-run lint format clean
+.PHONY: setup test mutants book book-check pdf gpu-check gpu-first-run lint format clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: lint
 	$(BIN)/pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not gpu" $(PYTEST)
+
+# Not part of `make test`: see CONTRIBUTING.md.
+mutants: setup
+	$(BIN)/python tests/support/mutants.py --save data/results/mutation.json
 
 lint: setup
 	$(BIN)/ruff check .
@@ -68,4 +72,4 @@ format: setup
 	$(BIN)/nbstripout $(wildcard notebooks/*.ipynb)
 
 clean:
-	rm -rf book/_build book/notebooks runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf book/_build book/notebooks runs mutants build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -6,7 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 settings.register_profile(
     "repeatable",
@@ -15,6 +15,9 @@ settings.register_profile(
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile(  # for tests that mostly fail: see tests/support/mutants.py
+    "mutants", settings.get_profile("repeatable"), phases=[Phase.explicit, Phase.generate], max_examples=25
 )
 settings.load_profile("repeatable")
 

@@ -10,6 +10,7 @@ from dms_core.gate import (
     AdapterGate,
     gate_logits,
     hard_decisions,
+    neuron_rows,
     read_neuron,
     soft_decisions,
     warmup_factor,
@@ -80,10 +81,31 @@ def test_adapter_starts_at_zero_with_its_own_norm():
     gate = AdapterGate(8, 3)
     assert (gate(torch.randn(2, 5, 8)) == 0).all() and gate(torch.randn(2, 5, 8)).shape == (2, 3, 5)
     assert (gate.norm.weight == 1).all()
+    assert {name for name, _ in gate.named_parameters()} == {"norm.weight", "proj.weight"}
     torch.nn.init.normal_(gate.proj.weight)
     hidden = torch.randn(1, 4, 8)
     normed = hidden / hidden.square().mean(-1, keepdim=True).add(1e-6).sqrt()
     torch.testing.assert_close(gate(hidden), (normed @ gate.proj.weight.T).transpose(1, 2))
+
+
+@pytest.mark.parametrize("granularity", ["head", "layer"])
+def test_logits_of_one_token_without_gradient_are_those_with(granularity):
+    gate, config = AdapterGate(8, 3, eps=0.5), DMSConfig(scale=7.0, offset=2.0, granularity=granularity)
+    for parameter in gate.parameters():
+        torch.nn.init.normal_(parameter)
+    hidden = torch.randn(2, 1, 8)
+    z = gate.logits(hidden, config)
+    assert z.requires_grad and z.shape == (2, 3, 1)
+    normed = hidden / hidden.square().mean(-1, keepdim=True).add(0.5).sqrt() * gate.norm.weight
+    expected = gate_logits((normed @ gate.proj.weight.T).transpose(1, 2), config)
+    torch.testing.assert_close(z, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(gate.logits(hidden, config), expected)
+
+
+def test_rows_of_a_neuron_are_the_same_in_every_head():
+    rows = neuron_rows(torch.nn.Linear(2, 12), heads=3, neuron=1)
+    assert [(len(parameter), index.tolist()) for parameter, index in rows] == [(12, [1, 5, 9])] * 2
 
 
 @torch.no_grad()

@@ -171,7 +171,6 @@ class Model:
 WINDOWS = st.sampled_from([0, 0, 1, 2, 3, 5, 16, 20])
 
 
-@settings(max_examples=100)
 @given(
     window=WINDOWS,
     delayed=st.booleans(),
@@ -264,6 +263,14 @@ def test_reloaded_rows_leave_no_page_without_owner(trim):
     assert accounted() and rows.free_count == len(rows.keys)
     rows.trim()
     assert len(rows.keys) == rows.nbytes == 0
+
+
+def test_rows_are_short_of_pages_or_columns_only_beyond_what_is_there():
+    rows = PagedRows.new(1, torch.empty(0, WIDTH), page=1, window=0)
+    make_room([rows])
+    free, columns = int(rows.free_count), rows.table.shape[1]
+    asked = [(free, columns), (free + 1, columns), (free, columns + 1)]
+    assert [rows.is_short([pages, 0, most, free, 0, 0]) for pages, most in asked] == [False, True, True]
 
 
 def reload(rows: PagedRows) -> None:

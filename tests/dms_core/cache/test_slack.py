@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from model_inputs import left_padded, random_ids
 
@@ -112,7 +112,6 @@ class Fed:
         self.check()
 
 
-@settings(max_examples=100)
 @given(
     window=st.sampled_from([0, 0, 1, 2, 3, 5, 16]),
     delayed=st.booleans(),
