@@ -165,6 +165,7 @@ SINGLE = {
     "make book-check": make_says,
     "make format": make_says,
     "make lint": make_says,
+    "make mutants": make_says,
     "make pdf": make_says,
     "make setup": make_says,
     "make setup GROUPS=book,dev": make_says,
@@ -200,6 +201,8 @@ SINGLE = {
         '../data/results/kvpress-agreement.json::"kvpress": "0.5.5"', "an environment from the network"
     ),
     "python tests/kvpress/compare.py kvpress-env/bin/python --save data/results/kvpress-agreement.json": python(),
+    "python tests/support/mutants.py --most 60 --save data/results/mutation.json": python(),  # an hour
+    "python tests/support/mutants.py --only gate": python(),
     "PYTHON=.venv/bin/python tests/slurm/run_smoke.sh [TARGET...]": shell_script,
     "sbatch workflow/slurm/retrofit-qwen-r1-32b.sbatch": batch_script,  # needs 32 cards
     "apt-get install bubblewrap": elsewhere("conftest.py::apt-get install bubblewrap", "changes the machine"),

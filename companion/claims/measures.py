@@ -20,7 +20,7 @@ DIFFERENCE = ("difference", "low", "high")
 
 
 def margin(evidence: Evidence, rule: Protocol, axis: str) -> Found:
-    """Of DMS over the dense model at each task."""
+    """Of DMS over the dense model at each task; beside it, not judged, the gain at the dense model's budget."""
     result = evidence.runtime if axis == "seconds" else evidence.main
     rows = [
         row for row in result.get("margins", ()) if (row["a"], row["b"], row["scale"]) == ("dms", "vanilla", "log2")
@@ -29,7 +29,9 @@ def margin(evidence: Evidence, rule: Protocol, axis: str) -> Found:
     if not rows:
         return None
     where = f", on {result['machine']}" if axis == "seconds" else evidence.of_main
-    return f"{_by_task(rows, 'value')} (log2 axis{where})", _all_tasks(rows)
+    gains = [row for row in result.get("headline", ()) if (row["a"], row["b"], row["axis"]) == ("dms", "vanilla", axis)]
+    told = f"; at the budget of one long dense chain: {_by_task(gains, 'gain')}" if gains else ""
+    return f"{_by_task(rows, 'value')} (log2 axis{where}){told}", _all_tasks(rows)
 
 
 def fixed_budget(evidence: Evidence, rule: Protocol) -> Found:

@@ -93,10 +93,12 @@ def _pack(plan: Plan, k: Tensor, v: Tensor, band: Tensor, outside: Tensor, longe
 
 
 def visible(plan: Plan, keep: Tensor, start: Tensor) -> Tensor:
-    """The plan as a boolean matrix (B, H, T, S), or (B, 1, T, S) where all heads keep all; keep (B, H, S); start (B,):
-    the first key that exists."""
+    """The plan as a boolean matrix (B, H, T, S), or (B, 1, T, S) where all heads keep all, which only a CPU is asked;
+    keep (B, H, S); start (B,): the first key that exists.
+    """
     key = torch.arange(keep.shape[2], device=keep.device)
     exists = key >= start[:, None, None]
-    listed = exists if bool((keep | ~exists).all()) else keep & exists
+    whole = keep.device.type == "cpu" and bool((keep | ~exists).all())
+    listed = exists if whole else keep & exists
     own = torch.arange(plan.band.shape[1], device=keep.device)[:, None] + plan.offset
     return (listed[:, :, None] | (key >= plan.band[:, None, :, None])) & (key <= own)

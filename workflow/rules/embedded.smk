@@ -38,7 +38,8 @@ def chapter_stages(chapter):
 
 def chapter_data(chapter):
     stored = {
-        "01_bottleneck": [], "02_gate": [], "03_delayed_eviction": BASE, "04_kernels": [RESULTS / "kernels-cpu.json"],
+        "01_bottleneck": [], "02_gate": [], "03_delayed_eviction": BASE,
+        "04_kernels": [RESULTS / "kernels-cpu.json", RESULTS / "e2e-cpu.json"],
         "05_retrofit": [*BASE, *PUBLISHED, RESULTS / "full" / "curves.json"],
         "06_hyperscaling": [*BASE, *PUBLISHED, *sorted((RESULTS / "full").glob("*.json"))],
         "07_ablations": [

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from companion.figures.bench import methods_of, plot_memory, plot_times, ratio_table
+from companion.figures.bench import methods_of, plot_end_to_end, plot_memory, plot_times, ratio_table
 from companion.figures.lessons import SEEN, SLOTS, mask_legend, plot_gate_block, plot_mask, plot_slots, states
 from companion.lesson import keep
 from companion.paths import RESULTS
@@ -72,6 +72,17 @@ def test_benchmarks_are_drawn_with_every_method_and_ratios_are_those_measured(ca
     table = ratio_table(mine)
     assert len(table) == len(mine)
     assert table.iloc[0, 0] == round(mine[0]["ratio"][methods_of(mine[0])[1]], 2)
+
+
+def test_whole_models_are_drawn_as_measured_in_order_of_what_is_cached():
+    mine = [case for case in read_json(RESULTS / "e2e-cpu.json")["cases"] if case["name"].startswith("e2e-reasoner-b")]
+    ax = plot_end_to_end(mine)
+    sizes = {text: at for at, text in zip(ax.get_xticks(), (t.get_text() for t in ax.get_xticklabels()), strict=True)}
+    assert sizes["1 × 512"] == 0 and sizes["8 × 16K"] == len(sizes) - 1
+    for cr, measured, expected in zip((1, 4, 8), ax.lines[:-1:2], ax.lines[1:-1:2], strict=True):
+        (top,) = [case for case in mine if case["name"] == f"e2e-reasoner-b8-16384-cr{cr}"]
+        at = measured.get_xdata().argmax()
+        assert (measured.get_ydata()[at], expected.get_ydata()[at]) == (top["ratio"]["dynamic_cache"], top["expected"])
 
 
 def test_numbers_are_kept_beside_what_they_were_measured_on(tmp_path):

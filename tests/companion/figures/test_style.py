@@ -14,7 +14,7 @@ from matplotlib.text import Text
 
 from companion.experiments import controls, recall
 from companion.figures.ablations import plot_pairs
-from companion.figures.bench import plot_memory, plot_times
+from companion.figures.bench import plot_end_to_end, plot_memory, plot_times
 from companion.figures.curves import plot_curves, plot_margins, plot_panels, plot_scaling
 from companion.figures.lessons import plot_gate_block, plot_mask, plot_slots
 from companion.figures.retention import plot_compression, plot_kept, plot_positions, plot_retention, plot_training
@@ -99,6 +99,7 @@ def test_text_has_nine_pixels_on_a_phone():
 def figures() -> dict:
     """A figure of every kind, of stored numbers."""
     summary, bench = read_json(RESULTS / "full" / "curves.json"), read_json(RESULTS / "kernels-cpu.json")
+    whole = [case for case in read_json(RESULTS / "e2e-cpu.json")["cases"] if "reasoner-b" in case["name"]]
     traces = [p for p in summary["points"] if p["task"] == "traces"]
     in_bytes = [p | {"bytes": p["peak"]} for p in read_json(RESULTS / "int8.json")["points"]]
     kept = np.random.default_rng(0).random((4, 2, 300)) < 0.3
@@ -117,6 +118,7 @@ def figures() -> dict:
         "pairs": lambda: plot_pairs([pair]),
         "times": lambda: plot_times(cases(bench)),
         "memory": lambda: plot_memory(cases(bench)),
+        "end to end": lambda: plot_end_to_end(whole),
         "gate": plot_gate_block,
         "mask": lambda: plot_mask(np.tril(np.ones((9, 9), int))),
         "slots": lambda: plot_slots(slots, np.array([True, False, False]), 1),
