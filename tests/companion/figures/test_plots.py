@@ -68,7 +68,7 @@ def test_margin_without_value_is_labelled_na(ax):
 
 def test_method_without_a_style_is_rejected():
     assert style_of("dms") == STYLES["dms"]
-    with pytest.raises(ValueError, match="method 'lru': must be one of vanilla, .*dms"):
+    with pytest.raises(ValueError, match=r"method 'lru': must be one of vanilla, .*dms"):
         style_of("lru")
 
 
