@@ -60,7 +60,9 @@ def test_beside_a_margin_stands_the_gain_at_the_dense_models_budget_on_the_same_
     found, gain = evidence(), {"task": "traces", "a": "dms", "b": "vanilla", "gain": 1.5, "low": -0.5, "high": 3.5}
     found.summary["headline"] = [gain | {"axis": "reads"}, gain | {"axis": "peak", "gain": 2.5}]
     reads, peak = (claim.measured for claim in make_ledger(found)[:2])
-    assert "+1.5 [-0.5, +3.5]" in reads and "+2.5" not in reads and "+2.5 [-0.5, +3.5]" in peak
+    assert (
+        "+1.5 [\N{MINUS SIGN}0.5, +3.5]" in reads and "+2.5" not in reads and "+2.5 [\N{MINUS SIGN}0.5, +3.5]" in peak
+    )
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_text_has_nine_pixels_on_a_phone():
 def figures() -> dict:
     """A figure of every kind, of stored numbers."""
     summary, bench = read_json(RESULTS / "full" / "curves.json"), read_json(RESULTS / "kernels-cpu.json")
-    whole = [case for case in read_json(RESULTS / "e2e-cpu.json")["cases"] if "reasoner-b" in case["name"]]
+    whole = [case for case in read_json(RESULTS / "e2e-cpu.json")["cases"] if "expected" in case]
     traces = [p for p in summary["points"] if p["task"] == "traces"]
     in_bytes = [p | {"bytes": p["peak"]} for p in read_json(RESULTS / "int8.json")["points"]]
     kept = np.random.default_rng(0).random((4, 2, 300)) < 0.3
