@@ -141,7 +141,7 @@ def test_neuron_is_read_from_each_groups_first_head_and_scaled_there_alone(heads
 
 def test_warm_up_falls_linearly_to_zero_and_stays():
     assert [warmup_factor(t, 4) for t in (0, 1, 2, 4, 9)] == [1.0, 0.75, 0.5, 0.0, 0.0]
-    assert warmup_factor(1000) == 0.5
+    assert warmup_factor(1000) == 0.5 and warmup_factor(1, 1) == 0.0
     with pytest.raises(ValueError, match="warm-up steps 0"):
         warmup_factor(0, 0)
 

@@ -99,6 +99,8 @@ def test_margin_is_not_available_where_budgets_do_not_meet(scale):
 @pytest.mark.parametrize("scale", SCALES)
 def test_margin_at_a_single_common_budget_is_the_difference_there(scale):
     assert margin([(1, 10), (4, 30)], [(4, 25), (8, 40)], scale) == pytest.approx(5)
+    inside = {"linear": 10 + 20 / 3, "log2": 20}[scale]  # at budget 2, within the first of two segments
+    assert margin([(1, 10), (4, 30), (8, 50)], [(2, 5)], scale) == pytest.approx(inside - 5)
 
 
 @pytest.mark.parametrize(

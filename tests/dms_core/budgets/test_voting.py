@@ -30,6 +30,11 @@ def test_scores_of_two_chains_by_hand():
     assert type(found.cr) is int and list(found.costs) == ["reads", "peak", "seconds"]
 
 
+def test_a_chain_that_ended_without_an_answer_has_no_vote():
+    (found,) = scores([chain(0, 0, answer=None), chain(0, 1, answer=None), chain(0, 2)], (8,), (1, 3))
+    assert found.credit.tolist() == [[[[pytest.approx(1 / 3), 1]]]] and found.ended.tolist() == [[[1]]]
+
+
 def test_a_chain_of_fewer_live_tokens_than_its_prompt_adds_nothing_to_the_peak():
     (found,) = scores([chain(0, 0, live=[7, 8, 9])], (8,), (1,))
     assert found.costs["peak"].tolist() == [[[[10]]]]
