@@ -215,7 +215,7 @@ def test_hub_id_out_of_reach_ends_a_command_at_once_in_one_line(tmp_path):
     )
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [status for status, _ in rows] == ["2"] * len(commands), done.stderr
-    assert max(float(seconds) for _, seconds in rows) < 10, rows  # tried again and again it would be 20 and more
+    assert max(float(seconds) for _, seconds in rows) < 15, rows  # tried again and again it would be 20 and more
     said = [line for line in done.stderr.splitlines() if line.startswith("dms: ")]
     assert len(said) == len(commands) and all("no/such" in line for line in said)
 
