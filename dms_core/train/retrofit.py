@@ -1,7 +1,7 @@
 """Retrofit training on transformers' Trainer: CR rises as CR(t) = 1 + t / steps_per_unit (paper section 3.2).
 
-One run gives a family: a checkpoint at each integer CR.  Two recipes: all weights (with a frozen copy as
-teacher), or the gates alone (the teacher is the same weights with eviction off).
+One run gives a family: a checkpoint at each integer CR.  Three recipes: all weights (with a frozen copy as teacher);
+low-rank adapters on frozen weights, or the gates alone (the teacher is the same weights without either).
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from dms_core.config import DMSConfig
 from dms_core.model import attach
 from dms_core.storage import SEAL, broken_seal, claim, only_writer, read_json, write_json
+from dms_core.train.lora import add_lora, fold_lora
 from dms_core.train.losses import Distiller
 from dms_core.train.optim import make_optimizer
 from dms_core.train.recipe import RetrofitConfig
@@ -76,8 +77,8 @@ def retrofit(
     >>> retrofit(model, tokenizer, documents, DMSConfig(window=2), recipe, "run").dms.config.window
     2
     """
-    if recipe.train == "gates" and dms.gate == "neuron":
-        raise ValueError("train 'gates' with gate 'neuron': that gate has no parameters; train 'all'")
+    if recipe.train != "all" and dms.gate == "neuron":
+        raise ValueError(f"train {recipe.train!r} with gate 'neuron': that gate is part of the weights; train 'all'")
     for name in ("neuron_warmup", "neuron_zero"):
         if (value := getattr(recipe, name)) and dms.gate != "neuron":
             raise ValueError(f"{name} {value} with gate {dms.gate!r}: must be {type(value)(0)}; it is for 'neuron'")
@@ -90,13 +91,7 @@ def retrofit(
         claim(out, {**(facts or {}), **dms.to_dict(), **recipe.to_dict()}, CLAIM)
     teacher = copy.deepcopy(model) if recipe.train == "all" and recipe.direction != "lm" else None
     set_seed(recipe.seed)
-    attach(model, dms)
-    if recipe.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    if recipe.train == "gates":
-        model.requires_grad_(False)
-        for parameter in model.dms.gate_parameters():
-            parameter.requires_grad_(True)
+    _put_on(model, dms, recipe, attach)
     if settings.fsdp and teacher is not None:
         shard_teacher(teacher, settings.device)
     distiller = Distiller(model, teacher, recipe.direction, recipe.chunk, recipe.aux_weight)
@@ -117,7 +112,21 @@ def retrofit(
             used = {**asdict(recipe), "steps": recipe.steps}
             write_json(out / "retrofit.json", {"dms": dms.to_dict(), "recipe": used, "log": trainer.state.log_history})
     model.dms.evicting, model.dms.neuron_factor, model.dms.noise_keys = True, 0.0, None
+    fold_lora(model)
     return model.eval()
+
+
+def _put_on(model: PreTrainedModel, dms: DMSConfig, recipe: RetrofitConfig, attach) -> None:
+    """Gates, and adapters before them, since gates are linear layers, too; what does not train is frozen."""
+    if recipe.train == "lora":
+        add_lora(model, recipe.rank)
+    attach(model, dms)
+    if recipe.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if recipe.train == "gates":
+        model.requires_grad_(False)
+        for parameter in model.dms.gate_parameters():
+            parameter.requires_grad_(True)
 
 
 def _settings(model: PreTrainedModel, recipe: RetrofitConfig, out: Path, arguments: dict) -> TrainingArguments:

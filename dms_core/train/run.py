@@ -64,9 +64,9 @@ def run_recipe(
 def load_model_and_tokenizer(recipe: Recipe):
     """Model (fp32, or its fast dtype if its weights stay frozen) and tokenizer of a hub id or directory."""
     tokenizer = load_tokenizer(recipe.model)
-    # frozen weights need no more precision; the gates are in fp32 by themselves
+    # frozen weights need no more precision; gates and low-rank factors are in fp32 by themselves
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = fast_dtype(device) if recipe.retrofit.train == "gates" else torch.float32
+    dtype = torch.float32 if recipe.retrofit.train == "all" else fast_dtype(device)
     return load_base(recipe.model, dtype=dtype), tokenizer
 
 

@@ -13,12 +13,13 @@ from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from dms_core.checkpoint import save_model, writing
+from dms_core.checkpoint import save_model, write_difference, writing
 from dms_core.config import target_fraction
 from dms_core.gate import warmup_factor
 from dms_core.noise import row_keys
 from dms_core.probe import decoder_of
 from dms_core.storage import seal
+from dms_core.train.lora import lora_difference
 from dms_core.train.losses import Totals
 
 
@@ -97,8 +98,12 @@ class SaveFamily(TrainerCallback):
             return
         weights = full_state(model) if args.fsdp else None  # every process takes part
         if state.is_world_process_zero:
-            directory = checkpoint_dir(self.out, cr)
-            save_model(self.student, directory, self.tokenizer, weights, cr=cr, step=state.global_step)
+            place, facts = checkpoint_dir(self.out, cr), {"cr": cr, "step": state.global_step}
+            if self.recipe.train == "lora":
+                parts = lora_difference(self.student.state_dict() if weights is None else weights)
+                write_difference(self.student, parts, place, weights, **facts)
+            else:
+                save_model(self.student, place, self.tokenizer, weights, **facts)
 
 
 def full_state(distiller) -> dict:

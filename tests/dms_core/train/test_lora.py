@@ -1,0 +1,99 @@
+import copy
+
+import pytest
+import torch
+
+from companion.tasks.reasoner import make_tokenizer
+from dms_core.checkpoint import DIFFERENCE, GATES, is_checkpoint, load_gates
+from dms_core.config import DMSConfig
+from dms_core.hub_files import read_safetensors
+from dms_core.model import attach
+from dms_core.train.lora import add_lora, fold_lora, lora_layers, without_lora
+from dms_core.train.losses import Distiller
+from dms_core.train.recipe import RetrofitConfig
+from dms_core.train.retrofit import retrofit
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+IDS = torch.arange(1, 15)[None]
+
+
+def documents(count: int = 4) -> list[dict]:
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randint(1, 40, (count, 12), generator=g).tolist()
+    return [{"input_ids": x, "labels": [-100] * 3 + x[3:]} for x in rows]
+
+
+def trained(model, out, **changes):
+    settings = {"train": "lora", "rank": 3, "final_cr": 3.0, "steps_per_unit": 3, "batch": 2, "lr": 1e-2}
+    recipe = RetrofitConfig(**{**settings, **changes})
+    return retrofit(model, make_tokenizer(), documents(), DMSConfig(window=2, scale=10.0), recipe, out, use_cpu=True)
+
+
+def perturbed(model):
+    """Adapters that change something: peft's second factor begins at zero."""
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B["default"].weight.normal_(std=0.1)
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(IDS).logits
+
+
+def test_adapters_begin_without_effect_and_are_on_every_linear_layer_but_the_output(tiny_model):
+    model = tiny_model(gates=False)
+    before, names = logits(model), [n for n, m in model.named_modules() if n.endswith(LINEAR)]
+    add_lora(model, 3)
+    assert torch.equal(logits(model), before)
+    assert sorted(lora_layers(model)) == sorted(names)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+
+
+def test_folding_keeps_the_function_and_takes_the_adapters_off(tiny_model):
+    model = tiny_model(gates=False)
+    before, names = logits(model), list(model.state_dict())
+    add_lora(model, 3)
+    with without_lora(perturbed(model)):
+        assert torch.equal(logits(model), before)
+    changed = logits(model)
+    assert (changed - before).abs().max() > 1e-2
+    fold_lora(model)
+    assert list(model.state_dict()) == names and not lora_layers(model)
+    torch.testing.assert_close(logits(model), changed, atol=1e-5, rtol=1e-5)
+
+
+def test_the_teacher_of_adapters_is_the_model_without_them(tiny_model):
+    model = tiny_model(gates=False)
+    dense = copy.deepcopy(model)
+    add_lora(model, 3)
+    student = attach(perturbed(model), DMSConfig(window=2)).train()
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "use_cache": False}
+    torch.testing.assert_close(Distiller(student, None)._teacher_hidden(inputs), dense.model(IDS).last_hidden_state)
+    assert all(p.requires_grad for name, p in student.named_parameters() if "lora_" in name or "dms_gate" in name)
+
+
+def test_a_checkpoint_is_gates_and_a_difference_of_low_rank_on_the_frozen_base(tiny_model, tmp_path):
+    base = tiny_model(gates=False)
+    model = trained(copy.deepcopy(base), tmp_path)
+    files = sorted(file.name for file in (tmp_path / "cr3").glob("*.safetensors"))
+    assert files == sorted([GATES, DIFFERENCE]) and is_checkpoint(tmp_path / "cr2")
+    for name, part in read_safetensors(tmp_path / "cr3" / DIFFERENCE).items():
+        assert part.dtype == torch.float16 and 3 in part.shape, name
+    loaded = load_gates(copy.deepcopy(base), tmp_path / "cr3")
+    ours, theirs, old = (dict(m.named_parameters()) for m in (model, loaded, base))
+    assert set(ours) == set(theirs)
+    for name, p in ours.items():
+        torch.testing.assert_close(theirs[name], p, atol=2e-4, rtol=0, msg=name)
+        moved = name in old and not torch.equal(p, old[name])
+        assert moved == (name.split(".")[-2] in LINEAR), name
+    assert (logits(loaded) - logits(model)).abs().max() < 0.01
+
+
+def test_rank_and_gate_that_do_not_fit_are_refused(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=r"rank 0: must be >= 1"):
+        RetrofitConfig(train="lora", rank=0)
+    with pytest.raises(ValueError, match="train 'lora' with gate 'neuron'"):
+        recipe = RetrofitConfig(train="lora")
+        retrofit(tiny_model(gates=False), make_tokenizer(), documents(), DMSConfig(gate="neuron"), recipe, tmp_path)
