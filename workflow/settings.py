@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable
 from functools import partial
 
-METHODS = ("dms", "vanilla", "h2o", "quest", "random", "rkv", "snapkv", "streaming-llm", "tova")  # of `dms sample`
+BASELINES = ("h2o", "quest", "random", "rkv", "streaming-llm", "tova")
+METHODS = ("dms", "vanilla", "snapkv", *BASELINES, *(f"{name}-protected" for name in BASELINES))  # of `dms sample`
 MEMORY = re.compile(r"[0-9.]+ ?[kKMGTP]?i?B")
 EXPONENT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+")
 TIME = re.compile(r"([0-9.]+ ?[smhdw] ?)+")

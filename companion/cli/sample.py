@@ -7,7 +7,10 @@ from companion.cli.app import arg, at_least_one, command, opt
 from dms_core.storage import write_json
 
 SAMPLE = "Sample and grade"
-METHODS = "dms; vanilla: gates off; on the original weights h2o, quest, random, snapkv, streaming-llm, tova"
+METHODS = (
+    "dms; vanilla: gates off; on the original weights h2o, quest, random, rkv, snapkv, streaming-llm, tova; "
+    "tova-protected and so on keep the prompt"
+)
 Task = opt(str, "traces, aime26, hmmt_feb26, math500, ..., reasoning_gym:DATASET")
 Source = opt(Path, "a local JSONL file in place of the hub", metavar="FILE")
 Limit = opt(int, "the first N problems only", metavar="N")

@@ -14,6 +14,7 @@ exchange), then every token as one that was generated; its budget is what DMS ho
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from companion.tasks.memory import KINDS
-from dms_core.baselines import BASELINES, Baseline, Quest, SnapKV
+from dms_core.baselines import BASELINE_NAMES, Baseline, Quest, get_baseline
 from dms_core.baselines.quest import QuestLayer
 from dms_core.cache.base import RowCache
 from dms_core.chat import chat_text
@@ -52,11 +53,10 @@ class EachTokenQuest(Quest):
     layer = EachTokenQuestLayer
 
 
-# SnapKV evicts nothing of what comes after the prompt, and is left out.
-PUBLISHED = {name: method for name, method in BASELINES.items() if method is not SnapKV} | {"quest": EachTokenQuest}
-CONTROLS: dict[str, tuple[type[Baseline], bool]] = {  # method, and whether it keeps the prompt
-    **{name: (method, False) for name, method in PUBLISHED.items()},
-    **{f"{name}-protected": (method, True) for name, method in PUBLISHED.items()},
+CONTROLS: dict[str, Callable[..., Baseline]] = {
+    **{name: get_baseline(name) for name in BASELINE_NAMES if name != "snapkv"},  # evicts nothing but of the prompt
+    "quest": EachTokenQuest,
+    "quest-protected": partial(EachTokenQuest, protect=True),
 }
 
 
@@ -182,9 +182,10 @@ def far_tokens(model, head: Head, dense: Tensor, document: Document, batch: int 
     hidden = [states for i in range(0, len(rows), batch) for states in whole(model, rows[i : i + batch])]
     change = np.zeros(len(ids))
     for start, states in zip(starts, hidden, strict=True):
-        here = torch.from_numpy(at[(at >= start) & (at < start + BLOCK)])
+        here = at[(at >= start) & (at < start + BLOCK)]
         if len(here):
-            cut, full = head(states[here - start + prompt + CUT - 1]), head(dense[here - 1])
+            place = torch.from_numpy(here)
+            cut, full = head(states[place - start + prompt + CUT - 1]), head(dense[place - 1])
             change[here] = token_divergence(cut, full, "forward").double().cpu().numpy()
     return change[at] >= FAR
 
@@ -209,11 +210,10 @@ def record(document: Document, found: dict[str, np.ndarray], far: np.ndarray, **
 
 def control(name: str, documents: Sequence[Document], live: float) -> Callable:
     """``make(model)``: an empty cache of a control that holds ``live`` tokens a KV head at the end of the documents."""
-    method, protect = CONTROLS[name]
     prompt = sum(d.prompt for d in documents) / len(documents)
     rest = max(len(d.ids) - d.prompt for d in documents)
     cr = max((prompt + rest) / live, 1.0)
-    return lambda model: method(cr, protect=protect)(model, rest)
+    return lambda model: CONTROLS[name](cr)(model, rest)
 
 
 def group_of(kind: str) -> tuple[str, bool]:

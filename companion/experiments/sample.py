@@ -20,7 +20,7 @@ from companion.tasks.embedded import EMBEDDED
 from companion.tasks.grading import canonical, grade_file
 from companion.tasks.sandbox import sandbox
 from dms_core import checkpoint
-from dms_core.baselines import BASELINES, get_baseline
+from dms_core.baselines import BASELINE_NAMES, get_baseline
 from dms_core.budgets.curves import summarise
 from dms_core.budgets.voting import RECORD_KEYS
 from dms_core.chat import check_arguments
@@ -99,9 +99,9 @@ def sample_benchmark(
     "pass_at_1"} of that part, the last None where nothing is graded and in other processes than the first.  Raises
     ValueError where model, method or ratio are wrong, or ``out`` belongs to another task.
     """
-    if method not in ("vanilla", "dms", *BASELINES):
-        raise ValueError(f"method {method!r}: must be one of vanilla, dms, {', '.join(sorted(BASELINES))}")
-    if method in BASELINES and cr is None:
+    if method not in ("vanilla", "dms", *BASELINE_NAMES):
+        raise ValueError(f"method {method!r}: must be one of vanilla, dms, {', '.join(sorted(BASELINE_NAMES))}")
+    if method in BASELINE_NAMES and cr is None:
         raise ValueError(f"--method {method}: needs --cr, the compression ratio of its budget")
     if cr is not None and not 1 <= cr < math.inf:
         raise ValueError(f"cr {cr}: must be a finite number >= 1")
@@ -119,7 +119,7 @@ def sample_benchmark(
         raise ValueError(f"{model} does not say its compression ratio: give --cr")
     tokenizer = load_tokenizer(directory)
     check_arguments(tokenizer, task.template)
-    baseline = get_baseline(method)(float(cr)) if method in BASELINES else None
+    baseline = get_baseline(method)(float(cr)) if method in BASELINE_NAMES else None
     loaded = _load(directory, method == "dms", device, dtype)
     chosen, first = Method(method, float(cr)), loaded.dms.split.rank == 0
     name = records_file(loaded, fingerprint(directory), tokenizer, task, chosen, config, baseline)

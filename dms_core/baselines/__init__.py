@@ -2,9 +2,13 @@
 
 ``get_baseline("tova")(cr=4)`` is a method's settings and makes its caches:
 ``sample_chains(model, ..., make_cache=get_baseline("tova")(cr=4))`` inside ``model.dms.disabled()``.
-With ``protect=True`` the prompt is kept (see base); ``get_baseline("random")(cr=4, protect=True)`` is Random Attention.
+With ``protect=True``, or as ``get_baseline("tova-protected")``, the prompt is kept (see base); ``random-protected`` is
+Random Attention.
 Not of these: what acts through a DMSCache (kvzap, random_marks), and DMC (dmc).
 """
+
+from collections.abc import Callable
+from functools import partial
 
 from dms_core.baselines.base import Baseline
 from dms_core.baselines.h2o import H2O
@@ -17,10 +21,12 @@ from dms_core.baselines.tova import TOVA
 
 METHODS = (H2O, TOVA, Quest, StreamingLLM, SnapKV, RandomEviction, RKV)
 BASELINES: dict[str, type[Baseline]] = {x.name: x for x in METHODS}
+PROTECTED = {f"{x.name}-protected": partial(x, protect=True) for x in METHODS if x is not SnapKV}
+BASELINE_NAMES = (*BASELINES, *PROTECTED)
 
 
-def get_baseline(name: str) -> type[Baseline]:
-    """A method's settings class, whose first argument is the compression ratio.  Raises ValueError for no such name."""
-    if name not in BASELINES:
-        raise ValueError(f"baseline {name!r}: must be one of {sorted(BASELINES)}")
-    return BASELINES[name]
+def get_baseline(name: str) -> Callable[..., Baseline]:
+    """What makes a method's settings, by the compression ratio first.  Raises ValueError for no such name."""
+    if name not in BASELINE_NAMES:
+        raise ValueError(f"baseline {name!r}: must be one of {sorted(BASELINE_NAMES)}")
+    return (BASELINES | PROTECTED)[name]

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 import yaml
 
-from dms_core.baselines import BASELINES
+from dms_core.baselines import BASELINE_NAMES
 from dms_core.train.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def test_value_that_a_field_may_not_have_is_named_with_what_it_may(text, message
 def test_every_field_has_a_default_and_a_reader():
     for table in (settings.EMBEDDED, settings.MODEL, settings.TASK, settings.RESOURCE):
         assert all(callable(reader) for _, reader in table.values())
-    assert set(settings.METHODS) == {"dms", "vanilla", *BASELINES}
+    assert set(settings.METHODS) == {"dms", "vanilla", *BASELINE_NAMES}
     assert load_recipe("smollm2-135m").retrofit.schedule.saves()
 
 

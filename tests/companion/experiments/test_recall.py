@@ -1,5 +1,7 @@
 """What a cache remembers of given texts, on the embedded model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +108,8 @@ def test_far_dependent_tokens_need_what_is_cut_off(base, documents, truth, monke
         monkeypatch.setattr(recall, "BLOCK", 8)
         far = far_tokens(base, head, truth[0], document)
         assert 0 < far.sum() < len(far) and not far[: 16 + 1].any()
+        alone = replace(document, counted=np.arange(len(document.ids)) == document.at[-1])
+        assert far_tokens(base, head, truth[0], alone).tolist() == far[-1:].tolist()
         monkeypatch.setattr(recall, "FAR", 0.0)
         t = int(document.at[-1])  # by hand, from a text cut just so
         start = 20 + 16 + 1 + (t - 37) // 8 * 8

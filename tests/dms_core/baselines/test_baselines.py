@@ -380,7 +380,7 @@ def test_live_tokens_never_exceed_the_budget(name, cr):
 @pytest.mark.parametrize("name", EVICTING)
 @pytest.mark.parametrize("cr", [1.5, 2.0, 9.0])
 def test_a_protected_prompt_stays_in_every_head_within_the_budget(name, cr):
-    play = Play(get_baseline(name)(cr, protect=True), [18, 5, 9], 0)
+    play = Play(get_baseline(f"{name}-protected")(cr), [18, 5, 9], 0)
     prompts = play.layer.keys.clone()
     play.decode(MAX_NEW)
     play.feed(torch.ones(3, 4, dtype=torch.bool), decoded=False)  # a later turn's prompt competes
@@ -432,7 +432,8 @@ def test_random_eviction_draws_every_slot_equally_often_and_otherwise_in_each_st
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: get_baseline("h20"), r"baseline 'h20': must be one of \['h2o', 'quest', 'random', 'rkv', 'snapkv'"),
+        (lambda: get_baseline("h20"), r"baseline 'h20': must be one of \['h2o', 'h2o-protected', 'quest'"),
+        (lambda: get_baseline("snapkv-protected"), "baseline 'snapkv-protected': must be one of"),
         (lambda: TOVA(0.5), "compression ratio 0.5: must be >= 1"),
         (lambda: StreamingLLM(2, sinks=-1), "sinks -1: must be >= 0"),
         (lambda: Quest(2, page=0), "page 0: must be >= 1"),
