@@ -20,28 +20,12 @@ from typing import Self
 
 from tqdm import tqdm
 
+from companion.method import Method
 from companion.tasks.base import Task, decode
 from dms_core.baselines import Baseline
 from dms_core.pick import stop_tokens
 from dms_core.sampling import Chain, SamplingConfig, sample_chains
 from dms_core.storage import JsonlWriter, is_written, read_jsonl
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is measured: its name in every table and figure, and its target compression ratio."""
-
-    name: str  # vanilla, dms, dms-immediate, tova, ...
-    cr: float
-    seed: int = 0  # of its retrofit, counted from the run's
-
-    def __str__(self) -> str:
-        return f"{self.name}-cr{self.cr:g}{seed_suffix(self.seed)}"
-
-
-def seed_suffix(seed: int) -> str:
-    """What names of files and stages end with: nothing for the first seed of a run."""
-    return f"-seed{seed}" if seed else ""
 
 
 @dataclass(frozen=True)

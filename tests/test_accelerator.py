@@ -18,8 +18,8 @@ from companion.experiments.delay import Case, interchange
 from companion.experiments.fidelity import Prompt, answer
 from companion.experiments.heldout import cache_report, held_out, kept_tokens, random_eviction
 from companion.experiments.profiles import get_profile
+from companion.method import Method
 from companion.paths import REASONER
-from companion.records import Method
 from companion.tasks.reasoner import make_tokenizer
 from dms_core.baselines import BASELINES, Quest
 from dms_core.baselines.dmc import DMCConfig, attach_dmc

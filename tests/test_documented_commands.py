@@ -81,32 +81,32 @@ CHAIN = [  # in the order in which a reader types them
         whole(FEW, MODEL="a model"),
     ),
     (
-        "dms compose --model $MODEL --exchanges exchanges.jsonl --out memory.jsonl --count 900",
+        "dms compose --model $MODEL --exchanges data/smollm2/exchanges.jsonl --out memory.jsonl --count 900",
         whole("--count 3 --tokens 700", MODEL="a model"),
     ),
     (
-        "dms compose --model $MODEL --exchanges exchanges-test.jsonl --out memory-test.jsonl --split test --count 96 "
-        "--avoid memory.jsonl",
+        "dms compose --model $MODEL --exchanges data/smollm2/exchanges-test.jsonl --out memory-test.jsonl --split test "
+        "--count 96 --avoid memory.jsonl",
         whole("--count 3 --tokens 700", MODEL="a model"),
     ),
     (
-        "dms retrofit --recipe smollm2-135m-full --model $MODEL --data memory.jsonl --out runs/smollm2-full",
+        "dms retrofit --recipe smollm2-135m-lora --model $MODEL --data memory.jsonl --out runs/smollm2-lora",
         whole(f"{SHORT} rests=[]", MODEL="a model"),
     ),
     (
-        "dms recall --model $MODEL --retrofits data/smollm2/dms-cr4 runs/smollm2-full/cr2 runs/smollm2-full/cr8 "
-        "runs/smollm2-full/cr4 --data memory-test.jsonl --out runs/recall --save",
+        "dms recall --model $MODEL --retrofits data/smollm2/dms-cr4 runs/smollm2-lora/cr4 --data memory-test.jsonl "
+        "--out runs/recall --save",
         whole("--topics 1 --controls tova", **{"data/smollm2/dms-cr4": "runs/smollm2/cr4"}, MODEL="a model"),
     ),
     *(
         (
-            f"dms sample --model {model} --method {method} --task reasoning_gym:products --option "
+            f"dms sample --model $MODEL {method} --task reasoning_gym:products --option "
             """'config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}' --option answer=number """
             "--option size=60 --option seed=9000 --length 256 --lengths 64 128 256 --chains 8 --dtype bfloat16 "
             "--out runs/smollm2-products",
             whole("--limit 1 --length 8 --lengths 4 8 --chains 2 --widths 1 2", MODEL="a model"),
         )
-        for model, method in (("$MODEL", "vanilla"), ("runs/smollm2-full/cr4", "dms"))
+        for method in ("--method vanilla", "--gates runs/smollm2-lora/cr4 --method dms")
     ),
     ("dms curves --results runs/smollm2-products --figure runs/smollm2-products.svg", whole()),
     (

@@ -236,7 +236,7 @@ def needle(evidence: Evidence, rule: Protocol) -> Found:
 
 
 def recall(evidence: Evidence, rule: Protocol) -> Found:
-    """The stored study of SmolLM2 with all weights: needles, minus the dense model's and minus each control's."""
+    """SmolLM2 with gates and adapters, stored: needles, minus the dense model's and minus each control's."""
     pairs = [p for p in evidence.rows("recall", "pairs") if (p["a"], p["measure"]) == ("dms", "needles")]
     pairs = [{**p, **{key: 100 * p[key] for key in ("value", "low", "high")}} for p in pairs]
     dense = next((pair for pair in pairs if pair["b"] == "vanilla"), None)

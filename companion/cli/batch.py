@@ -20,8 +20,8 @@ def stage(
     device: Device = None,
 ):
     """one stage of the main job, such as records-traces-dms-cr4; no name lists them"""
-    from companion.experiments.main import Run
     from companion.experiments.profiles import get_profile
+    from companion.experiments.run import Run
     from companion.experiments.stages import run_stage, stages
 
     run = Run(get_profile(profile), run_dir or RUNS / profile, seed=seed, device=device)

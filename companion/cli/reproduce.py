@@ -98,7 +98,7 @@ def score_line(row: dict) -> str:
 def grid(profile: Profile = "tiny", runs: Runs = RUNS, seed: Seed = 0, device: Device = None):
     """DMS, the dense model and the controls (training-free and training-light methods) on the same problems"""
     from companion.experiments import controls
-    from companion.experiments.main import Run
+    from companion.experiments.run import Run
 
     summary = controls.grid(Run.of(profile, runs, seed, device))
     line = (
@@ -121,7 +121,7 @@ def runtime(
     device: Device = None,
 ):
     """seconds of generation at equal cache memory, dense against DMS, on this machine"""
-    from companion.experiments.main import Run
+    from companion.experiments.run import Run
     from companion.experiments.runtime import parse_bytes, runtime
 
     size = parse_bytes(memory)
@@ -178,7 +178,7 @@ def ledger(
     from dataclasses import asdict
 
     from companion.claims.ledger import gather, make_ledger, markdown
-    from companion.experiments.main import Run
+    from companion.experiments.run import Run
 
     run = Run.of(profile, runs)
     if not (run.root / "curves.json").exists():

@@ -48,6 +48,7 @@ def sample(
     template: opt(
         list[str], "an argument of the chat template, such as enable_thinking=false", metavar="NAME=VALUE"
     ) = (),
+    gates: opt(str, "for dms, to load on the model: gates, and adapters with them", metavar="DIR") = None,
     cr: opt(float, "compression ratio (default: the checkpoint's)") = None,
     chains: opt(int, "chains a problem", metavar="W") = 1,
     lengths: opt(list[int], "budgets of the curves (default: L/4 .. L)", metavar="L...") = (),
@@ -73,7 +74,14 @@ def sample(
     )
     problems = load_task(task, source, limit, parse_options(option), unsafe)
     problems.template = parse_options(template, "--template")
-    settings = {"device": device, "dtype": dtype, "workers": workers, "unsafe": unsafe, "shard": Shard.parse(shard)}
+    settings = {
+        "gates": gates,
+        "device": device,
+        "dtype": dtype,
+        "workers": workers,
+        "unsafe": unsafe,
+        "shard": Shard.parse(shard),
+    }
     result = sample_benchmark(model, problems, method, cr, chains, config, out, lengths, widths, **settings)
     if row := result["pass_at_1"]:
         part = "" if settings["shard"].count == 1 else f"shard {shard} of "

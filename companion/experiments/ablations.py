@@ -17,9 +17,9 @@ import yaml
 
 from companion.experiments import main as job
 from companion.experiments.profiles import Profile, get_profile
+from companion.method import Method
 from companion.paths import REASONER
 from companion.provenance import describe
-from companion.records import Method
 from companion.tasks.mixture import TraceDataset
 from dms_core.baselines.kvzap import attach_scores
 from dms_core.budgets import bootstrap

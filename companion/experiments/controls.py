@@ -14,10 +14,10 @@ from functools import partial
 from itertools import product
 
 from companion.experiments import main as job
-from companion.experiments.main import Run
+from companion.experiments.run import Run
 from companion.experiments.sample import merged
+from companion.method import Method
 from companion.provenance import describe
-from companion.records import Method
 from companion.tasks.mixture import TraceDataset
 from dms_core.baselines import H2O, RKV, TOVA, Baseline, Quest, RandomEviction, StreamingLLM
 from dms_core.baselines.kvzap import attach_scores

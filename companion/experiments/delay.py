@@ -21,7 +21,7 @@ import numpy as np
 
 from companion.experiments.interventions import MEASURES, RUNS, interchange
 from companion.experiments.lookups import KINDS, TASKS, Case, find_cases
-from companion.experiments.main import Run, checkpoint
+from companion.experiments.run import Run, checkpoint
 from companion.experiments.sample import checked_device
 from companion.paths import REASONER
 from companion.paths import RUNS as DIRECTORY

@@ -30,7 +30,7 @@ from dms_core.baselines.dmc import DMCConfig, attach_dmc, load_dmc
 from dms_core.checkpoint import fingerprint, load_base
 from dms_core.storage import read_json, update_json, write_json
 from dms_core.train.retrofit import retrofit
-from dms_core.train.trainer import checkpoint_dir
+from dms_core.train.schedule import checkpoint_dir
 
 MERGING = {"dmc": 1.0, "dmc-pressed": 10.0}  # times the reference's weight of the compression loss
 ARMS = ("dms", "neuron-all", *MERGING)

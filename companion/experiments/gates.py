@@ -15,9 +15,9 @@ import numpy as np
 from companion.experiments import main as job
 from companion.experiments.ablations import HELD, difference, interval, shares
 from companion.experiments.profiles import PROFILE_NAMES
+from companion.method import Method
 from companion.paths import RESULTS, RUNS
 from companion.provenance import describe
-from companion.records import Method
 from dms_core.storage import write_json
 
 NEURON = {"dms": {"gate": "neuron"}, "retrofit": {"neuron_warmup": 60, "neuron_zero": True}}

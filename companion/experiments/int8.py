@@ -17,9 +17,9 @@ import torch
 from companion.experiments import main as job
 from companion.experiments.profiles import PROFILE_NAMES
 from companion.experiments.sample import merged
+from companion.method import Method
 from companion.paths import RESULTS, RUNS
 from companion.provenance import describe
-from companion.records import Method
 from companion.tasks.embedded import EMBEDDED
 from companion.tasks.mixture import TraceDataset
 from dms_core.budgets import bootstrap

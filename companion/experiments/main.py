@@ -6,22 +6,25 @@ an interrupted one goes on, a changed parameter starts anew beside the old.  A s
 variants, other profile, the same functions.
 """
 
-import hashlib
-import json
 import time
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
 
 from companion.experiments.embedded import train_recipe
 from companion.experiments.heldout import held_out as measure
 from companion.experiments.heldout import together
-from companion.experiments.profiles import PROBLEMS_SEED, Profile, get_profile
-from companion.experiments.sample import checked_device, load_tokenizer, merged
-from companion.paths import REASONER
+from companion.experiments.run import (
+    Run,
+    checkpoint,
+    methods,
+    profile_facts,
+    recipe_of,
+    records_dir,
+    retrofit_dir,
+    saved_ratios,
+)
+from companion.experiments.sample import merged
+from companion.method import Method
 from companion.provenance import describe
-from companion.records import Method, records_file, sample_records
-from companion.tasks import Task, get_task
+from companion.records import records_file, sample_records
 from companion.tasks.embedded import EMBEDDED
 from companion.tasks.grading import canonical, grade_file
 from companion.tasks.mixture import TraceDataset
@@ -32,78 +35,6 @@ from dms_core.config import DMSConfig
 from dms_core.model import attach
 from dms_core.sampling import SamplingConfig
 from dms_core.storage import read_json, update_json, write_json
-from dms_core.train.recipe import Recipe
-from dms_core.train.trainer import checkpoint_dir
-
-
-@dataclass(frozen=True)
-class Run:
-    """A dense model, retrofits of it, and a task, with one directory for all results."""
-
-    profile: Profile
-    root: Path
-    base: Path = REASONER  # directory of the dense model
-    seed: int = 0
-    variants: dict[str, Recipe] | None = None  # retrofits that are trained here, by method; None: the main job's
-    checkpoints: dict[float, Path] = field(default_factory=dict)  # retrofits made elsewhere, by compression ratio
-    benchmark: Task | None = None  # None: the embedded one that the profile names
-    label: str = "this book"  # what its curves are called
-    device: str | None = None  # where models train and run; None: a GPU where there is one
-
-    def __post_init__(self) -> None:
-        for name in ("root", "base"):
-            object.__setattr__(self, name, Path(getattr(self, name)))
-        if self.variants is None:
-            object.__setattr__(self, "variants", main_variants(self.profile, self.seed))
-
-    @classmethod
-    def of(cls, profile: str, runs: Path, seed: int = 0, device: str | None = None, task: str = "traces") -> "Run":
-        """The main job of a profile below ``runs``, at one of the embedded tasks."""
-        return cls(get_profile(profile, task), Path(runs) / profile, seed=seed, device=device)
-
-    @cached_property
-    def task(self) -> Task:
-        seed = PROBLEMS_SEED + self.seed
-        return self.benchmark or get_task(self.profile.task, size=self.profile.problems, split="test", seed=seed)
-
-    def at(self, task: str) -> "Run":
-        """The same run at another of the embedded tasks."""
-        return replace(self, profile=self.profile.at(task))
-
-    @property
-    def all_tasks(self) -> list["Run"]:
-        """The runs, one a task, that this one belongs to."""
-        return [self] if self.benchmark else [self.at(task) for task in EMBEDDED]
-
-    @cached_property
-    def place(self) -> str:
-        """The device.  Raises ValueError for one that this machine lacks."""
-        return checked_device(self.device)
-
-    @cached_property
-    def tokenizer(self):
-        return load_tokenizer(self.base)
-
-    @cached_property
-    def base_weights(self) -> str:
-        return fingerprint(self.base)
-
-    def parameters(self) -> int:
-        """Weights of the dense model."""
-        return load_base(self.base).num_parameters()
-
-
-def main_variants(profile: Profile, seed: int) -> dict[str, Recipe]:
-    """Delayed and immediate eviction; the latter up to the ratio at which they are compared."""
-    if profile.recipe is None:
-        return {}
-    delayed = profile.recipe.changed("dms", retrofit={"seed": seed})
-    stop = {"stop_cr": profile.compare_cr}
-    return {
-        "dms": delayed,
-        "dms-immediate": delayed.changed("dms-immediate", dms={"eviction": "immediate"}, retrofit=stop),
-    }
-
 
 # Retrofit.
 
@@ -136,11 +67,6 @@ def _train(run: Run, name: str, seed: int, until: float | None) -> float:
     return seconds
 
 
-def checkpoint(run: Run, name: str, cr: float, seed: int = 0) -> Path:
-    """Where the checkpoint of a variant at a compression ratio is, or will be."""
-    return run.checkpoints[cr] if run.checkpoints else checkpoint_dir(retrofit_dir(run, name, seed), cr)
-
-
 def held_out(run: Run, name: str, cr: float, seed: int = 0) -> dict:
     """Compression, retention per head, KL and agreement of a checkpoint on validation documents.
 
@@ -164,26 +90,7 @@ def compared(run: Run, model) -> dict:
     return together(parts.values()) | {"by_task": parts}
 
 
-def recipe_of(run: Run, name: str, seed: int = 0) -> Recipe:
-    """How a variant is trained."""
-    recipe = run.variants[name]
-    return recipe.changed(recipe.name, retrofit={"seed": recipe.retrofit.seed + seed}) if seed else recipe
-
-
-def retrofit_dir(run: Run, name: str, seed: int = 0) -> Path:
-    """Where a variant's training and checkpoints lie."""
-    facts = [recipe_of(run, name, seed).to_dict(), run.base_weights]
-    return run.root / f"{name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
-
-
 # Sampling.
-
-
-def methods(run: Run) -> list[Method]:
-    """The dense model, its retrofits at each ratio and, in the main job, immediate eviction; all seeds of each."""
-    compared = [("dms", cr) for cr in run.profile.crs]
-    compared += [("dms-immediate", run.profile.compare_cr)] * ("dms-immediate" in run.variants)
-    return [Method("vanilla", 1.0), *(Method(*which, seed) for which in compared for seed in range(run.profile.seeds))]
 
 
 def records(run: Run, method: Method) -> list[dict]:
@@ -198,11 +105,6 @@ def sampled(run: Run, method: Method, model, weights: str, length: int, baseline
     file = records_dir(run) / records_file(model, weights, run.tokenizer, run.task, method, config, baseline)
     found = sample_records(model, run.tokenizer, run.task, method, run.profile.chains, config, file, baseline)
     return canonical(grade_file(file, run.task, missing=True) if run.task.grades_later else found)
-
-
-def records_dir(run: Run) -> Path:
-    """Where the records of the run's task lie."""
-    return run.root / "records" / run.task.name.replace(":", "-")
 
 
 def model_of(run: Run, method: Method) -> tuple:
@@ -247,21 +149,8 @@ def summary(run: Run) -> dict:
     return result
 
 
-def saved_ratios(run: Run) -> list[float]:
-    """The ratios at which the main retrofit leaves a checkpoint."""
-    return sorted(run.profile.recipe.retrofit.schedule.saves().values())
-
-
 def _fidelity(held: dict) -> dict:
     return {name: held[name] for name in ("cr_decisions", "cr_live", "kl")}
-
-
-def profile_facts(run: Run) -> dict:
-    """The profile's settings, those of each task in "tasks"."""
-    tasks = {one.task.name: one.profile.facts() for one in run.all_tasks}
-    own = ("task", "problems", "lengths", "widths")
-    shared = {name: value for name, value in run.profile.facts().items() if name not in own}
-    return shared | {"tasks": {task: {name: facts[name] for name in own[1:]} for task, facts in tasks.items()}}
 
 
 def _summarised(run: Run) -> dict:

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from companion.experiments.main import Run
 from companion.experiments.profiles import Profile, get_profile
+from companion.experiments.run import Run
 from companion.tasks import get_task
 from dms_core.checkpoint import read_settings
 from dms_core.hub_files import local_directory

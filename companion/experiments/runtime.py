@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from companion.experiments import main as job
 from companion.experiments.dense_rows import sample_dense
-from companion.experiments.main import Run
+from companion.experiments.run import Run
 from companion.experiments.sample import merged
+from companion.method import Method
 from companion.provenance import describe
-from companion.records import Method, make_record, records_file
+from companion.records import make_record, records_file
 from companion.tasks import Task
 from companion.tasks.grading import canonical
 from dms_core.budgets.curves import summarise

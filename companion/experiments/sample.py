@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from companion.experiments.profiles import get_profile
-from companion.records import WHOLE, Method, Shard, record_files, records_file, sample_records
+from companion.method import Method
+from companion.records import WHOLE, Shard, record_files, records_file, sample_records
 from companion.tasks import Task, get_task, task_class
 from companion.tasks.embedded import EMBEDDED
 from companion.tasks.grading import canonical, grade_file
@@ -24,7 +25,7 @@ from dms_core.baselines import BASELINE_NAMES, get_baseline
 from dms_core.budgets.curves import summarise
 from dms_core.budgets.voting import RECORD_KEYS
 from dms_core.chat import check_arguments
-from dms_core.checkpoint import fast_dtype, fingerprint, load_base, load_model, read_settings
+from dms_core.checkpoint import fast_dtype, fingerprint, load_base, load_gates, load_model, read_settings
 from dms_core.config import DMSConfig
 from dms_core.hub_files import local_directory
 from dms_core.interop import is_foreign
@@ -85,6 +86,7 @@ def sample_benchmark(
     lengths: Sequence[int] = (),
     widths: Sequence[int] = (),
     *,
+    gates: str | None = None,
     device: str | None = None,
     dtype: str = "auto",
     workers: int = 1,
@@ -93,11 +95,12 @@ def sample_benchmark(
 ) -> dict:
     """Sample chains, or go on where it was interrupted, and grade them.  Under torchrun its processes split the model.
 
-    model: a directory or hub id, retrofitted for the method ``dms``; cr: None for what that checkpoint says.  lengths,
-    widths: budgets of the curves, noted in run.json (default: up to those sampled).  workers: programs graded at once.
-    shard: the part of the chains to sample, to a file of its own.  Returns {"task", "method", "cr", "file", "records",
-    "pass_at_1"} of that part, the last None where nothing is graded and in other processes than the first.  Raises
-    ValueError where model, method or ratio are wrong, or ``out`` belongs to another task.
+    model: a directory or hub id, retrofitted for the method ``dms`` unless ``gates`` names what to load on it; cr:
+    None for what that checkpoint says. lengths, widths: budgets of the curves, noted in run.json (default: up to
+    those sampled). workers: programs graded at once. shard: the part of the chains to sample, to a file of its own.
+    Returns {"task", "method", "cr", "file", "records", "pass_at_1"} of that part, the last None where nothing is
+    graded and in other processes than the first.  Raises ValueError where model, method or ratio are wrong, or
+    ``out`` belongs to another task.
     """
     if method not in ("vanilla", "dms", *BASELINE_NAMES):
         raise ValueError(f"method {method!r}: must be one of vanilla, dms, {', '.join(sorted(BASELINE_NAMES))}")
@@ -113,16 +116,19 @@ def sample_benchmark(
     lengths = list(lengths) or sorted({max(1, longest // 4), max(1, longest // 2), longest})
     widths = list(widths) or [w for w in (1, 2, 4, 8, 16, 32) if w <= chains]
     note = _noted(out, task) | {"task": task.name, "lengths": lengths, "widths": widths}
-    directory = local_directory(model)
-    cr = cr or (checkpoint_ratio(directory) if method == "dms" else 1.0)
+    if gates and method != "dms":
+        raise ValueError(f"gates {gates} with method {method!r}: must be with dms")
+    directory, trained = local_directory(model), local_directory(gates or model)
+    cr = cr or (checkpoint_ratio(trained) if method == "dms" else 1.0)
     if not cr:
-        raise ValueError(f"{model} does not say its compression ratio: give --cr")
+        raise ValueError(f"{trained} does not say its compression ratio: give --cr")
     tokenizer = load_tokenizer(directory)
     check_arguments(tokenizer, task.template)
     baseline = get_baseline(method)(float(cr)) if method in BASELINE_NAMES else None
-    loaded = _load(directory, method == "dms", device, dtype)
+    loaded = _load(directory, trained if method == "dms" else None, device, dtype)
     chosen, first = Method(method, float(cr)), loaded.dms.split.rank == 0
-    name = records_file(loaded, fingerprint(directory), tokenizer, task, chosen, config, baseline)
+    weights = "".join(map(fingerprint, dict.fromkeys([directory, trained])))
+    name = records_file(loaded, weights, tokenizer, task, chosen, config, baseline)
     note["records"][str(chosen)], whole = name, out / "records" / name
     templates = note.get("template", {}) | {str(chosen): dict(task.template)}
     note["template"] = {key: arguments for key, arguments in templates.items() if arguments}
@@ -151,14 +157,18 @@ def _process_device(name: str | None) -> str | None:
     return None
 
 
-def _load(directory: Path, retrofitted: bool, device: str | None, dtype: str):
-    """The model with gates, which only a retrofitted one may use.
+def _load(directory: Path, trained: Path | None, device: str | None, dtype: str):
+    """The model with gates: those of ``trained``, which may be the model itself, or silent ones.
 
     device: None for the part of this process, "auto" for layers spread over the cards.
     """
     spread = {"device_map": "auto"} if device == "auto" else tensor_parallel()
     options = {"dtype": dtype, **spread}
-    model = load_model(directory, **options) if retrofitted else attach(load_base(directory, **options), DMSConfig())
+    if trained == directory:
+        model = load_model(directory, **options)
+    else:
+        base = load_base(directory, **options)
+        model = load_gates(base, trained) if trained else attach(base, DMSConfig())
     return model if spread else model.to(device)
 
 

@@ -5,9 +5,17 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from companion.experiments import main as job
-from companion.experiments.main import Run
-from companion.records import Method, seed_suffix
+from companion.experiments.run import (
+    Run,
+    checkpoint,
+    methods,
+    profile_facts,
+    recipe_of,
+    records_dir,
+    retrofit_dir,
+    saved_ratios,
+)
+from companion.method import Method, seed_suffix
 from dms_core.storage import write_text
 
 
@@ -27,7 +35,7 @@ def stages(run: Run) -> dict[str, Stage]:
     of the first retrofit are held out, also those that are not sampled.  If several of a retrofit are used, it has a
     stage retrofit-METHOD for each but the last: what needs a checkpoint on the way does not wait for the end.
     """
-    sampled, saved = job.methods(run), [Method("dms", cr) for cr in job.saved_ratios(run)]
+    sampled, saved = methods(run), [Method("dms", cr) for cr in saved_ratios(run)]
     found = _retrofits(run, dict.fromkeys([*sampled, *saved]))
     for method in sampled:
         needs = _retrofit_for(found, method)
@@ -67,11 +75,11 @@ def settings(stage: Stage) -> dict:
     """The parameters that shape a stage's result, apart from what it needs; ready for JSON."""
     run, method = stage.run, stage.method
     if stage.kind == "retrofit":
-        return job.recipe_of(run, method.name, method.seed).to_dict() | ({"until": method.cr} if method.cr > 1 else {})
+        return recipe_of(run, method.name, method.seed).to_dict() | ({"until": method.cr} if method.cr > 1 else {})
     if stage.kind == "held-out":
         return {"documents": run.profile.held_out, "seed": run.seed}
     if stage.kind == "summary":
-        return job.profile_facts(run)
+        return profile_facts(run)
     shape = {"problems": run.profile.problems, "chains": run.profile.chains, "length": max(run.profile.lengths)}
     return shape | {"seed": run.seed, **({} if stage.needs else {"dms": run.profile.recipe.dms.to_dict()})}
 
@@ -96,6 +104,8 @@ def run_stage(run: Run, name: str, code: str = "") -> dict:
 
 
 def _result(stage: Stage) -> dict:
+    from companion.experiments import main as job
+
     run, method = stage.run, stage.method
     if stage.kind == "retrofit":
         if method.cr > 1:
@@ -114,10 +124,10 @@ def _forget(stage: Stage) -> None:
     """Delete what a stage keeps.  A summary is computed anew each time."""
     run, method = stage.run, stage.method
     if stage.kind == "retrofit":
-        shutil.rmtree(job.retrofit_dir(run, method.name, method.seed), ignore_errors=True)
+        shutil.rmtree(retrofit_dir(run, method.name, method.seed), ignore_errors=True)
     elif stage.kind == "held-out":
-        for file in job.checkpoint(run, method.name, method.cr, method.seed).glob("held_out-*.json"):
+        for file in checkpoint(run, method.name, method.cr, method.seed).glob("held_out-*.json"):
             file.unlink()
     elif stage.kind == "records":
-        for file in job.records_dir(run).glob(f"{method}-{'[0-9a-f]' * 12}*.jsonl"):  # no other seed's
+        for file in records_dir(run).glob(f"{method}-{'[0-9a-f]' * 12}*.jsonl"):  # no other seed's
             file.unlink()

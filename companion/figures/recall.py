@@ -19,7 +19,7 @@ TABLE = {  # a column: measure and factor
     "KL far": ("far_kl", 1),
 }
 MISSING = (
-    "*`data/results/recall.json`, the study of a retrofit of all weights, is not in this copy; the commands above "
+    "*`data/results/recall.json`, the study of gates with adapters, is not in this copy; the commands above "
     "compute it.*"
 )
 

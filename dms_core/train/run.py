@@ -12,7 +12,7 @@ from dms_core.storage import claim
 from dms_core.train.data import PackedRows, prepare
 from dms_core.train.recipe import Recipe
 from dms_core.train.retrofit import CLAIM, retrofit
-from dms_core.train.trainer import checkpoint_dir
+from dms_core.train.schedule import checkpoint_dir
 
 
 def run_recipe(

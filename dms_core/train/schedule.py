@@ -10,6 +10,7 @@ rest.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -80,3 +81,8 @@ class Schedule:
         """Steps after which a checkpoint is kept: at each integer CR, after its rest, and at the end."""
         crs = sorted({float(cr) for cr in range(2, math.ceil(self.final_cr))} | {float(self.final_cr)})
         return {self.reached(cr) + dict(self.rests).get(cr, 0): cr for cr in crs}
+
+
+def checkpoint_dir(out: Path | str, cr: float) -> Path:
+    """Where a run in ``out`` keeps the checkpoint of a ratio."""
+    return Path(out) / f"cr{cr:g}"

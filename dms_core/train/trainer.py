@@ -21,6 +21,7 @@ from dms_core.probe import decoder_of
 from dms_core.storage import seal
 from dms_core.train.lora import lora_difference
 from dms_core.train.losses import Totals
+from dms_core.train.schedule import checkpoint_dir
 
 
 class RetrofitTrainer(Trainer):
@@ -153,7 +154,3 @@ class ProgressBar(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
-
-
-def checkpoint_dir(out: Path | str, cr: float) -> Path:
-    return Path(out) / f"cr{cr:g}"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from companion import records as module
-from companion.records import Method, Shard, make_record, records_file, sample_records
+from companion.method import Method
+from companion.records import Shard, make_record, records_file, sample_records
 from companion.tasks.embedded import Traces
 from companion.tasks.programs import ANSWER_MARK, make_problem
 from companion.tasks.reasoner import make_tokenizer

@@ -15,7 +15,8 @@ import pytest
 from faulty import FAULTS, HOSTILE, Fault, die, end, error_of, fault, fork, in_child, killed, small_disk
 
 from companion.book import execute
-from companion.records import Method, records_file, sample_records
+from companion.method import Method
+from companion.records import records_file, sample_records
 from companion.tasks import get_task
 from companion.tasks.embedded import Traces
 from companion.tasks.math import equal

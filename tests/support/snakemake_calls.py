@@ -22,8 +22,7 @@ def _server() -> subprocess.Popen:
 
 
 def _serve() -> None:
-    import papermill  # noqa: F401  these are what each call would import, but for the sources, which may be copies
-    import transformers  # noqa: F401
+    import papermill  # noqa: F401  with Snakemake what each call would import, but for the sources, which may be copies
     from snakemake import cli, workflow  # noqa: F401
 
     for line in sys.stdin:

@@ -1,17 +1,17 @@
 # The main job with the embedded model: stages, chapters, book, and the comparison with the published tables.
-from companion.experiments import main as job
 from companion.experiments.profiles import get_profile
+from companion.experiments.run import Run
 from companion.experiments.stages import settings, stages
 
 try:
-    JOB = job.Run(get_profile(S["profile"]), RUN, seed=S["seed"])
+    JOB = Run(get_profile(S["profile"]), RUN, seed=S["seed"])
 except ValueError as error:
     raise WorkflowError(str(error)) from error
 
 STAGES = stages(JOB)
 BASE = [ROOT / "data" / "reasoner" / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
 RESULTS = ROOT / "data" / "results"
-GLUE = [ROOT / "companion" / "experiments" / name for name in ("main.py", "stages.py")]
+GLUE = [ROOT / "companion" / "experiments" / name for name in ("main.py", "run.py", "stages.py")]
 MODULES = {  # what a stage runs; profiles are no sources, since their values are parameters
     "retrofit": ["dms_core.train.retrofit", "dms_core.checkpoint", "companion.tasks.mixture"],
     "held-out": ["companion.experiments.heldout", "dms_core.checkpoint", "companion.tasks.mixture"],

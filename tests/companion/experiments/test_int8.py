@@ -6,7 +6,7 @@ import pytest
 
 from companion.experiments import int8
 from companion.experiments import main as job
-from companion.records import Method
+from companion.method import Method
 from companion.tasks.mixture import TraceDataset
 
 RIGHT = {"auto": 1.0, "int8": 0.5}  # shares of the chains

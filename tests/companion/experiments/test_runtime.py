@@ -9,10 +9,10 @@ from transformers import DynamicCache
 from companion.experiments import main
 from companion.experiments import runtime as module
 from companion.experiments.dense_rows import DenseRows, sample_dense
-from companion.experiments.main import Run
 from companion.experiments.profiles import get_profile
+from companion.experiments.run import Run
 from companion.experiments.runtime import Plan, measure, parse_bytes, runtime
-from companion.records import Method
+from companion.method import Method
 from companion.tasks.embedded import Traces
 from companion.tasks.reasoner import make_tokenizer
 from dms_core import sampling

@@ -19,7 +19,7 @@ from dms_core.sampling import SamplingConfig, sample_chains
 from dms_core.train.losses import Distiller
 from dms_core.train.recipe import RetrofitConfig
 from dms_core.train.retrofit import retrofit
-from dms_core.train.trainer import checkpoint_dir
+from dms_core.train.schedule import checkpoint_dir
 
 CONFIG = DMCConfig(scale=8.0, offset=0.0)
 

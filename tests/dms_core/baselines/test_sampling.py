@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from companion.method import Method
 from companion.paths import REASONER
-from companion.records import Method, records_file, sample_records
+from companion.records import records_file, sample_records
 from companion.tasks.embedded import Traces
 from companion.tasks.reasoner import make_tokenizer
 from dms_core.baselines import BASELINES, H2O, TOVA, Quest, RandomEviction, StreamingLLM, get_baseline

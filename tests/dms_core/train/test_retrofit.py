@@ -19,7 +19,7 @@ from dms_core.storage import read_json
 from dms_core.train.optim import make_optimizer
 from dms_core.train.recipe import RetrofitConfig
 from dms_core.train.retrofit import pad_collate, retrofit
-from dms_core.train.trainer import checkpoint_dir
+from dms_core.train.schedule import checkpoint_dir
 
 module = sys.modules["dms_core.train.retrofit"]  # the package exports the function of that name
 DMS = DMSConfig(window=2, scale=10.0)
