@@ -404,6 +404,18 @@ def test_rows_may_change_places_within_a_cache_and_pages_must_be_of_one_size():
     assert torch.equal(other.live_tokens(), live)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_one_page_with_room_for_more_goes_into_an_empty_layer_of_any_dtype(dtype):
+    one, other = Model(DMSConfig(window=2), 1, 1, 1, 16, 0), DMSLayer(DMSConfig(window=2), 16)
+    one.feed(4, torch.ones(1, 4, dtype=torch.bool), 0.0)
+    make_room([one.layer.rows])
+    other.lazy_initialization(torch.empty(1, 1, 0, WIDTH, dtype=dtype))
+    other.put(torch.tensor([0]), one.layer, torch.tensor([0]))
+    assert len(other.rows.keys) == 1 < other.rows.table.shape[1]
+    for mine, theirs in zip(other.rows.read(), one.layer.rows.read(), strict=True):
+        assert mine.dtype == dtype and torch.equal(mine[:, :4], theirs[:, :4].to(dtype))
+
+
 def test_an_empty_cache_can_be_forked_and_filled_token_by_token():
     cache = fill(DMSCache(DMSConfig(window=2), layers=1), batch=1).empty_like(1)
     cache.fork(2)
