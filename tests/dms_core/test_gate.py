@@ -106,6 +106,7 @@ def test_logits_of_one_token_without_gradient_are_those_with(granularity):
 def test_rows_of_a_neuron_are_the_same_in_every_head():
     rows = neuron_rows(torch.nn.Linear(2, 12), heads=3, neuron=1)
     assert [(len(parameter), index.tolist()) for parameter, index in rows] == [(12, [1, 5, 9])] * 2
+    assert all(index.dtype == torch.long for _, index in rows)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ recorded with the Python numbers of that moment.
 """
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dms_core import graphs, sampling
+from dms_core.baselines import get_baseline
 from dms_core.graphs import StepGraph
 from dms_core.sampling import SamplingConfig, sample_chains
 from dms_kernels.cpu import step as cpu_step
@@ -117,3 +119,20 @@ def test_a_step_that_cannot_be_captured_goes_on_as_it_is(monkeypatch, no_card):
 def test_reasons_against_a_graph_are_named(tiny_model):
     model = tiny_model()
     assert graphs.why_no_graph(model, model.dms.new_cache()) == "not on CUDA"
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda model: model.dms.new_cache(), ""),
+        (lambda model: model.dms.new_cache(slack=1), "DMSCache: its steps change shapes"),
+        (lambda model: get_baseline("tova")(2.0)(model, 9), "BaselineCache: its steps change shapes"),
+    ],
+    ids=["dms", "slack", "baseline"],
+)
+def test_steps_that_change_shapes_are_not_captured(tiny_model, monkeypatch, make, reason):
+    model = tiny_model()
+    cache, card = make(model), SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(model, "parameters", lambda: [card])
+    assert graphs.why_no_graph(model, cache) == reason

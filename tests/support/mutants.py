@@ -28,18 +28,23 @@ import torch
 from mutmut.mutation.file_mutation import create_mutations
 
 ROOT = Path(__file__).parents[2]
-CACHE = (
-    "cache/test_base.py",
-    "cache/test_dms.py",
-    "cache/test_slack.py::test_outputs_are_those_of_a_history_without_what_was_taken_back",
+CACHE = ("cache/test_base.py", "cache/test_dms.py", "cache/test_slack.py")
+ELSEWHERE = (  # what other tests say of caches: other devices, captured steps
+    "../test_accelerator.py::test_path_on_the_accelerator_equals_the_cpu[rows]",
+    "test_graphs.py::test_steps_that_change_shapes_are_not_captured",
 )
 TESTS = {
     "visibility": ("test_visibility.py",),
     "gate": ("test_gate.py",),
     "budgets.pareto": ("budgets/test_pareto.py",),
     "budgets.voting": ("budgets/test_voting.py", "budgets/test_curves.py"),
-    "cache.base": CACHE,
-    "cache.dms": CACHE,
+    "cache.base": (
+        *CACHE,
+        *ELSEWHERE,
+        "cache/test_prefix.py::test_layers_that_cannot_take_back_tokens_refuse_slack",
+        "baselines/test_baselines.py::test_layer_equals_its_definition",
+    ),
+    "cache.dms": (*CACHE, *ELSEWHERE, "cache/test_int8_pages.py"),
     "cache.pages": CACHE,
 }
 SLOW = "simulated_reruns or cover_the_truth or speculation"

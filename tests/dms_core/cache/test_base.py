@@ -1,11 +1,15 @@
 """What RowCache keeps for all its layers: rows that move with their states, counters on the host, room for steps."""
 
+from functools import partial
+
 import pytest
+import shadow
 import torch
 from transformers.cache_utils import LinearAttentionLayer
 
 from dms_core.cache.base import prepared, take, tokens_first
 from dms_core.cache.dms import DMSCache
+from dms_core.cache.hybrid import StatefulLayer
 from dms_core.cache.pages import AHEAD
 from dms_core.config import DMSConfig
 
@@ -63,9 +67,30 @@ def test_states_and_idle_rows_move_with_the_rows():
     assert cache.idle is None and cache.bytes_of_states() == cache.bytes_held() == 0
 
 
+def test_numbers_of_rows_may_lie_on_another_device_than_the_cache():
+    cache, numbers = mixed(), partial(torch.tensor, device=shadow.DEVICE)
+    assert not sits_out(cache, False, True, False)
+    cache.put_rows(numbers([0]), mixed(), numbers([2]))
+    cache.reset_rows(numbers([1]))
+    cache.reorder_cache(numbers([2, 0, 1]))
+    assert state(cache) == [3, 3, 0] and cache.tokens_seen().tolist() == [5, 5, 0]
+
+
 def test_rows_of_another_number_of_layers_are_refused():
     with pytest.raises(ValueError, match="both must be the same"):
         mixed().put_rows(torch.tensor([0]), DMSCache(DMSConfig(window=2), 1, page=4), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("others", [{}, {1: LinearAttentionLayer}], ids=["no states", "fewer keys"])
+def test_rows_of_layers_of_other_kinds_are_refused(others):
+    def of_kinds(others: dict) -> DMSCache:
+        cache = DMSCache(DMSConfig(window=2), 2, page=4, others=others)
+        feed(cache, 5, (2,) * len(cache.held))
+        return cache
+
+    cache = of_kinds({1: partial(StatefulLayer, DMSConfig(window=2), 4, 1)})
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        cache.put_rows(torch.tensor([0]), of_kinds(others), torch.tensor([1]))
 
 
 def test_counters_repeat_the_heads_of_each_layer_to_a_common_number():
@@ -102,6 +127,13 @@ def test_lengths_are_what_transformers_asks_for():
     assert layer.get_max_length() == layer.get_max_cache_shape() == -1
     cache.columns = 7
     assert cache.get_seq_length() == 7 and cache.get_mask_sizes(1, 0) == (8, 0)
+
+
+def test_rows_of_one_layer_can_be_reordered_as_in_transformers():
+    layer = mixed().held[0]
+    before = layer.rows.read()[0].unflatten(0, (3, 2))
+    layer.reorder_cache(torch.tensor([2, 0]))
+    assert torch.equal(layer.rows.read()[0].unflatten(0, (2, 2)), before[[2, 0]]) and layer.batch == 2
 
 
 def test_keys_that_no_attention_asked_for_and_another_batch_raise():

@@ -214,6 +214,21 @@ def test_contents_do_not_depend_on_the_split_into_calls(window, delayed, cuts, s
         assert all(torch.equal(a, b) for a, b in zip(kept, results[0][1], strict=True))
 
 
+def test_sinks_take_part_in_a_prefill_and_in_every_decode_step():
+    config, g = DMSConfig(window=2), torch.Generator().manual_seed(0)
+    layer, sinks = DMSLayer(config, 4), torch.tensor([2.0, -1.0])
+    q, k, v = (torch.randn(1, 2, 9, WIDTH, generator=g) for _ in range(3))
+    evict = torch.rand(1, 2, 9, generator=g) < 0.5
+    outs = []
+    for a, b in pairwise((0, 5, 6, 7, 8, 9)):
+        layer.update(k[:, :, a:b], v[:, :, a:b])
+        outs.append(layer.attend(*(x[:, :, a:b] for x in (q, k, v, evict)), None, 0.5, sinks))
+    about = align_decisions(evict, config.lag, None, False)
+    log_keep = torch.zeros(about.shape).masked_fill(about, float("-inf"))
+    expected = naive.train_attention(q, k, v, log_keep, config.window, None, 0.5, sinks)
+    torch.testing.assert_close(torch.cat(outs, 2), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_all_marked_cache_holds_exactly_the_window():
     model = Model(DMSConfig(window=5), 2, 2, 1, 2, 0)
     for _ in range(40):
@@ -402,6 +417,18 @@ def test_rows_may_change_places_within_a_cache_and_pages_must_be_of_one_size():
     with pytest.raises(ValueError, match="pages of 2 tokens: this cache has pages of 4"):
         other.put_rows(torch.tensor([0]), cache, torch.tensor([0]))
     assert torch.equal(other.live_tokens(), live)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_one_page_with_room_for_more_goes_into_an_empty_layer_of_any_dtype(dtype):
+    one, other = Model(DMSConfig(window=2), 1, 1, 1, 16, 0), DMSLayer(DMSConfig(window=2), 16)
+    one.feed(4, torch.ones(1, 4, dtype=torch.bool), 0.0)
+    make_room([one.layer.rows])
+    other.lazy_initialization(torch.empty(1, 1, 0, WIDTH, dtype=dtype))
+    other.put(torch.tensor([0]), one.layer, torch.tensor([0]))
+    assert len(other.rows.keys) == 1 < other.rows.table.shape[1]
+    for mine, theirs in zip(other.rows.read(), one.layer.rows.read(), strict=True):
+        assert mine.dtype == dtype and torch.equal(mine[:, :4], theirs[:, :4].to(dtype))
 
 
 def test_an_empty_cache_can_be_forked_and_filled_token_by_token():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from model_inputs import left_padded, random_ids
 
 from dms_core.cache.dms import DMSCache, DMSLayer
+from dms_core.cache.pages import AHEAD
 from dms_core.config import DMSConfig
 from dms_core.visibility import align_decisions, visible
 from dms_kernels import naive
@@ -145,6 +146,13 @@ def test_a_second_turn_after_a_fork_and_a_crop_leaves_shared_pages_alone():
     for taken, new in ((3, 4), (4, 1), (1, 5), (2, 12), (4, 2)):
         fed.crop(taken)
         fed.feed(torch.ones(3, new, dtype=torch.bool), 0.7)
+        fed.check()
+
+
+def test_steps_that_nothing_is_taken_back_from_find_room_beyond_what_was_made_ahead():
+    fed = Fed(DMSConfig(window=2), slack=2, batch=1, page=1, seed=0)
+    for _ in range(3 * AHEAD):
+        fed.feed(torch.ones(1, 1, dtype=torch.bool), 0.0)
         fed.check()
 
 
