@@ -121,7 +121,7 @@ def sample_benchmark(
     directory, trained = local_directory(model), local_directory(gates or model)
     cr = cr or (checkpoint_ratio(trained) if method == "dms" else 1.0)
     if not cr:
-        raise ValueError(f"{trained} does not say its compression ratio: give --cr")
+        raise ValueError(f"{gates or model} does not say its compression ratio: give --cr")
     tokenizer = load_tokenizer(directory)
     check_arguments(tokenizer, task.template)
     baseline = get_baseline(method)(float(cr)) if method in BASELINE_NAMES else None
