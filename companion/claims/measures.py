@@ -13,22 +13,27 @@ from companion.claims.wording import points
 from companion.cost.roofline import ARCHITECTURES, kv_share
 from companion.experiments.delay import RULE, conclusion, select
 from companion.figures.style import style_of
+from companion.tasks.base import short_name
 
 Found = tuple[str, str] | None  # what was measured, and the verdict; None without data
 AXES = {"reads": "equal reads", "peak": "equal peak", "seconds": "equal time"}
 DIFFERENCE = ("difference", "low", "high")
 
 
-def margin(evidence: Evidence, rule: Protocol, axis: str) -> Found:
-    """Of DMS over the dense model at each task; beside it, not judged, the gain at the dense model's budget."""
-    result = evidence.runtime if axis == "seconds" else evidence.main
+def margin(evidence: Evidence, rule: Protocol, axis: str, study: str = "") -> Found:
+    """Of DMS over the dense model at each task; beside it, not judged, the gain at the dense model's budget.
+
+    study: a stored one, with one retrofit, in place of the main results.
+    """
+    result = evidence.stored.get(study, {}) if study else evidence.runtime if axis == "seconds" else evidence.main
     rows = [
         row for row in result.get("margins", ()) if (row["a"], row["b"], row["scale"]) == ("dms", "vanilla", "log2")
     ]
     rows = [row for row in rows if row["axis"] == axis]
     if not rows:
         return None
-    where = f", on {result['machine']}" if axis == "seconds" else evidence.of_main
+    alone = ", one retrofit" if study else evidence.of_main
+    where = f", on {result['machine']}" if axis == "seconds" else alone
     gains = [row for row in result.get("headline", ()) if (row["a"], row["b"], row["axis"]) == ("dms", "vanilla", axis)]
     told = f"; at the budget of one long dense chain: {_by_task(gains, 'gain')}" if gains else ""
     return f"{_by_task(rows, 'value')} (log2 axis{where}){told}", _all_tasks(rows)
@@ -268,7 +273,7 @@ def _sign(row: dict) -> int:
 
 def _all_tasks(rows: list[dict]) -> str:
     """All tasks agree, all disagree, or which do what."""
-    signs = {row["task"]: _sign(row) for row in rows}
+    signs = {short_name(row["task"]): _sign(row) for row in rows}
     if len(set(signs.values())) == 1:
         return {1: "agrees", -1: "disagrees", 0: "unresolved"}[next(iter(signs.values()))]
     words = {1: "agrees on", -1: "disagrees on", 0: "unresolved on"}
@@ -285,7 +290,7 @@ def _told(pairs: list[dict], by_axis: dict[str, list[dict]], sign: int) -> str:
 
 def _by_task(rows: Iterable[dict], key: str) -> str:
     """ "traces +1.2 [0.3, 2.0], choice …", in points with 95 % intervals."""
-    return ", ".join(f"{row['task']} {wording.interval(row[key], row['low'], row['high'])}" for row in rows)
+    return ", ".join(f"{short_name(row['task'])} {wording.interval(row[key], row['low'], row['high'])}" for row in rows)
 
 
 def _difference(row: dict) -> str:

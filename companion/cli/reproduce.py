@@ -6,7 +6,7 @@ from pathlib import Path
 
 from companion.cli.app import Device, Profile, Runs, Seed, command, opt
 from companion.paths import REASONER, RESULTS, RUNS, checkout
-from dms_core.storage import read_json
+from dms_core.storage import read_json, write_json
 
 REPRODUCE = "Reproduce"
 FINISHED = (RUNS / "tiny", RESULTS / "full")  # where curves.json is looked for
@@ -57,21 +57,25 @@ def choose_card(device: str | None) -> None:
 
 @command(REPRODUCE, "curves")
 def curves(
-    directory: opt(Path, "a run directory (default: runs/tiny, else data/results/full)", "--results") = None,
+    directories: opt(
+        list[Path],
+        "runs, of different tasks (default: runs/tiny, else data/results/full)",
+        "--results",
+        metavar="DIR...",
+    ) = (),
     lengths: opt(list[int], "budgets (default: those of the run)", metavar="L...") = None,
     widths: opt(list[int], "numbers of chains (default: the run's)", metavar="W...") = None,
     figure: opt(Path, "also draw the curves to this PNG or SVG file") = None,
+    save: opt(Path, "write the summary to this JSON file", metavar="FILE") = None,
 ):
     """accuracy at each budget, Pareto margins and paired differences"""
-    directory = directory or next((path for path in FINISHED if (path / "curves.json").exists()), FINISHED[-1])
-    if (directory / "curves.json").exists() and not (lengths or widths):
-        summary = read_json(directory / "curves.json")
-        if not {"points", "margins", "paired"} <= set(summary):
-            raise ValueError(f"{directory / 'curves.json'}: must hold points, margins and paired")
-    else:
-        from companion.experiments.sample import summarise_directory
+    found = next((path for path in FINISHED if (path / "curves.json").exists()), FINISHED[-1])
+    summaries = [_summary(directory, lengths, widths) for directory in directories or [found]]
+    summary = summaries[0] if len(summaries) == 1 else _together(summaries)
+    if save:
+        from companion.provenance import describe
 
-        summary = summarise_directory(directory, lengths, widths)
+        write_json(save, summary | {"environment": describe()})
     if figure:
         from companion.figures.curves import draw_curves
 
@@ -92,6 +96,30 @@ def score_line(row: dict) -> str:
     errors = {name: row[f"se_{name}"] for name in ("questions", "samples")}
     errors = {name: "—" if error is None else f"{error:.1f}" for name, error in errors.items()}
     return (f"{row['task']}: " if row.get("task") else "") + SCORE.format(**row, **errors)
+
+
+def _summary(directory: Path, lengths: list[int] | None, widths: list[int] | None) -> dict:
+    """A finished run's curves.json; of records, or at other budgets, computed."""
+    file = directory / "curves.json"
+    if not file.exists() or lengths or widths:
+        from companion.experiments.sample import summarise_directory
+
+        return summarise_directory(directory, lengths, widths)
+    summary = read_json(file)
+    if not {"points", "margins", "paired"} <= set(summary):
+        raise ValueError(f"{file}: must hold points, margins and paired")
+    return summary
+
+
+def _together(summaries: list[dict]) -> dict:
+    """What is a list in each of them, one after the other.  Raises ValueError where two are of one task."""
+    from companion.experiments.sample import merged
+
+    tasks = [task for summary in summaries for task in dict.fromkeys(row.get("task") for row in summary["points"])]
+    if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
+        raise ValueError(f"--results: several directories of {', '.join(map(str, twice))}; must be of different tasks")
+    shared = set.intersection(*map(set, summaries))
+    return merged({name: s[name] for name in s if name in shared and isinstance(s[name], list)} for s in summaries)
 
 
 @command(REPRODUCE, "grid")

@@ -102,50 +102,64 @@ def sample_benchmark(
     graded and in other processes than the first.  Raises ValueError where model, method or ratio are wrong, or
     ``out`` belongs to another task.
     """
-    if method not in ("vanilla", "dms", *BASELINE_NAMES):
-        raise ValueError(f"method {method!r}: must be one of vanilla, dms, {', '.join(sorted(BASELINE_NAMES))}")
-    if method in BASELINE_NAMES and cr is None:
-        raise ValueError(f"--method {method}: needs --cr, the compression ratio of its budget")
-    if cr is not None and not 1 <= cr < math.inf:
-        raise ValueError(f"cr {cr}: must be a finite number >= 1")
-    for name, values in {"lengths": lengths, "widths": widths, "chains": [chains], "workers": [workers]}.items():
-        if values and min(values) < 1:
-            raise ValueError(f"{name} {', '.join(map(str, values))}: must be >= 1")
+    _check(method, cr, gates, lengths=lengths, widths=widths, chains=[chains], workers=[workers])
     device, dtype = _process_device(device), checked_dtype(dtype)
-    longest = config.max_new_tokens
-    lengths = list(lengths) or sorted({max(1, longest // 4), max(1, longest // 2), longest})
-    widths = list(widths) or [w for w in (1, 2, 4, 8, 16, 32) if w <= chains]
-    note = _noted(out, task) | {"task": task.name, "lengths": lengths, "widths": widths}
-    if gates and method != "dms":
-        raise ValueError(f"gates {gates} with method {method!r}: must be with dms")
+    note = _noted(out, task)
     directory, trained = local_directory(model), local_directory(gates or model)
     cr = cr or (checkpoint_ratio(trained) if method == "dms" else 1.0)
     if not cr:
         raise ValueError(f"{gates or model} does not say its compression ratio: give --cr")
     tokenizer = load_tokenizer(directory)
     check_arguments(tokenizer, task.template)
-    baseline = get_baseline(method)(float(cr)) if method in BASELINE_NAMES else None
+    chosen, longest = Method(method, float(cr)), config.max_new_tokens
+    baseline = get_baseline(method)(chosen.cr) if method in BASELINE_NAMES else None
     loaded = _load(directory, trained if method == "dms" else None, device, dtype)
-    chosen, first = Method(method, float(cr)), loaded.dms.split.rank == 0
+    first = loaded.dms.split.rank == 0
     weights = "".join(map(fingerprint, dict.fromkeys([directory, trained])))
-    name = records_file(loaded, weights, tokenizer, task, chosen, config, baseline)
-    note["records"][str(chosen)], whole = name, out / "records" / name
-    templates = note.get("template", {}) | {str(chosen): dict(task.template)}
-    note["template"] = {key: arguments for key, arguments in templates.items() if arguments}
+    whole = out / "records" / records_file(loaded, weights, tokenizer, task, chosen, config, baseline)
     if first:
-        write_json(out / SIDECAR, note)
+        lengths = list(lengths) or sorted({max(1, longest // 4), max(1, longest // 2), longest})
+        widths = list(widths) or [w for w in (1, 2, 4, 8, 16, 32) if w <= chains]
+        write_json(out / SIDECAR, _with_records(note, task, chosen, whole.name, lengths, widths))
     file = shard.file(whole)
     records = sample_records(loaded, tokenizer, task, chosen, chains, config, whole, baseline, shard)
     if task.grades_later and first:
-        if not unsafe and (reason := sandbox.why_not()):
-            print(f"not graded: {reason}; grade with dms grade {file} --task {task.name}", file=sys.stderr)
-        else:
-            files = [file] if shard.count > 1 else record_files(whole)
-            records = [record for part in files for record in grade_file(part, task, workers, missing=True)]
-    graded = [record for record in records if record["correct"] is not None] if first else []
-    score = summarise(graded, [longest], [1], 1)["pass_at_1"][0] if graded else None
-    facts = {"task": task.name, "method": method, "cr": float(cr), "file": str(file), "records": len(records)}
+        records = _graded(records, task, file, [file] if shard.count > 1 else record_files(whole), workers, unsafe)
+    known = [record for record in records if record["correct"] is not None] if first else []
+    score = summarise(known, [longest], [1], 1)["pass_at_1"][0] if known else None
+    facts = {"task": task.name, "method": method, "cr": chosen.cr, "file": str(file), "records": len(records)}
     return {**facts, "pass_at_1": score}
+
+
+def _check(method: str, cr: float | None, gates: str | None, **counts: Sequence[int]) -> None:
+    """Raises ValueError for what no model is needed to see."""
+    if method not in ("vanilla", "dms", *BASELINE_NAMES):
+        raise ValueError(f"method {method!r}: must be one of vanilla, dms, {', '.join(sorted(BASELINE_NAMES))}")
+    if method in BASELINE_NAMES and cr is None:
+        raise ValueError(f"--method {method}: needs --cr, the compression ratio of its budget")
+    if cr is not None and not 1 <= cr < math.inf:
+        raise ValueError(f"cr {cr}: must be a finite number >= 1")
+    if gates and method != "dms":
+        raise ValueError(f"gates {gates} with method {method!r}: must be with dms")
+    for name, values in counts.items():
+        if values and min(values) < 1:
+            raise ValueError(f"{name} {', '.join(map(str, values))}: must be >= 1")
+
+
+def _with_records(note: dict, task: Task, method: Method, name: str, lengths: list[int], widths: list[int]) -> dict:
+    """What run.json holds once ``method`` has its file of records."""
+    templates = note.get("template", {}) | {str(method): dict(task.template)}
+    templates = {key: arguments for key, arguments in templates.items() if arguments}
+    records = note["records"] | {str(method): name}
+    return note | {"lengths": lengths, "widths": widths, "records": records, "template": templates}
+
+
+def _graded(records: list[dict], task: Task, file: Path, files: Sequence[Path], workers: int, unsafe: bool):
+    """The records of ``files``, graded in place; ``records`` as they are where programs cannot be run."""
+    if not unsafe and (reason := sandbox.why_not()):
+        print(f"not graded: {reason}; grade with dms grade {file} --task {task.name}", file=sys.stderr)
+        return records
+    return [record for part in files for record in grade_file(part, task, workers, missing=True)]
 
 
 def _process_device(name: str | None) -> str | None:

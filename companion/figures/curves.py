@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from companion.figures.style import COLUMN, FONT, STYLES, legend_above, look, set_style, style_of
+from companion.tasks.base import short_name
 from dms_core.budgets.pareto import frontier
 
 AXIS_LABELS = {
@@ -46,7 +47,7 @@ def plot_panels(
             ax.set_xlabel(ax.get_xlabel().partition(" (")[0] if task == tasks[-1] else "")
             ax.get_legend().remove()
             ax.set_ylabel(ax.get_ylabel() if ax is row[0] else "")
-        row[0].set_title(TASK_TITLES.get(task, task) or "", loc="left")
+        row[0].set_title(TASK_TITLES.get(task) or short_name(task or ""), loc="left")
     fig.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return fig
 

@@ -15,6 +15,15 @@ from companion.tasks.templates import fill
 from dms_core.chat import chat_ids
 
 
+def short_name(task: str) -> str:
+    """A task's name without the package that it comes from and how it is asked.
+
+    >>> short_name("reasoning_gym:lcm:number")
+    'lcm'
+    """
+    return task.removeprefix("reasoning_gym:").removesuffix(":number")
+
+
 @dataclass(frozen=True)
 class TaskProblem:
     """One problem of a benchmark."""

@@ -1,8 +1,31 @@
-"""``dms curves``: what it prints of a run's summary."""
+"""``dms curves``: what it prints of runs' summaries, and how it puts those of several tasks together."""
 
 import json
 
 from companion.cli.main import main
+
+
+def finished(directory, task):
+    point = {"task": task, "method": "dms", "cr": 8, "L": 64, "W": 1}
+    summary = {"points": [point], "margins": [], "paired": [], "pass_at_1": [], "retrofit": {"steps": 1}}
+    directory.mkdir()
+    (directory / "curves.json").write_text(json.dumps(summary))
+    return str(directory)
+
+
+def test_curves_of_several_tasks_are_put_together_and_saved(tmp_path, capsys):
+    runs = [finished(tmp_path / name, name) for name in ("lcm", "gcd")]
+    assert main(["curves", "--results", *runs, "--save", str(tmp_path / "both.json"), "--json"]) == 0
+    shown, saved = json.loads(capsys.readouterr().out), json.loads((tmp_path / "both.json").read_text())
+    assert [point["task"] for point in shown["points"]] == ["lcm", "gcd"]
+    assert saved.pop("environment")["packages"] and saved == shown and "retrofit" not in saved
+
+
+def test_two_runs_of_one_task_are_refused_and_nothing_is_written(tmp_path, capsys):
+    runs = [finished(tmp_path / name, "lcm") for name in ("a", "b")]
+    assert main(["curves", "--results", *runs, "--save", str(tmp_path / "both.json")]) == 2
+    assert "several directories of lcm; must be of different tasks" in capsys.readouterr().err
+    assert not (tmp_path / "both.json").exists()
 
 
 def test_curves_print_avg_at_k_with_both_errors_at_each_methods_longest_length(tmp_path, capsys):
