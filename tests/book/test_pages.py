@@ -5,8 +5,9 @@ import importlib.util
 import pytest
 import yaml
 
-from companion import book_check
-from companion.book_check import check_files, check_pages, check_sources, pages_of, sample_of
+from companion.book_check import browser, check_files, check_pages, check_sources, files
+from companion.book_check.browser import sample_of
+from companion.book_check.files import pages_of
 from companion.paths import CHECKOUT as ROOT
 
 SPEC = importlib.util.spec_from_file_location("pages", ROOT / "book" / "_ext" / "pages.py")
@@ -81,7 +82,7 @@ def test_links_and_anchors_that_lead_nowhere_and_large_pages_are_found(book, mon
         "#none names no part of index.html",
     ]
     assert check_files(html) == [f"index.html: {fault}" for fault in wrong]
-    monkeypatch.setattr(book_check, "LARGEST", 100)
+    monkeypatch.setattr(files, "LARGEST", 100)
     assert any("MB with its images" in fault for fault in check_files(html))
 
 
@@ -100,7 +101,7 @@ def test_each_fault_in_a_page_is_found_and_a_good_page_has_none(book, monkeypatc
         assert check_pages(book(good)) == check_pages(book(good), brief=True) == []
     except ValueError as error:
         pytest.skip(str(error))
-    monkeypatch.setattr(book_check, "PATIENCE", 2000)
+    monkeypatch.setattr(browser, "PATIENCE", 2000)
     bare = '<ul class="search"><li>Delayed eviction, without an excerpt</li></ul>'
     found = check_pages(book("".join(FAULTS), results=bare))
     assert [said for said in FAULTS.values() if said not in "\n".join(found)] == []
