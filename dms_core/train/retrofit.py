@@ -77,14 +77,7 @@ def retrofit(
     >>> retrofit(model, tokenizer, documents, DMSConfig(window=2), recipe, "run").dms.config.window
     2
     """
-    if recipe.train != "all" and dms.gate == "neuron":
-        raise ValueError(f"train {recipe.train!r} with gate 'neuron': that gate is part of the weights; train 'all'")
-    for name in ("neuron_warmup", "neuron_zero"):
-        if (value := getattr(recipe, name)) and dms.gate != "neuron":
-            raise ValueError(f"{name} {value} with gate {dms.gate!r}: must be {type(value)(0)}; it is for 'neuron'")
-    apart = dms.gate == "neuron" and (recipe.gate_lr is not None or recipe.neuron_zero)
-    if apart and arguments.get("fsdp"):
-        raise ValueError("fsdp True with gate 'neuron': must be without gate_lr and neuron_zero, which need whole rows")
+    apart = _rows_apart(dms, recipe, fsdp=bool(arguments.get("fsdp")))
     out, last = Path(out), recipe.steps if until is None else recipe.step_of(until)
     settings = _settings(model, recipe, out, arguments)
     if settings.process_index == 0:
@@ -114,6 +107,19 @@ def retrofit(
     model.dms.evicting, model.dms.neuron_factor, model.dms.noise_keys = True, 0.0, None
     fold_lora(model)
     return model.eval()
+
+
+def _rows_apart(dms: DMSConfig, recipe: RetrofitConfig, fsdp: bool) -> bool:
+    """Whether the optimizer treats rows of the query projection apart.  Raises ValueError for settings at odds."""
+    if recipe.train != "all" and dms.gate == "neuron":
+        raise ValueError(f"train {recipe.train!r} with gate 'neuron': that gate is part of the weights; train 'all'")
+    for name in ("neuron_warmup", "neuron_zero"):
+        if (value := getattr(recipe, name)) and dms.gate != "neuron":
+            raise ValueError(f"{name} {value} with gate {dms.gate!r}: must be {type(value)(0)}; it is for 'neuron'")
+    apart = dms.gate == "neuron" and (recipe.gate_lr is not None or recipe.neuron_zero)
+    if apart and fsdp:
+        raise ValueError("fsdp True with gate 'neuron': must be without gate_lr and neuron_zero, which need whole rows")
+    return apart
 
 
 def _put_on(model: PreTrainedModel, dms: DMSConfig, recipe: RetrofitConfig, attach) -> None:
