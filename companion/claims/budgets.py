@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 
 from companion.claims.wording import interval, signed
 from companion.figures.style import COLUMN, STYLES, style_of
+from companion.tasks.base import short_name
 
 BOUNDS = ("value", "low", "high")
 FEWEST = 0.25  # times; where an interval of a saving that begins at 0 begins on the log axis
@@ -139,7 +140,8 @@ def spent(budget: float) -> str:
 
 
 def _ours(rows: Sequence[dict]) -> list[dict]:
-    return [row for row in rows if (row["a"], row["b"]) == ("dms", "vanilla")]
+    ours = [row for row in rows if (row["a"], row["b"]) == ("dms", "vanilla")]
+    return [row | {"task": short_name(row["task"])} for row in ours]
 
 
 def _indexed(rows: list[dict], *index: str) -> pd.DataFrame:
