@@ -9,60 +9,24 @@ write a file each beside it, and all these files together are the records.
 """
 
 import contextlib
-import glob
 import hashlib
 import json
-import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Self
 
 from tqdm import tqdm
 
 from companion.method import Method
+from companion.shards import WHOLE, Shard, record_files
 from companion.tasks.base import Task, decode
 from dms_core.baselines import Baseline
 from dms_core.pick import stop_tokens
 from dms_core.sampling import Chain, SamplingConfig, sample_chains
 from dms_core.storage import JsonlWriter, is_written, read_jsonl
 
-
-@dataclass(frozen=True)
-class Shard:
-    """One of ``count`` equal parts of the chains; the default is all of them."""
-
-    index: int = 1  # 1 .. count
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.index <= self.count:
-            raise ValueError(f"shard {self}: must be I/N with I in 1..N, such as 1/4")
-
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Of "I/N".  Raises ValueError for anything else."""
-        if not (found := re.fullmatch(r"(\d+)/(\d+)", text)):
-            raise ValueError(f"shard {text}: must be I/N with I in 1..N, such as 1/4")
-        return cls(*map(int, found.groups()))
-
-    def file(self, whole: Path) -> Path:
-        """Where this part of the records that ``whole`` names is written."""
-        return whole if self.count == 1 else whole.with_name(f"{whole.stem}.{self.index}-of-{self.count}.jsonl")
-
-
-WHOLE = Shard()
 # Settings that came later: at these values names are those of before.
 LATER = {"top_k": (None,), "min_p": (0.0,), "kv_cache_dtype": ("auto",)}
-
-
-def record_files(whole: Path) -> list[Path]:
-    """The files that hold the records that ``whole`` names: that one, and those of shards."""
-    shards = whole.parent.glob(f"{glob.escape(whole.stem)}.*-of-*.jsonl")
-    return [*[whole] * whole.exists(), *sorted(shards)]
 
 
 def records_file(

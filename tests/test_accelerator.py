@@ -10,11 +10,10 @@ import torch
 from model_inputs import PROMPTS, cached_logits, left_padded, random_ids
 
 import companion.cli.main  # noqa: F401  registers the commands
-from companion import families
+from companion import devices, families
 from companion.cli.app import app
 from companion.cost.decode_speed import decode_speed
 from companion.experiments import main as job
-from companion.experiments import sample
 from companion.experiments.delay import Case, interchange
 from companion.experiments.fidelity import Prompt, answer
 from companion.experiments.heldout import cache_report, held_out, kept_tokens, random_eviction
@@ -243,7 +242,7 @@ def test_main_job_measures_and_samples_on_its_device(tmp_path, monkeypatch):
     profile = replace(get_profile("smoke"), crs=(4.0,), problems=3, chains=2, lengths=(24,), widths=(1,), held_out=4)
     found = {}
     for place in ("cpu", "shadow"):
-        monkeypatch.setattr(sample, "checked_device", lambda name, place=place: place)
+        monkeypatch.setattr(devices, "checked_device", lambda name, place=place: place)
         checkpoint = shutil.copytree(REASONER / "dms-cr4", tmp_path / place / "cr4")
         run = job.Run(profile, tmp_path / place, variants={}, checkpoints={4.0: checkpoint})
         with shadow.waits() as seen:

@@ -17,7 +17,7 @@ def check(
         raise ValueError("check: give one of --model and --family")
     import torch
 
-    from companion.experiments.sample import checked_device
+    from companion.devices import checked_device
     from companion.families import tiny_model
     from dms_core.check import check as try_everything
     from dms_core.checkpoint import load_base

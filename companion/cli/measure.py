@@ -41,8 +41,8 @@ def bench(
     save: opt(str, "merge into data/results/kernels-DEVICE.json, or into FILE", metavar="[FILE]") = None,
 ):
     """time an operation of dms_kernels, sampling or a whole model's decoding against what one would use otherwise"""
+    from companion.devices import checked_device
     from companion.experiments import end_to_end, sampling_speed
-    from companion.experiments.sample import checked_device
     from companion.provenance import describe
     from dms_kernels import benchmarks
 

@@ -46,7 +46,7 @@ def reproduce(
 
 def choose_card(device: str | None) -> None:
     """The notebooks' processes, like this one, see no card (cpu), or one alone (cuda:1)."""
-    from companion.experiments.sample import checked_device
+    from companion.devices import checked_device
 
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -102,7 +102,7 @@ def _summary(directory: Path, lengths: list[int] | None, widths: list[int] | Non
     """A finished run's curves.json; of records, or at other budgets, computed."""
     file = directory / "curves.json"
     if not file.exists() or lengths or widths:
-        from companion.experiments.sample import summarise_directory
+        from companion.experiments.summaries import summarise_directory
 
         return summarise_directory(directory, lengths, widths)
     summary = read_json(file)
@@ -113,7 +113,7 @@ def _summary(directory: Path, lengths: list[int] | None, widths: list[int] | Non
 
 def _together(summaries: list[dict]) -> dict:
     """What is a list in each of them, one after the other.  Raises ValueError where two are of one task."""
-    from companion.experiments.sample import merged
+    from companion.experiments.summaries import merged
 
     tasks = [task for summary in summaries for task in dict.fromkeys(row.get("task") for row in summary["points"])]
     if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
@@ -223,9 +223,9 @@ def cache_report(
     device: Device = None,
 ):
     """bytes held after one long generation by the embedded model"""
+    from companion.devices import checked_device
     from companion.experiments import heldout
     from companion.experiments import main as job
-    from companion.experiments.sample import checked_device
     from companion.tasks.programs import make_problem
     from companion.tasks.reasoner import load_tokenizer
     from dms_core.checkpoint import load_model

@@ -44,8 +44,8 @@ def retrofit(
         return chosen.to_dict()
     if out is None:
         raise ValueError("--out missing: must be a directory for the checkpoints")
+    from companion.devices import checked_device
     from companion.experiments.embedded import train_recipe
-    from companion.experiments.sample import checked_device
 
     if (place := checked_device(device)) not in ("cpu", "cuda"):
         raise ValueError(f"--device {place}: must be cpu or cuda; CUDA_VISIBLE_DEVICES says which cards")

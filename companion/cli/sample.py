@@ -1,5 +1,6 @@
 """Sample chains on a benchmark, grade them, and summarise what was sampled."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -31,6 +32,15 @@ def parse_options(texts: list[str], flag: str = "--option") -> dict:
         except ValueError:
             options[name] = value
     return options
+
+
+def _load_task(name: str, source: Path | None, limit: int | None, options: dict, unsafe: bool):
+    """``tasks.get_task``; unsafe: run programs without a sandbox, if it is a task that runs any."""
+    from companion.tasks import get_task, task_class
+
+    if unsafe and "unsafe" in inspect.signature(task_class(name)).parameters:
+        options = {**options, "unsafe": True}
+    return get_task(name, source, limit, **options)
 
 
 @command(SAMPLE, "sample")
@@ -65,14 +75,14 @@ def sample(
     shard: opt(str, "the I-th of N parts of the chains, for a card each: 1/4", metavar="I/N") = "1/1",
 ):
     """chains of a model on a benchmark, graded; goes on where it was interrupted; under torchrun the model is split"""
-    from companion.experiments.sample import load_task, sample_benchmark
-    from companion.records import Shard
+    from companion.experiments.sample import sample_benchmark
+    from companion.shards import Shard
     from dms_core.sampling import SamplingConfig
 
     config = SamplingConfig(
         length, temperature, top_p, batch, seed, top_k=top_k, min_p=min_p, kv_cache_dtype=kv_cache_dtype
     )
-    problems = load_task(task, source, limit, parse_options(option), unsafe)
+    problems = _load_task(task, source, limit, parse_options(option), unsafe)
     problems.template = parse_options(template, "--template")
     settings = {
         "gates": gates,
@@ -101,10 +111,9 @@ def grade(
     missing: opt(bool, "only records that were never graded", "--missing") = False,
 ):
     """grade records again, in place"""
-    from companion.experiments.sample import load_task
     from companion.tasks.grading import grade_file
 
-    problems = load_task(task, source, limit, parse_options(option), unsafe)
+    problems = _load_task(task, source, limit, parse_options(option), unsafe)
     files = []
     for file in records:
         if not file.exists():
@@ -136,7 +145,7 @@ def evaluate(
         from companion.tasks import lm_eval as harness
     except ImportError as error:
         raise ValueError(str(error)) from None
-    from companion.experiments.sample import checked_device
+    from companion.devices import checked_device
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     manager = harness.find_tasks(names, include)
@@ -170,7 +179,7 @@ def summarise(
     task: opt(str, "noted in the result") = None,
 ):
     """curves.json of sampled chains: points, margins, paired differences"""
-    from companion.experiments.sample import summarise_files
+    from companion.experiments.summaries import summarise_files
     from companion.provenance import describe
 
     summary = summarise_files(records, lengths, widths) | {"model": model, "task": task, "environment": describe()}

@@ -15,7 +15,7 @@ from itertools import product
 
 from companion.experiments import main as job
 from companion.experiments.run import Run
-from companion.experiments.sample import merged
+from companion.experiments.summaries import merged
 from companion.method import Method
 from companion.provenance import describe
 from companion.tasks.mixture import TraceDataset

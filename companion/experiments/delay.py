@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from companion.devices import checked_device
 from companion.experiments.interventions import MEASURES, RUNS, interchange
 from companion.experiments.lookups import KINDS, TASKS, Case, find_cases
 from companion.experiments.run import Run, checkpoint
-from companion.experiments.sample import checked_device
 from companion.paths import REASONER
 from companion.paths import RUNS as DIRECTORY
 from companion.provenance import describe

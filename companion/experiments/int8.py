@@ -16,7 +16,7 @@ import torch
 
 from companion.experiments import main as job
 from companion.experiments.profiles import PROFILE_NAMES
-from companion.experiments.sample import merged
+from companion.experiments.summaries import merged
 from companion.method import Method
 from companion.paths import RESULTS, RUNS
 from companion.provenance import describe

@@ -21,7 +21,7 @@ from companion.experiments.run import (
     retrofit_dir,
     saved_ratios,
 )
-from companion.experiments.sample import merged
+from companion.experiments.summaries import merged
 from companion.method import Method
 from companion.provenance import describe
 from companion.records import records_file, sample_records

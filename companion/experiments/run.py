@@ -60,7 +60,7 @@ class Run:
     @cached_property
     def place(self) -> str:
         """The device.  Raises ValueError for one that this machine lacks."""
-        from companion.experiments.sample import checked_device
+        from companion.devices import checked_device
 
         return checked_device(self.device)
 

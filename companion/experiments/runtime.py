@@ -27,7 +27,7 @@ from tqdm import tqdm
 from companion.experiments import main as job
 from companion.experiments.dense_rows import sample_dense
 from companion.experiments.run import Run
-from companion.experiments.sample import merged
+from companion.experiments.summaries import merged
 from companion.method import Method
 from companion.provenance import describe
 from companion.records import make_record, records_file

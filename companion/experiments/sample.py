@@ -1,29 +1,25 @@
-"""Chains of one model and method on a benchmark in a directory of their own, and the curves of what such runs wrote.
+"""Chains of one model and method on a benchmark in a directory of their own.
 
 The directory holds ``records/*.jsonl``, one file a (method, CR) and shard, and ``run.json``: the task, the lengths and
 widths to report, and for each method its file and the arguments of the chat template.
 """
 
-import inspect
 import math
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from companion.experiments.profiles import get_profile
+from companion.devices import checked_device, checked_dtype
+from companion.experiments.summaries import SIDECAR
 from companion.method import Method
-from companion.records import WHOLE, Shard, record_files, records_file, sample_records
-from companion.tasks import Task, get_task, task_class
-from companion.tasks.embedded import EMBEDDED
-from companion.tasks.grading import canonical, grade_file
+from companion.records import records_file, sample_records
+from companion.shards import WHOLE, Shard, record_files
+from companion.tasks import Task
+from companion.tasks.grading import grade_file
 from companion.tasks.sandbox import sandbox
 from dms_core import checkpoint
 from dms_core.baselines import BASELINE_NAMES, get_baseline
 from dms_core.budgets.curves import summarise
-from dms_core.budgets.voting import RECORD_KEYS
 from dms_core.chat import check_arguments
 from dms_core.checkpoint import fast_dtype, fingerprint, load_base, load_gates, load_model, read_settings
 from dms_core.config import DMSConfig
@@ -32,33 +28,7 @@ from dms_core.interop import is_foreign
 from dms_core.model import attach
 from dms_core.parallel import tensor_parallel
 from dms_core.sampling import SamplingConfig
-from dms_core.storage import read_json, read_jsonl, write_json
-
-SIDECAR = "run.json"
-
-
-def load_task(name: str, source: Path | None, limit: int | None, options: dict, unsafe: bool) -> Task:
-    """``get_task``; unsafe: run programs without a sandbox, if it is a task that runs any."""
-    if unsafe and "unsafe" in inspect.signature(task_class(name)).parameters:
-        options = {**options, "unsafe": True}
-    return get_task(name, source, limit, **options)
-
-
-def checked_device(name: str | None = None) -> str:
-    """``name``; for None a GPU where there is one.  Raises ValueError for a device that this machine lacks."""
-    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    known = ["cpu", *["cuda"] * bool(cards), *cards]
-    if name is not None and name not in known:
-        raise ValueError(f"device {name!r}: must be one of {', '.join(known)} on this machine")
-    return name or ("cuda" if cards else "cpu")
-
-
-def checked_dtype(name: str) -> str:
-    """Raises ValueError for what is neither "auto" nor a floating dtype of torch."""
-    kind = getattr(torch, name, None)
-    if name != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-        raise ValueError(f"dtype {name!r}: must be auto, float32, bfloat16 or float16")
-    return name
+from dms_core.storage import read_json, write_json
 
 
 def load_dense(name: str, device: str | None = None):
@@ -199,59 +169,3 @@ def _noted(out: Path, task: Task) -> dict:
     if old["task"] != task.name:
         raise ValueError(f"{out} holds records of {old['task']!r}: take another directory for {task.name!r}")
     return old
-
-
-def summarise_directory(directory: Path, lengths: Sequence[int] | None, widths: Sequence[int] | None) -> dict:
-    """The curves of the records in a directory, at these budgets or those of its run.json.
-
-    Records of the embedded model's main job, which have no run.json, are summarised task by task, at the budgets of the
-    profile tiny.
-    """
-    if (directory / SIDECAR).exists():
-        note = read_json(directory / SIDECAR)
-        if not {"task", "lengths", "widths", "records"} <= set(note):
-            raise ValueError(f"{directory / SIDECAR}: must hold task, lengths, widths and records")
-        named = [directory / "records" / name for name in note["records"].values()]
-        files = [file for whole in named for file in record_files(whole) or [whole]]
-        if files:
-            return summarise_files(files, lengths or note["lengths"], widths or note["widths"], note["task"])
-    by_task: dict[str, list[Path]] = defaultdict(list)
-    for file in sorted([*directory.glob("*.jsonl"), *directory.glob("records/**/*.jsonl")]):
-        by_task[next(iter(read_jsonl(file)), {}).get("task", EMBEDDED[0])].append(file)
-    if not by_task:
-        raise ValueError(f"{directory}: no records/*.jsonl for curves; dms reproduce and dms sample write them")
-    if unknown := set(by_task) - set(EMBEDDED):
-        raise ValueError(f"{directory}: records of {min(unknown)!r} without {SIDECAR}, which would say its budgets")
-    plans = {task: get_profile("tiny", task) for task in EMBEDDED if task in by_task}
-    return merged(
-        summarise_files(by_task[task], lengths or plan.lengths, widths or plan.widths, task)
-        for task, plan in plans.items()
-    )
-
-
-def merged(summaries: Iterable[dict]) -> dict:
-    """The lists of several tasks' summaries, one after the other; every row says its task."""
-    summaries = list(summaries)
-    return {name: [row for part in summaries for row in part[name]] for name in summaries[0]}
-
-
-def _checked(record: dict, file: Path) -> dict:
-    if not isinstance(record, dict) or not set(RECORD_KEYS) <= set(record):
-        raise ValueError(f"{file}: holds {str(record)[:60]}, no chain record; each must have {', '.join(RECORD_KEYS)}")
-    return record
-
-
-def summarise_files(paths: Iterable[Path], lengths: Sequence[int], widths: Sequence[int], task: str = "traces") -> dict:
-    """The curves of the records in JSONL files, and in those anywhere below directories.
-
-    Answers that the grader holds equal vote as one.  task: of records that do not say it.  Raises ValueError for a file
-    that is not there, and for records of several tasks.
-    """
-    files = [file for path in paths for file in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])]
-    if missing := [str(file) for file in files if not file.exists()]:
-        raise ValueError(f"no such records: {', '.join(missing)}")
-    records = canonical(_checked(record, file) for file in files for record in read_jsonl(file))
-    tasks = sorted({record.get("task", task) for record in records}) or [task]
-    if len(tasks) > 1:
-        raise ValueError(f"records of {len(tasks)} tasks, {', '.join(tasks)}: must be of one")
-    return summarise(records, list(lengths), list(widths), aggregate=task_class(tasks[0]).aggregate)

@@ -9,7 +9,8 @@ import pytest
 
 from companion import records as module
 from companion.method import Method
-from companion.records import Shard, make_record, records_file, sample_records
+from companion.records import make_record, records_file, sample_records
+from companion.shards import Shard
 from companion.tasks.embedded import Traces
 from companion.tasks.programs import ANSWER_MARK, make_problem
 from companion.tasks.reasoner import make_tokenizer

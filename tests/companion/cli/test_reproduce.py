@@ -1,8 +1,11 @@
 """``dms curves``: what it prints of runs' summaries, and how it puts those of several tasks together."""
 
 import json
+import subprocess
+import sys
 
 from companion.cli.main import main
+from companion.paths import RESULTS
 
 
 def finished(directory, task):
@@ -39,3 +42,16 @@ def test_curves_print_avg_at_k_with_both_errors_at_each_methods_longest_length(t
         "choice: avg@4 dms CR 8, L 256: 61.2 %, SE 8.9 over questions, 2.6 over chains",
         "choice: avg@1 vanilla CR 1, L 256: 61.2 %, SE 8.9 over questions, — over chains",
     ]
+
+
+def test_curves_of_stored_results_and_of_records_need_no_torch(tmp_path):
+    """Whose import takes longer than all else that the command does."""
+    record = {"task": "traces", "method": "dms", "cr": 4.0, "problem": 0, "chain": 0, "answer": "1", "gold": "1"}
+    record |= {"finished_at": 3, "tokens": 3, "stride": 16, "live": [5, 6], "reads": [0, 9], "prompt_tokens": 5}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record | {"prompt_live": 5.0}) + "\n")
+    code = (
+        "import sys; from companion.cli.main import main\n"
+        "for place in sys.argv[1:]: assert main(['curves', '--results', place]) == 0\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, RESULTS / "full", tmp_path], check=True, stdout=subprocess.DEVNULL)

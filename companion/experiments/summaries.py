@@ -1,0 +1,72 @@
+"""From files of records to curves.  Needs no torch."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from companion.experiments.profiles import get_profile
+from companion.shards import record_files
+from companion.tasks import task_class
+from companion.tasks.embedded import EMBEDDED
+from companion.tasks.grading import canonical
+from dms_core.budgets.curves import summarise
+from dms_core.budgets.voting import RECORD_KEYS
+from dms_core.storage import read_json, read_jsonl
+
+SIDECAR = "run.json"  # what a directory's records are of
+
+
+def summarise_directory(directory: Path, lengths: Sequence[int] | None, widths: Sequence[int] | None) -> dict:
+    """The curves of the records in a directory, at these budgets or those of its run.json.
+
+    Records of the embedded model's main job, which have no run.json, are summarised task by task, at the budgets of the
+    profile tiny.
+    """
+    if (directory / SIDECAR).exists():
+        note = read_json(directory / SIDECAR)
+        if not {"task", "lengths", "widths", "records"} <= set(note):
+            raise ValueError(f"{directory / SIDECAR}: must hold task, lengths, widths and records")
+        named = [directory / "records" / name for name in note["records"].values()]
+        files = [file for whole in named for file in record_files(whole) or [whole]]
+        if files:
+            return summarise_files(files, lengths or note["lengths"], widths or note["widths"], note["task"])
+    by_task: dict[str, list[Path]] = defaultdict(list)
+    for file in sorted([*directory.glob("*.jsonl"), *directory.glob("records/**/*.jsonl")]):
+        by_task[next(iter(read_jsonl(file)), {}).get("task", EMBEDDED[0])].append(file)
+    if not by_task:
+        raise ValueError(f"{directory}: no records/*.jsonl for curves; dms reproduce and dms sample write them")
+    if unknown := set(by_task) - set(EMBEDDED):
+        raise ValueError(f"{directory}: records of {min(unknown)!r} without {SIDECAR}, which would say its budgets")
+    plans = {task: get_profile("tiny", task) for task in EMBEDDED if task in by_task}
+    return merged(
+        summarise_files(by_task[task], lengths or plan.lengths, widths or plan.widths, task)
+        for task, plan in plans.items()
+    )
+
+
+def merged(summaries: Iterable[dict]) -> dict:
+    """The lists of several tasks' summaries, one after the other; every row says its task."""
+    summaries = list(summaries)
+    return {name: [row for part in summaries for row in part[name]] for name in summaries[0]}
+
+
+def _checked(record: dict, file: Path) -> dict:
+    if not isinstance(record, dict) or not set(RECORD_KEYS) <= set(record):
+        raise ValueError(f"{file}: holds {str(record)[:60]}, no chain record; each must have {', '.join(RECORD_KEYS)}")
+    return record
+
+
+def summarise_files(paths: Iterable[Path], lengths: Sequence[int], widths: Sequence[int], task: str = "traces") -> dict:
+    """The curves of the records in JSONL files, and in those anywhere below directories.
+
+    Answers that the grader holds equal vote as one.  task: of records that do not say it.  Raises ValueError for a file
+    that is not there, and for records of several tasks.
+    """
+    files = [file for path in paths for file in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])]
+    if missing := [str(file) for file in files if not file.exists()]:
+        raise ValueError(f"no such records: {', '.join(missing)}")
+    records = canonical(_checked(record, file) for file in files for record in read_jsonl(file))
+    tasks = sorted({record.get("task", task) for record in records}) or [task]
+    if len(tasks) > 1:
+        raise ValueError(f"records of {len(tasks)} tasks, {', '.join(tasks)}: must be of one")
+    return summarise(records, list(lengths), list(widths), aggregate=task_class(tasks[0]).aggregate)
