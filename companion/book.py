@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -11,9 +12,8 @@ from pathlib import Path
 import nbformat
 import papermill
 
-from companion.experiments import main as job
+from companion.experiments.run import Run
 from companion.experiments.stages import run_stage, stages
-from companion.live import write_live
 from companion.paths import checkout
 from companion.side_by_side import run_side_by_side
 from dms_core.storage import read_json, write_text
@@ -30,7 +30,7 @@ def reproduce(profile: str, runs: Path, seed: int = 0, root: Path | None = None,
     there is no repository, RuntimeError that names each stage and notebook that failed, after the others are done.
     """
     began, root = time.time(), root or (checkout("dms reproduce") if book else Path())
-    run = job.Run.of(profile, Path(runs).resolve(), seed)
+    run = Run.of(profile, Path(runs).resolve(), seed)
     needs = {name: list(stage.needs) for name, stage in stages(run).items()}
     calls = {stage: partial(run_stage, run, stage) for stage in needs}
     trained = [stage for stage in needs if stage.startswith(("retrofit-", "held-out-"))]
@@ -96,8 +96,15 @@ def build_book(book_dir: Path) -> Path:
     if not tool.exists():
         raise RuntimeError(f"{tool} not found: install the `book` extra (pip install 'dms-companion[book]')")
     command = [tool, "build", "--all", "-q", "-W", "-n", "--keep-going", book_dir]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    if done.returncode:
-        raise RuntimeError(f"jupyter-book exited with {done.returncode}:\n" + "\n".join(done.stdout.splitlines()[-60:]))
-    write_live(book_dir / "_build" / "html" / "live")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with tempfile.TemporaryDirectory() as place:
+        with subprocess.Popen(command, **pipes, text=True, errors="replace") as build:
+            from companion.live import write_live  # imports torch, meanwhile
+
+            live = write_live(Path(place) / "live").parent
+            said, _ = build.communicate()
+        if build.returncode:
+            end = "\n".join(said.splitlines()[-60:])
+            raise RuntimeError(f"jupyter-book exited with {build.returncode}:\n{end}")
+        shutil.copytree(live, book_dir / "_build" / "html" / "live", dirs_exist_ok=True)
     return book_dir / "_build" / "html" / "index.html"

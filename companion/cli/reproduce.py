@@ -33,7 +33,7 @@ def reproduce(
     choose_card(device)
     if book:
         checkout("dms reproduce")
-    prepare(["companion.book"])  # while this process imports the same
+    prepare(["companion.book", "companion.experiments.main"])
     from companion.book import reproduce
     from companion.experiments.profiles import get_profile
 
