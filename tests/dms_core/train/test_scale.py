@@ -89,23 +89,23 @@ PEAK = """
 import resource, torch
 from dms_core.train.losses import chunked_loss
 torch.set_num_threads(1)
-hidden, teacher = (torch.randn(4096, 64) for _ in range(2))
+hidden, teacher = (torch.randn(2048, 64) for _ in range(2))
 heads = [torch.nn.Linear(64, 150_000, bias=False) for _ in range(2)]
 heads[1].requires_grad_(False)
 hidden.requires_grad_()
 heads[0].weight.grad, hidden.grad = torch.zeros_like(heads[0].weight), torch.zeros_like(hidden)
 hidden.grad.add_(1), heads[0].weight.grad.add_(1)  # pages that training holds anyway
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-chunked_loss(hidden, teacher, torch.zeros(4096, dtype=torch.long), heads, "forward", 128).backward()
+chunked_loss(hidden, teacher, torch.zeros(2048, dtype=torch.long), heads, "forward", 64).backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
 @pytest.mark.slow
 def test_chunked_loss_never_holds_all_logits_of_a_long_sequence():
-    """4096 tokens, 150,000 entries in the vocabulary, chunks of 128; the narrow hidden state only saves time."""
+    """2048 tokens, 150,000 entries in the vocabulary, chunks of 64; the narrow hidden state only saves time."""
     peak = int(run([sys.executable, "-c", PEAK]).stdout)
-    logits = 4096 * 150_000 * 4
+    logits = 2048 * 150_000 * 4
     assert peak < logits / 2, f"{peak / 1e9:.2f} GB beyond the inputs, of {logits / 1e9:.2f} GB for one set of logits"
 
 
