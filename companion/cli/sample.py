@@ -58,7 +58,9 @@ def sample(
     template: opt(
         list[str], "an argument of the chat template, such as enable_thinking=false", metavar="NAME=VALUE"
     ) = (),
-    gates: opt(str, "for dms, to load on the model: gates, and adapters with them", metavar="DIR") = None,
+    gates: opt(
+        str, "to load on the model: gates, and adapters with them; with vanilla the gates stay off", metavar="DIR"
+    ) = None,
     cr: opt(float, "compression ratio (default: the checkpoint's)") = None,
     chains: opt(int, "chains a problem", metavar="W") = 1,
     lengths: opt(list[int], "budgets of the curves (default: L/4 .. L)", metavar="L...") = (),

@@ -65,9 +65,10 @@ def sample_benchmark(
 ) -> dict:
     """Sample chains, or go on where it was interrupted, and grade them.  Under torchrun its processes split the model.
 
-    model: a directory or hub id, retrofitted for the method ``dms`` unless ``gates`` names what to load on it; cr:
-    None for what that checkpoint says. lengths, widths: budgets of the curves, noted in run.json (default: up to
-    those sampled). workers: programs graded at once. shard: the part of the chains to sample, to a file of its own.
+    model: a directory or hub id, retrofitted for the method ``dms`` unless ``gates`` names what to load on it; with
+    ``vanilla`` gates stay off, and of ``gates`` only the weights' change counts. cr: None for what that checkpoint
+    says. lengths, widths: budgets of the curves, noted in run.json (default: up to those sampled). workers: programs
+    graded at once. shard: the part of the chains to sample, to a file of its own.
     Returns {"task", "method", "cr", "file", "records", "pass_at_1"} of that part, the last None where nothing is
     graded and in other processes than the first.  Raises ValueError where model, method or ratio are wrong, or
     ``out`` belongs to another task.
@@ -83,7 +84,7 @@ def sample_benchmark(
     check_arguments(tokenizer, task.template)
     chosen, longest = Method(method, float(cr)), config.max_new_tokens
     baseline = get_baseline(method)(chosen.cr) if method in BASELINE_NAMES else None
-    loaded = _load(directory, trained if method == "dms" else None, device, dtype)
+    loaded = _load(directory, trained if gates or method == "dms" else None, device, dtype)
     first = loaded.dms.split.rank == 0
     weights = "".join(map(fingerprint, dict.fromkeys([directory, trained])))
     whole = out / "records" / records_file(loaded, weights, tokenizer, task, chosen, config, baseline)
@@ -109,8 +110,8 @@ def _check(method: str, cr: float | None, gates: str | None, **counts: Sequence[
         raise ValueError(f"--method {method}: needs --cr, the compression ratio of its budget")
     if cr is not None and not 1 <= cr < math.inf:
         raise ValueError(f"cr {cr}: must be a finite number >= 1")
-    if gates and method != "dms":
-        raise ValueError(f"gates {gates} with method {method!r}: must be with dms")
+    if gates and method not in ("dms", "vanilla"):
+        raise ValueError(f"gates {gates} with method {method!r}: must be with dms or vanilla")
     for name, values in counts.items():
         if values and min(values) < 1:
             raise ValueError(f"{name} {', '.join(map(str, values))}: must be >= 1")

@@ -115,8 +115,8 @@ def test_options_of_several_values_are_spread(given, parsed):
             "method 'frob': must be one of vanilla, dms, h2o",
         ),
         (
-            f"sample --model {REASONER} --gates x --task traces --method vanilla --length 4 --out unused".split(),
-            "gates x with method 'vanilla': must be with dms",
+            f"sample --model {REASONER} --gates x --task traces --method tova --cr 4 --length 4 --out unused".split(),
+            "gates x with method 'tova': must be with dms or vanilla",
         ),
         (["grade", "x.jsonl", "--task", "traces", "--option", "seed"], "--option seed: must be NAME=VALUE"),
         (["converse", "--model", "x", "--out", "y", "--turns", "0"], "--turns 0: must be >= 1"),

@@ -5,11 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from companion.cli.main import main
 from companion.experiments import sample as module
 from companion.paths import REASONER
 from companion.tasks.reasoner import load_tokenizer, make_tokenizer
+from dms_core.checkpoint import load_base, write_difference
+from dms_core.config import DMSConfig
+from dms_core.model import attach
 from dms_core.storage import read_json, read_jsonl
 
 TEMPLATE = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -79,6 +83,25 @@ def test_ratio_is_read_from_a_checkpoint_of_the_authors(tiny_model, tmp_path, mo
     else:
         result = json.loads(said.out.splitlines()[-1])
         assert status == 0 and result["cr"] == ratio and Path(result["file"]).name.startswith("dms-cr8-")
+
+
+def test_adapters_are_sampled_with_their_gates_and_without(tmp_path):
+    """Method vanilla with --gates: the weights change, nothing is evicted."""
+    gated, name = attach(load_base(REASONER), DMSConfig(window=2, offset=-5.0)), "model.layers.0.mlp.down_proj.weight"
+    parts = {f"{name}.up": torch.randn(128, 2), f"{name}.down": torch.randn(2, 384)}
+    write_difference(gated, parts, tmp_path / "gates", cr=4.0)
+    found = {}
+    for label, more in {
+        "dense": [],
+        "adapted": ["--gates", tmp_path / "gates"],
+        "dms": ["--gates", tmp_path / "gates", "--method", "dms"],
+    }.items():
+        words = arguments(REASONER, tmp_path / label, "--length", 40, "--task", "traces", "--limit", 1, *more)
+        assert main([*words, "--temperature", "0"]) == 0
+        ((found[label],),) = map(read_jsonl, (tmp_path / label / "records").iterdir())
+    assert found["adapted"]["text"] != found["dense"]["text"]
+    assert found["adapted"]["live"][-1] == found["adapted"]["prompt_tokens"] + found["adapted"]["tokens"] - 1
+    assert found["dms"]["live"][-1] < found["dms"]["prompt_tokens"]
 
 
 def test_plain_model_is_refused_for_dms(tmp_path, capsys):
