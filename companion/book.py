@@ -14,7 +14,7 @@ import papermill
 
 from companion.experiments.run import Run
 from companion.experiments.stages import run_stage, stages
-from companion.paths import checkout
+from companion.paths import REASONER, checkout
 from companion.side_by_side import run_side_by_side
 from dms_core.storage import read_json, write_text
 
@@ -22,15 +22,19 @@ STAGELESS = ("01", "02", "03", "04", "08", "09")  # chapters that need no stage
 TRAINED = ("05",)  # that need no records; all others need the summary
 
 
-def reproduce(profile: str, runs: Path, seed: int = 0, root: Path | None = None, book: bool = True) -> dict:
+def reproduce(
+    profile: str, runs: Path, seed: int = 0, root: Path | None = None, book: bool = True, base: Path = REASONER
+) -> dict:
     """Run the whole main job, what does not wait for each other side by side; a repeated call reuses finished stages.
 
-    book: also execute the chapters and render them.  Returns {"seconds", "parts": {stage or notebook: seconds},
+    book: also execute the chapters, which are of the embedded model, and render them.  base: without them, another
+    model that knows the same tasks.  Returns {"seconds", "parts": {stage or notebook: seconds},
     "retrofit", "book"}, the last the first page or, without a book, the file of the curves.  Raises ValueError where
-    there is no repository, RuntimeError that names each stage and notebook that failed, after the others are done.
+    there is no repository or no model, RuntimeError that names each stage and notebook that failed, after the
+    others are done.
     """
     began, root = time.time(), root or (checkout("dms reproduce") if book else Path())
-    run = Run.of(profile, Path(runs).resolve(), seed)
+    run = Run.of(profile, Path(runs).resolve(), seed, base=base)
     needs = {name: list(stage.needs) for name, stage in stages(run).items()}
     calls = {stage: partial(run_stage, run, stage) for stage in needs}
     trained = [stage for stage in needs if stage.startswith(("retrofit-", "held-out-"))]

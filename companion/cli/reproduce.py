@@ -23,23 +23,27 @@ def reproduce(
     seed: Seed = 0,
     fresh: opt(bool, "forget earlier results of this profile first", "--fresh") = False,
     book: opt(bool, "without it: the curves alone, no chapters") = True,
+    base: opt(Path, "another model that knows the embedded tasks, with --no-book", metavar="DIR") = REASONER,
     device: Device = None,
 ):
     """retrofit the embedded model, compute the curves, render the book"""
     import shutil
 
+    from companion.experiments.run import Run
     from companion.side_by_side import prepare
 
+    if book and base != REASONER:
+        raise ValueError(f"--base {base}: must be with --no-book, the chapters are of {REASONER.name}")
+    root = Run.of(profile, runs, base=base).root
     choose_card(device)
     if book:
         checkout("dms reproduce")
     prepare(["companion.book", "companion.experiments.main"])
     from companion.book import reproduce
-    from companion.experiments.profiles import get_profile
 
-    if fresh and (runs / get_profile(profile).name).exists():
-        shutil.rmtree(runs / profile)
-    result = reproduce(profile, runs, seed, book=book)
+    if fresh and root.exists():
+        shutil.rmtree(root)
+    result = reproduce(profile, runs, seed, book=book, base=base)
     print(f"{result['seconds']:.0f} s; read {result['book']}", file=sys.stderr)
     return result
 

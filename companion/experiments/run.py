@@ -39,9 +39,17 @@ class Run:
             object.__setattr__(self, "variants", main_variants(self.profile, self.seed))
 
     @classmethod
-    def of(cls, profile: str, runs: Path, seed: int = 0, device: str | None = None, task: str = "traces") -> "Run":
-        """The main job of a profile below ``runs``, at one of the embedded tasks."""
-        return cls(get_profile(profile, task), Path(runs) / profile, seed=seed, device=device)
+    def of(
+        cls, profile: str, runs: Path, seed: int = 0, device: str | None = None, task="traces", base: Path = REASONER
+    ) -> "Run":
+        """The main job of a profile below ``runs``, at an embedded task; of another model in a folder of its own.
+
+        Raises ValueError for a ``base`` that is no directory of a model.
+        """
+        if not (Path(base) / "config.json").exists():
+            raise ValueError(f"base {base}: must be the directory of a model")
+        name = profile if Path(base).resolve() == REASONER.resolve() else f"{profile}-{Path(base).resolve().name}"
+        return cls(get_profile(profile, task), Path(runs) / name, base, seed, device=device)
 
     @cached_property
     def task(self) -> Task:

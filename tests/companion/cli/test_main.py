@@ -118,6 +118,8 @@ def test_options_of_several_values_are_spread(given, parsed):
             f"sample --model {REASONER} --gates x --task traces --method tova --cr 4 --length 4 --out unused".split(),
             "gates x with method 'tova': must be with dms or vanilla",
         ),
+        (["reproduce", "--base", "x"], "--base x: must be with --no-book, the chapters are of reasoner"),
+        (["reproduce", "--base", "x", "--no-book"], "base x: must be the directory of a model"),
         (["grade", "x.jsonl", "--task", "traces", "--option", "seed"], "--option seed: must be NAME=VALUE"),
         (["converse", "--model", "x", "--out", "y", "--turns", "0"], "--turns 0: must be >= 1"),
         (["ablate", "delay", "--finished"], "--finished with delay: must be an ablation by short retrofits"),
