@@ -20,7 +20,7 @@ def script(monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "TOKENS_PER_STEP", 1024)
     stages = tuple(module.Stage(name, ((0, 1e-3), (2, 0.0))) for name in ("traces", "mixture"))
-    monkeypatch.setitem(module.SIZES, "small", module.Size(128, torch.float32, stages))
+    monkeypatch.setitem(module.SIZES, "small", module.Size(128, False, stages))
     return module
 
 

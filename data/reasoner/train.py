@@ -2,8 +2,8 @@
 
 Writes config.json, model.safetensors, tokenizer files, and train_log.jsonl beside this file.
 Two stages, each with an optimizer of its own: program traces, from short ones to the evaluation mix, then all three
-tasks.  ``--size large --out data/reasoner-large`` trains the one four times larger, in bf16 where torch's autocast puts
-it.  ``--resume`` goes on from state.pt after an interruption and gives the same weights.
+tasks.  ``--size large --out data/reasoner-large`` trains the one four times larger, with products in bf16 where the CPU
+has instructions for it.  ``--resume`` goes on from state.pt after an interruption and gives the same weights.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from companion.tasks.embedded import EMBEDDED
 from companion.tasks.mixture import MAKERS, RETROFIT_MIX, TURNS, Document, documents, size_of
 from companion.tasks.programs import make_problem
 from companion.tasks.reasoner import encode_problem, make_model, make_tokenizer
+from dms_core.checkpoint import fast_dtype
 from dms_core.train.optim import make_optimizer
 from dms_core.train.recipe import load_recipe
 
@@ -64,17 +65,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Size:
-    """A model's width, what its matrix products are computed in, and its stages."""
+    """A model's width, whether its products are in bf16 where the CPU has instructions for it, and its stages."""
 
     width: int
-    dtype: torch.dtype
+    mixed: bool
     stages: tuple[Stage, ...]
 
 
 SIZES = {
     "small": Size(
         128,
-        torch.float32,
+        False,
         (  # the first with a second wind, since look-ups were still improving at step 1300
             Stage(
                 "traces", ((0, 0.0), (100, 2e-3), (750, 2e-3), (1300, 0.0), (1320, 1.5e-3), (1500, 1.5e-3), (1900, 0.0))
@@ -84,7 +85,7 @@ SIZES = {
     ),
     "large": Size(
         256,
-        torch.bfloat16,
+        True,
         (
             Stage("traces", ((0, 0.0), (100, 1.5e-3), (500, 1.5e-3), (800, 0.0))),
             Stage("mixture", ((0, 0.0), (50, 1.2e-3), (500, 1.2e-3), (1000, 0.0))),
@@ -195,7 +196,7 @@ class Training:
         self.saved_optimizer = None
 
     def _step(self, optimizer, rate: float, ids: torch.Tensor, weights: torch.Tensor) -> dict:
-        with torch.autocast("cpu", self.size.dtype, enabled=self.size.dtype != torch.float32):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.size.mixed and fast_dtype("cpu") == torch.bfloat16):
             logits = self.model(input_ids=ids[:, :-1]).logits
         losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
