@@ -55,6 +55,8 @@ def save_gates(model: PreTrainedModel, directory: Path | str, state: dict | None
     sums = {file.name: _sha256(file) for file in sorted(directory.glob("*.safetensors"))}
     settings = {"dms": model.dms.config.to_dict(), "model": model_shape(model), **facts, "sha256": sums}
     write_json(directory / SETTINGS, settings)
+    for name in sums:  # safetensors leaves them to their owner alone
+        (directory / name).chmod((directory / SETTINGS).stat().st_mode)
 
 
 def save_model(

@@ -157,6 +157,7 @@ def export_adapters(model: PreTrainedModel, directory: Path | str, cr: float | N
     directory.mkdir(parents=True, exist_ok=True)
     save_file(_foreign_gates(model), directory / ADAPTERS, {"format": "pt"})
     _write_config(directory, json.loads(model.config.to_json_string()), keys)
+    (directory / ADAPTERS).chmod((directory / CONFIG).stat().st_mode)  # not for its owner alone
 
 
 def export_model(model: PreTrainedModel, directory: Path | str, tokenizer=None, cr: float | None = None) -> None:

@@ -65,6 +65,12 @@ def test_gates_alone_fit_the_base_they_belong_to(tiny_model, tmp_path):
     assert torch.equal(base(IDS).logits, model(IDS).logits)
 
 
+def test_whoever_may_read_the_settings_may_read_the_tensors(tiny_model, tmp_path):
+    save_model(tiny_model(), tmp_path)
+    modes = {file.stat().st_mode for file in tmp_path.iterdir() if file.name in (SETTINGS, GATES, "model.safetensors")}
+    assert len(modes) == 1 and not modes.pop() & 0o111
+
+
 @torch.no_grad()
 def test_difference_of_full_rank_restores_the_weights_and_of_rank_1_takes_few_bytes(tiny_model, tmp_path):
     model = tiny_model()
