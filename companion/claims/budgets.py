@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from companion.claims.wording import interval, signed
 from companion.figures.style import COLUMN, STYLES, style_of
 from companion.tasks.base import short_name
+from dms_core.budgets.pareto import margin
 
 BOUNDS = ("value", "low", "high")
 FEWEST = 0.25  # times; where an interval of a saving that begins at 0 begins on the log axis
@@ -94,6 +95,28 @@ def margins(rows: Sequence[dict], scale: str = "log2") -> pd.DataFrame:
     ]
     table = _indexed(found, "task", "CR", "axis")
     return table if any("cr" in row for row in rows) else table.droplevel("CR")
+
+
+def unshared(points: Sequence[dict]) -> list[dict]:
+    """The points with a copy of the prompt for every chain: a peak of W chains is W times that of one.
+
+    With the prompt shared, a peak counts what is live of it after the prefill once.  DMS drops more of it while its
+    window leaves the prompt, so that each chain but the first holds up to w + 1 more tokens than counted.
+    """
+    one = {(p["task"], p["method"], p["cr"], p["L"]): p["peak"] for p in points if p["W"] == 1}
+    return [p | {"peak": p["W"] * one[p["task"], p["method"], p["cr"], p["L"]]} for p in points]
+
+
+def unshared_margins(points: Sequence[dict]) -> dict[str, float | None]:
+    """Margin of DMS over the dense model at equal peak with nothing shared, log2, of each task; no interval."""
+    found, every = {}, unshared(points)
+    for task in dict.fromkeys(p["task"] for p in every):
+        mine, dense = (
+            [(p["peak"], p["accuracy"]) for p in every if (p["task"], p["method"]) == (task, name)]
+            for name in ("dms", "vanilla")
+        )
+        found[short_name(task)] = margin(mine, dense)
+    return found
 
 
 def differences(paired: Sequence[dict]) -> pd.DataFrame:

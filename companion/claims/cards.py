@@ -15,6 +15,7 @@ TONES = {  # how a verdict begins → the class of its strip
     "loses": "no",
     "unresolved": "open",
     "no difference": "open",
+    "no budgets": "open",
     NOT_TESTED: "untested",
 }
 DETAILS = {

@@ -7,9 +7,10 @@ Main results are judged on the stored runs of three retrofits where they are the
 from collections.abc import Iterable
 
 from companion.claims import wording
+from companion.claims.budgets import unshared_margins
 from companion.claims.evidence import Evidence
 from companion.claims.protocols import Protocol
-from companion.claims.wording import points
+from companion.claims.wording import points, signed
 from companion.cost.roofline import ARCHITECTURES, kv_share
 from companion.experiments.delay import RULE, conclusion, select
 from companion.figures.style import style_of
@@ -36,6 +37,9 @@ def margin(evidence: Evidence, rule: Protocol, axis: str, study: str = "") -> Fo
     where = f", on {result['machine']}" if axis == "seconds" else alone
     gains = [row for row in result.get("headline", ()) if (row["a"], row["b"], row["axis"]) == ("dms", "vanilla", axis)]
     told = f"; at the budget of one long dense chain: {_by_task(gains, 'gain')}" if gains else ""
+    if axis == "peak" and result.get("points"):
+        apart = unshared_margins(result["points"]).items()
+        told += f"; each chain with a copy of the prompt: {', '.join(f'{task} {signed(x)}' for task, x in apart)}"
     return f"{_by_task(rows, 'value')} (log2 axis{where}){told}", _all_tasks(rows)
 
 
@@ -273,11 +277,11 @@ def _sign(row: dict) -> int:
 
 def _all_tasks(rows: list[dict]) -> str:
     """All tasks agree, all disagree, or which do what."""
-    signs = {short_name(row["task"]): _sign(row) for row in rows}
+    signs = {short_name(row["task"]): None if row["low"] is None else _sign(row) for row in rows}
     if len(set(signs.values())) == 1:
-        return {1: "agrees", -1: "disagrees", 0: "unresolved"}[next(iter(signs.values()))]
-    words = {1: "agrees on", -1: "disagrees on", 0: "unresolved on"}
-    parts = {words[s]: [task for task, sign in signs.items() if sign == s] for s in (1, -1, 0)}
+        return {1: "agrees", -1: "disagrees", 0: "unresolved", None: "no budgets in common"}[next(iter(signs.values()))]
+    words = {1: "agrees on", -1: "disagrees on", 0: "unresolved on", None: "no budgets in common on"}
+    parts = {words[s]: [task for task, sign in signs.items() if sign == s] for s in words}
     return "mixed: " + ", ".join(f"{word} {' and '.join(tasks)}" for word, tasks in parts.items() if tasks)
 
 

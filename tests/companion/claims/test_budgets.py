@@ -54,3 +54,16 @@ def test_empty_lists_make_empty_tables():
         budgets.differences([]),
     ):
         assert table.empty
+
+
+def test_peak_with_nothing_shared_is_that_of_one_chain_times_the_chains():
+    """Two points a method: DMS at half the peak, ten points better."""
+    base = {"task": "reasoning_gym:lcm:number", "L": 64}
+    points = [
+        base | {"method": method, "cr": cr, "W": W, "peak": peak, "accuracy": 50.0 + W + better}
+        for method, cr, peaks, better in (("vanilla", 1, (100, 130), 0), ("dms", 8, (60, 65), 10))
+        for W, peak in zip((1, 4), peaks, strict=True)
+    ]
+    assert [p["peak"] for p in budgets.unshared(points)] == [100, 400, 60, 240]
+    (lead,) = budgets.unshared_margins(points).values()
+    assert list(budgets.unshared_margins(points)) == ["lcm"] and 10 < lead < 13

@@ -241,7 +241,18 @@ def test_margin_without_common_budgets_is_na():
     found = evidence()
     found.summary["margins"][0] |= {"value": None, "low": None, "high": None}
     claim = make_ledger(found)[0]
-    assert claim.measured.startswith("traces NA") and claim.verdict == "unresolved"
+    assert claim.measured.startswith("traces NA") and claim.verdict == "no budgets in common"
+    found.summary["margins"].append(margin("reads", 1.0, 3.0, "choice"))
+    assert make_ledger(found)[0].verdict == "mixed: agrees on choice, no budgets in common on traces"
+
+
+def test_a_language_models_curves_are_judged_by_their_own_study():
+    rows = [margin("reads", 1.0, 3.0, f"reasoning_gym:{name}:number") for name in ("lcm", "gcd")]
+    claims = make_ledger(evidence(stored={"smollm2-curve": {"margins": rows}}))
+    ours = {claim.claim: claim for claim in claims if claim.protocol == "smollm2-curve"}
+    assert ours["At equal KV reads, a language model that others trained"].verdict == "agrees"
+    assert ours["At equal KV reads, a language model that others trained"].measured.startswith("lcm +2.0")
+    assert "At equal peak memory, the same model" not in ours
 
 
 def test_stored_results_of_the_repository_give_a_whole_table():
