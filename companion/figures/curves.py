@@ -52,6 +52,25 @@ def plot_panels(
     return fig
 
 
+def show_panels(summary: dict, figure: str) -> None:
+    """``plot_panels`` and its caption, where one cell shows both."""
+    from IPython.display import Markdown, display
+
+    plot_panels(summary)
+    plt.show()
+    points = summary["points"]
+    widest, lengths = max(p["W"] for p in points), sorted({p["L"] for p in points})
+    limits = f"{', '.join(map(str, lengths[:-1]))} or {lengths[-1]}"
+    display(Markdown(CAPTION.format(figure=figure, problems=points[0]["problems"], widest=widest, limits=limits)))
+
+
+CAPTION = (
+    "**Figure {figure}.** Accuracy against both budgets, {problems} questions a kind, vote of 1 to {widest} chains of "
+    "at most {limits} tokens; labels are W-L, or W-L-CR. Vertical bars: 95 % bootstrap intervals over questions. One "
+    "training run."
+)
+
+
 def plot_curves(
     summary: dict, axis: str = "reads", ax: Axes | None = None, labelled: Sequence[str] = ("dms", "vanilla")
 ) -> Axes:
