@@ -1,13 +1,12 @@
-"""The operations as torch.library has them, for torch.compile, torch.export and fake tensors.
+"""The operations registered with PyTorch, for torch.compile, torch.export and fake tensors.
 
 The facade calls them where a graph is being traced; a plain call goes to the implementation directly, which saves the
-dispatcher's share of a decode step.  ``torch.library.opcheck`` passes on each.
+dispatcher's share of a decode step.  PyTorch's ``opcheck`` passes on each.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.library import custom_op
 
 import dms_kernels
 from dms_kernels.plan import Plan
@@ -20,7 +19,7 @@ def tracing(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
-@custom_op("dms::attend", mutates_args=())
+@library.custom_op("dms::attend", mutates_args=())
 def attend(
     q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor | None, band: Tensor, kept: Tensor, count: Tensor, first: Tensor,
     last: Tensor, window: int, offset: int, scale: float, sinks: Tensor | None = None,
@@ -36,7 +35,7 @@ def _(q, k, v, log_keep, band, kept, count, first, last, window, offset, scale, 
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@custom_op("dms::attend_backward", mutates_args=())
+@library.custom_op("dms::attend_backward", mutates_args=())
 def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, log_keep: Tensor | None, band: Tensor,
     kept: Tensor, count: Tensor, first: Tensor, last: Tensor, window: int, offset: int, scale: float,
@@ -72,7 +71,7 @@ def _gradients(ctx, grad, _):
 attend.register_autograd(_gradients, setup_context=_save)
 
 
-@custom_op("dms::decode", mutates_args=())
+@library.custom_op("dms::decode", mutates_args=())
 def decode(
     q: Tensor,
     keys: Tensor,
@@ -92,7 +91,7 @@ def _(q, keys, values, table, lengths, scale, sinks=None, largest=None):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-@custom_op(
+@library.custom_op(
     "dms::step",
     mutates_args=(
         "keys", "values", "table", "length", "owned", "free", "free_count", "ring_slot", "ring_evict", "seen", "reads",
@@ -116,7 +115,7 @@ def _(*arguments):
     return torch.empty_like(arguments[13], memory_format=torch.contiguous_format)
 
 
-@custom_op("dms::gate", mutates_args=())
+@library.custom_op("dms::gate", mutates_args=())
 def gate(hidden: Tensor, norm: Tensor, weight: Tensor, eps: float, scale: float, offset: float) -> Tensor:
     """See naive.gate_logits."""
     return dms_kernels.on(hidden.device, "gate").gate_logits(hidden, norm, weight, eps, scale, offset).contiguous()

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.library import opcheck
+from torch import library
 
 import dms_kernels
 from dms_kernels import Rows, naive, ops, rows
@@ -146,5 +146,5 @@ def test_torch_library_knows_largest():
     q, k, v = (torch.randn(2, n, 1, 8, generator=torch.Generator().manual_seed(n)) for n in (4, 2, 2))
     flags = torch.ones(2, 2, 1, dtype=torch.bool), torch.ones(2, 1, dtype=torch.bool)
     dms_kernels.cache_step(store, q, k, v, *flags, 1)
-    opcheck(ops.step, (*(getattr(store, field.name) for field in fields(store)), q, k, v, *flags, 1, 0.3))
-    opcheck(ops.decode, (q, store.keys, store.values, store.table, store.length, 0.3, None, store.largest))
+    library.opcheck(ops.step, (*(getattr(store, field.name) for field in fields(store)), q, k, v, *flags, 1, 0.3))
+    library.opcheck(ops.decode, (q, store.keys, store.values, store.table, store.length, 0.3, None, store.largest))

@@ -1,11 +1,11 @@
-"""The operations that torch.library knows: what torch.compile, torch.export and fake tensors need of them."""
+"""The operations that PyTorch knows: what torch.compile, torch.export and fake tensors need of them."""
 
 from dataclasses import fields
 
 import pytest
 import torch
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.library import opcheck
 
 import dms_kernels
 from dms_kernels import Rows, cache_step, decode_attention, gate_logits, ops, train_attention
@@ -23,7 +23,7 @@ def test_attention_by_a_plan(biased):
     plan = training_plan(log_keep, None, 5, dms_kernels.EXACT)
     bias = log_keep.requires_grad_() if biased else None
     arguments = (plan.band, plan.kept, plan.count, plan.first, plan.last, plan.window, plan.offset, 0.3)
-    opcheck(ops.attend, (q, k, v, bias, *arguments))
+    library.opcheck(ops.attend, (q, k, v, bias, *arguments))
 
 
 def filled() -> Rows:
@@ -39,9 +39,9 @@ def test_a_step_its_attention_and_its_gate():
     rows = filled()
     q, k, v = draw(2, 4, 1, 8), draw(2, 2, 1, 8, seed=1), draw(2, 2, 1, 8, seed=2)
     flags = torch.ones(2, 2, 1, dtype=torch.bool), torch.ones(2, 1, dtype=torch.bool)
-    opcheck(ops.step, (*(getattr(rows, field.name) for field in fields(rows)), q, k, v, *flags, 1, 0.3))
-    opcheck(ops.decode, (q, rows.keys, rows.values, rows.table, rows.length, 0.3))
-    opcheck(ops.gate, (draw(2, 1, 16), draw(16, seed=1), draw(2, 16, seed=2), 1e-6, 100.0, 5.0))
+    library.opcheck(ops.step, (*(getattr(rows, field.name) for field in fields(rows)), q, k, v, *flags, 1, 0.3))
+    library.opcheck(ops.decode, (q, rows.keys, rows.values, rows.table, rows.length, 0.3))
+    library.opcheck(ops.gate, (draw(2, 1, 16), draw(16, seed=1), draw(2, 16, seed=2), 1e-6, 100.0, 5.0))
 
 
 def test_the_facade_takes_fake_tensors():

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.library import opcheck
+from torch import library
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 import dms_kernels
@@ -221,8 +221,8 @@ def test_traced_operations_carry_sinks():
     leaves = [x.requires_grad_() for x in (q, k, v, log_keep.clamp_min(-60.0))]
     plan = training_plan(leaves[3].detach(), None, 5, EXACT)
     arguments = (plan.band, plan.kept, plan.count, plan.first, plan.last, plan.window, plan.offset, 0.3)
-    opcheck(ops.attend, (*leaves, *arguments, sinks.requires_grad_()))
-    opcheck(ops.decode, (*paged(2, 2, 2, 8, g), 0.3, sinks.detach()))
+    library.opcheck(ops.attend, (*leaves, *arguments, sinks.requires_grad_()))
+    library.opcheck(ops.decode, (*paged(2, 2, 2, 8, g), 0.3, sinks.detach()))
 
     traced = torch.compile(train_attention, backend="eager", fullgraph=True)
     q, k, v, log_keep, sinks, _ = draws((1, 2, 2, 600, 8), 0)

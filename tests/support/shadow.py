@@ -18,6 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+from torch import library
 from torch.utils.backend_registration import (
     _DummyBackendModule,
     _DummyPrivateUse1Hook,
@@ -245,11 +246,11 @@ class _Hook(_DummyPrivateUse1Hook):
         return False
 
 
-def _register() -> tuple[torch.library.Library, ...]:
+def _register() -> tuple[library.Library, ...]:
     _setup_privateuseone_for_python_backend("shadow", _Module(), _Hook())
-    fallback, copies = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    fallback, copies = library.Library("_", "IMPL"), library.Library("aten", "IMPL")
     fallback.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
-    fallback.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast changes nothing
+    fallback.fallback(library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast changes nothing
     copies.impl("_copy_from", _copy_from, "PrivateUse1")  # how torch.tensor() fills a tensor there
     for op in FACTORIES:
         copies.impl(f"{op._schema.name}.{op._overloadname}".removesuffix(".default"), partial(_make, op), "PrivateUse1")
