@@ -122,5 +122,6 @@ def make_record(chain: Chain, task: Task, method: Method, tokenizer, config: Sam
         "reads": [round(x, 1) for x in chain.reads],
         "prompt_tokens": chain.prompt_tokens,
         "prompt_live": round(chain.live[0], 3),
+        "prompt_kept": round(chain.prompt_kept, 3),
         "text": text if task.keeps_text else None,
     }

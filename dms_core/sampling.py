@@ -69,6 +69,7 @@ class Chain:
     tokens: list[int]  # without the stop token
     finished: bool  # it wrote a stop token
     prompt_tokens: int
+    prompt_kept: float  # tokens per KV head that stay whatever follows: what the prompt's chains share for good
     live: list[float]  # live items per KV head, the most so far
     reads: list[float]  # cumulative KV reads per KV head
     # Cumulative share of the wall time, prefill's too.
@@ -135,7 +136,7 @@ class _Batch:
 
     cache: RowCache  # this and the graph are there once the first prompts have been prefilled
     graph: StepGraph
-    PER_ROW = ("made", "position", "active", "stepped", "last", "tokens", "uniforms", "live", "reads")
+    PER_ROW = ("made", "position", "active", "stepped", "last", "tokens", "uniforms", "live", "reads", "kept")
 
     def __init__(
         self, model, pad: int, stop: set[int], prompts, jobs: list[tuple[int, int]], config: SamplingConfig, make_cache
@@ -163,6 +164,7 @@ class _Batch:
         self.uniforms = torch.zeros(size, config.max_new_tokens + 1, **on)
         entries = config.max_new_tokens // config.stride + 1
         self.live, self.reads = (torch.zeros(size, entries, **on) for _ in range(2))
+        self.kept = torch.zeros(size, **on)  # of the prompt
 
     def run(self) -> Iterator[Chain]:
         began = time.perf_counter()
@@ -210,6 +212,7 @@ class _Batch:
         at = torch.tensor(rows, device=self.device)
         source = torch.tensor([distinct.index(problem) for problem, _ in jobs], device=self.device)
         self.cache.put_rows(at, prefilled, source)
+        self.kept[at] = self.model.dms.split.mean(prefilled.lasting_tokens())[source]
         self.cache.name_streams(at, torch.tensor([chain_stream(self.config.seed, *job) for job in jobs]))
         for row, job in zip(rows, jobs, strict=True):
             self.jobs[row], self.since[row] = job, self.step
@@ -288,15 +291,15 @@ class _Batch:
             return
         self.model.dms.check_logits()
         rows = torch.tensor(ended, device=self.device)
-        state = [x[rows].tolist() for x in (self.made, self.tokens, self.live, self.reads, *self._budget())]
-        for row, made, tokens, live, reads, *end in zip(ended, *state, strict=True):
+        state = [x[rows].tolist() for x in (self.made, self.tokens, self.kept, self.live, self.reads, *self._budget())]
+        for row, made, tokens, kept, live, reads, *end in zip(ended, *state, strict=True):
             tokens, entries = tokens[:made], made // self.config.stride + 1
             finished = tokens[-1] in self.stop
             problem, chain = self.jobs[row]
             live, reads = ([*log[:entries], last] for log, last in zip((live, reads), end, strict=True))
             tokens = tokens[:-1] if finished else tokens
             prompt, seconds = len(self.prompts[problem]), self._seconds_of(row, entries)
-            yield Chain(problem, chain, tokens, finished, prompt, live, reads, seconds)
+            yield Chain(problem, chain, tokens, finished, prompt, kept, live, reads, seconds)
             self.jobs[row] = None
         self.cache.reset_rows(rows)
 

@@ -83,7 +83,8 @@ def in_bytes(records: list[dict], name: str, size: float) -> list[dict]:
     """Chains under another name whose peak counts bytes of a KV head instead of tokens."""
     return [
         record
-        | {"method": name, "prompt_live": size * record["prompt_live"], "live": [size * x for x in record["live"]]}
+        | {"method": name, "live": [size * x for x in record["live"]]}
+        | {key: size * record[key] for key in ("prompt_live", "prompt_kept") if key in record}
         for record in records
     ]
 

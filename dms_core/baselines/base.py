@@ -139,6 +139,11 @@ class BaselineLayer(DenseLayer):
         """Live tokens, (B, H)."""
         return self.held[:, None].expand(-1, self.heads)
 
+    @property
+    def lasting(self) -> Tensor:
+        """Live tokens that no step can evict, (B, H)."""
+        return self.live if self.keeps_all else torch.minimum(self.live, self.pinned[:, None])
+
     def _keep_best(self, rows: Tensor, worth: Tensor, keep: Tensor) -> None:
         """Of the tokens of ``rows`` (N,) the ``keep`` (N,) of largest ``worth`` (N, H, S) stay, in their order."""
         best = torch.argsort(worth, dim=-1, descending=True, stable=True)[..., : int(keep.max())]

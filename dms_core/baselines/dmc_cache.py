@@ -52,6 +52,11 @@ class DMCLayer(DenseLayer):
         return self.length
 
     @property
+    def lasting(self) -> Tensor:
+        """Entries that no token joins any more, (B, H)."""
+        return (self.length - 1).clamp_min(0)
+
+    @property
     def nbytes(self) -> int:
         return super().nbytes + self.open.nbytes
 

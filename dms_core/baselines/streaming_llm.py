@@ -17,8 +17,16 @@ class StreamingLLMLayer(BaselineLayer):
     method: "StreamingLLM"
     evicts_first = True
 
+    @property
+    def lasting(self) -> Tensor:
+        return torch.minimum(self.live, self._sinks()[:, None])
+
+    def _sinks(self) -> Tensor:
+        """First tokens that stay, (B,)."""
+        return torch.maximum((self.budget - 1).clamp_max(self.method.sinks), self.pinned)
+
     def _place(self) -> Tensor:
-        sinks = torch.maximum((self.budget - 1).clamp_max(self.method.sinks), self.pinned)
+        sinks = self._sinks()
         turn = sinks + (self.seen - sinks) % (self.budget - sinks)
         return torch.where(self.seen < self.budget, self.seen, turn)[:, None]
 

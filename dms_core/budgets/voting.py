@@ -4,6 +4,9 @@ A chain cut at L answers only if its answer was complete by then.  A chain whose
 which a method set its KV budget, stands for that L alone: at a smaller L the method would have evicted more.
 "retrofit_seed" (0 where there is none) tells the retrofits of a method apart: the same problems, sampled from each.
 "seconds", where records have them, are a cost as "reads" are.
+At the peak the chains of a problem share "prompt_kept", what of the prompt is never evicted: every chain drops the rest
+of it as its window moves on, and each holds its own copy of what has taken that room.  Older records have "prompt_live"
+alone, what is live after the prefill, and count that as shared: too much where the prompt loses tokens afterwards.
 W chains vote (math, multiple choice), or one correct chain among them is enough (pass@all, for programs):
 
     credit = 1/k where the gold answer is among the k most frequent ones, else 0      "vote"
@@ -102,8 +105,8 @@ def _check_record(record: dict) -> None:
         raise ValueError(f"seconds of {len(seconds)} samples ({where}): must be {samples}, as reads are")
     if record.get("correct", False) is None:
         raise ValueError(f"correct None ({where}): must be true or false; grade the records first: dms grade")
-    if not np.isfinite([*record["live"], *record["reads"], *seconds, record["prompt_live"]]).all():
-        raise ValueError(f"live, reads, seconds or prompt_live ({where}): must be finite")
+    if not np.isfinite([*record["live"], *record["reads"], *seconds, record["prompt_live"], _shared(record)]).all():
+        raise ValueError(f"live, reads, seconds, prompt_live or prompt_kept ({where}): must be finite")
 
 
 def make_scores(records: Iterable[dict], lengths: tuple, widths: tuple, aggregate: str, seed: int) -> list[Scores]:
@@ -158,7 +161,7 @@ def _score(key: tuple, chains: dict, lengths: tuple, widths: tuple, aggregate: s
         alone[at], ended[at], counts[at] = (answers == GOLD).mean(-1), complete.mean(-1), len(records)
         for column, w in enumerate(widths):
             credit[*at, :, column] = _credit(answers, w, aggregate, seed)
-        prompts = {"peak": np.mean([r["prompt_live"] for r in records])}  # counted once
+        prompts = {"peak": np.mean([_shared(r) for r in records])}  # counted once
         means = np.mean([_costs(r, lengths, names) for r in records], axis=0)  # (names, L), over chains
         for name, cost, mean in zip(names, costs, means, strict=True):
             cost[at] = np.outer(mean, widths) + prompts.get(name, 0)
@@ -198,13 +201,18 @@ def _code(record: dict, codes: dict) -> int:
 
 
 def _costs(record: dict, lengths: tuple, names: Sequence[str]) -> np.ndarray:
-    """The named costs of the chain cut at each length, its peak without the shared prompt: (names, L)."""
+    """The named costs of the chain cut at each length, its peak without what it shares: (names, L)."""
     tokens = record["tokens"]
     at = np.minimum(np.arange(len(record["live"])) * record["stride"], tokens)
     cut = np.minimum(lengths, tokens)
     live = np.interp(cut, at, np.maximum.accumulate(record["live"]))
-    own = {"peak": np.maximum(live - record["prompt_live"], 0)}
+    own = {"peak": np.maximum(live - _shared(record), 0)}
     return np.stack([own[name] if name in own else np.interp(cut, at, record[name]) for name in names])
+
+
+def _shared(record: dict) -> float:
+    """Tokens of the prompt that all chains hold together."""
+    return record.get("prompt_kept", record["prompt_live"])
 
 
 @lru_cache(maxsize=256)

@@ -17,7 +17,7 @@ from dms_core.cache.pages import PagedRows, make_room
 
 
 class RowLayer(CacheLayerMixin):
-    """One layer.  A subclass has attend, _allocate, _select, _copy, _empty, and the properties live, count, nbytes."""
+    """One layer.  A subclass has attend, _allocate, _select, _copy, _empty; and live, lasting, count, nbytes."""
 
     # (B, H) int64 each: KV reads so far; most live tokens before they last shrank.
     counters: ClassVar[tuple[str, ...]] = ("reads", "peak")
@@ -184,6 +184,10 @@ class RowCache(Cache):
     def live_tokens(self) -> Tensor:
         """Live tokens now, (layers, B, H), of the layers that hold keys and values."""
         return self._of_layers("live")
+
+    def lasting_tokens(self) -> Tensor:
+        """Live tokens that stay whatever comes, (layers, B, H): of a prompt, what its chains share for good."""
+        return self._of_layers("lasting")
 
     def tokens_seen(self) -> Tensor:
         """Tokens each batch row has taken in, padding excluded: (B,)."""

@@ -60,6 +60,13 @@ class DMSLayer(RowLayer):
         return self.rows.length.view(self.batch, self.heads)
 
     @property
+    def lasting(self) -> Tensor:
+        """Live tokens that no token to come can evict, (B, H): without the marked ones and those not yet decided on."""
+        leaves = self._decisions(self._ring(self.rows.ring_evict), torch.zeros_like(self.count))
+        leaves[..., self.cells - self.config.lag :] = True
+        return self.live - (leaves & self._there()).sum(2)
+
+    @property
     def reads(self) -> Tensor:
         """KV reads so far, (B, H)."""
         return self.rows.reads.view(self.batch, self.heads)
@@ -129,7 +136,7 @@ class DMSLayer(RowLayer):
         query = (self.count - valid.sum(1))[:, None] + valid.cumsum(1) - 1
         behind = query[:, :, None] - position[:, None]  # (B, T, cells)
         sees = (behind >= 0)[:, None] & ((behind <= self.config.window)[:, None] | ~marked[:, :, None])
-        there = (position >= 0)[:, None] & (slot < self.live[..., None])
+        there = self._there()
         held = torch.arange(slots + 1, device=slot.device) < self.live[..., None]
         visible = held[:, :, None].repeat(1, 1, valid.shape[1], 1)
         visible.scatter_(3, torch.where(there, slot, slots)[:, :, None].expand_as(sees), sees)
@@ -187,6 +194,10 @@ class DMSLayer(RowLayer):
         """Positions of a ring's cells in that order, negative where there is no token: (B, cells)."""
         return self.count[:, None] + torch.arange(-self.cells, 0, device=self.rows.seen.device)
 
+    def _there(self) -> Tensor:
+        """Which of a ring's cells, in that order, stand for a token that is held: (B, H, cells)."""
+        return (self._positions() >= 0)[:, None] & (self._ring(self.rows.ring_slot) < self.live[..., None])
+
     def _decisions(self, says: Tensor, lengths: Tensor) -> Tensor:
         """At each token, what the token ``lag`` after it says about it; False while there is none."""
         there = torch.arange(says.shape[2], device=says.device) < self.cells + lengths[:, None]
@@ -202,7 +213,7 @@ class DMSLayer(RowLayer):
         if held == 0:
             return None
         slot = self._ring(self.rows.ring_slot).long()
-        exists = (self._positions() >= 0)[:, None] & (slot < self.live[..., None])
+        exists = self._there()
         outside = torch.arange(held + 1, device=slot.device) < self.rows.length.view(self.batch, self.heads, 1)
         outside.scatter_(2, torch.where(exists, slot, held), False)
         slot = slot.clamp_max(held - 1)

@@ -26,6 +26,11 @@ class ChunkedLayer(DMSLayer):
         super().__init__(config, page, kv_cache_dtype=kv_cache_dtype)
         self.chunk = chunk
 
+    @property
+    def lasting(self) -> Tensor:
+        """None: the next chunk begins without them, (B, H)."""
+        return torch.zeros_like(self.live)
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, scale: float, sinks=None
     ) -> Tensor:

@@ -162,7 +162,7 @@ def test_records_are_accepted_by_the_curves(model, tmp_path):
 
 def made(text: str, finished: bool = True) -> dict:
     tokens = TOKENIZER(text)["input_ids"]
-    chain = Chain(0, 0, tokens, finished, 9, [9.0, 12.0], [0.0, 99.0])
+    chain = Chain(0, 0, tokens, finished, 9, 7.0, [9.0, 12.0], [0.0, 99.0])
     return make_record(chain, TASK, DMS, TOKENIZER, CONFIG)
 
 
@@ -179,7 +179,7 @@ def test_a_record_says_when_the_answer_was_complete():
 
 def test_padding_written_by_the_model_does_not_shift_the_place_of_the_answer():
     tokens = [TOKENIZER.pad_token_id] * 2 + TOKENIZER("a#3")["input_ids"]
-    record = make_record(Chain(0, 0, tokens, True, 9, [9.0], [0.0]), TASK, DMS, TOKENIZER, CONFIG)
+    record = make_record(Chain(0, 0, tokens, True, 9, 7.0, [9.0], [0.0]), TASK, DMS, TOKENIZER, CONFIG)
     assert record["finished_at"] == 5 and record["tokens"] == 6
 
 

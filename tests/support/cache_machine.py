@@ -94,6 +94,10 @@ class CacheMachine(RuleBasedStateMachine):
     def check_layer(self, twin: Twin, index: int) -> None:
         raise NotImplementedError
 
+    def lasting(self, row: Row, index: int) -> list[int]:
+        """Tokens that stay whatever comes, by KV head."""
+        raise NotImplementedError
+
     def begin(self, seed: int, batches: tuple[int, int], dtype: torch.dtype = torch.float32) -> None:
         self.rng, self.g = random.Random(seed), torch.Generator().manual_seed(seed)
         self.twins = [Twin(self.new_cache(), dtype, []) for _ in batches]
@@ -261,7 +265,9 @@ class CacheMachine(RuleBasedStateMachine):
         assert cache.tokens_seen().tolist() == [len(row.tokens) for row in twin.layers[0]]
         for index in range(len(twin.layers)):
             self.check_layer(twin, index)
-        for found, counter in ((cache.kv_reads(), "reads"), (cache.peak_tokens(), "peak")):
-            for of_layer, rows in zip(found.tolist(), twin.layers, strict=True):
-                times = len(of_layer[0]) // rows[0].heads
-                assert of_layer == [[n for n in getattr(row, counter) for _ in range(times)] for row in rows], counter
+        names = ("lasting_tokens", "kv_reads", "peak_tokens")
+        for index, (rows, *found) in enumerate(zip(twin.layers, *(getattr(cache, x)() for x in names), strict=True)):
+            times = len(found[0][0]) // rows[0].heads
+            wanted = zip(*((self.lasting(row, index), row.reads, row.peak) for row in rows), strict=True)
+            for name, of_layer, numbers in zip(names, found, wanted, strict=True):
+                assert of_layer.tolist() == [[n for n in row for _ in range(times)] for row in numbers], name

@@ -16,7 +16,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def chain(number: int, tokens: int, read: float, finished: bool = True) -> Chain:
     """One that reads ``read`` items a token after the first."""
     reads = [0.0, *(read * i for i in range(tokens + finished))]
-    return Chain(0, number, list(range(tokens)), finished, 5, [], [*reads, reads[-1]])
+    return Chain(0, number, list(range(tokens)), finished, 5, 5.0, [], [*reads, reads[-1]])
 
 
 def test_chains_take_turns_until_the_budget_is_used_up():

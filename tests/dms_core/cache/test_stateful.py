@@ -67,6 +67,11 @@ class Sight:
         newest = len(tokens) - 1
         return [x.numbers[head] for j, x in enumerate(tokens) if self.sees(tokens, head, newest, j)]
 
+    def lasting(self, tokens: list[Token], head: int) -> int:
+        """Tokens that are seen for good: nothing still to be said is about them."""
+        decided = tokens[self.lag :]
+        return 0 if self.chunk or self.sliding else sum(not x.said[head] for x in decided)
+
     def answers(self, tokens: list[Token], q: torch.Tensor) -> torch.Tensor:
         """(Hq, n, D): of the newest n tokens, whose queries are q (Hq, n, D)."""
         every, first = range(len(tokens)), len(tokens) - q.shape[1]
@@ -199,6 +204,9 @@ class DMSMachine(CacheMachine):
         self.did(twin)
 
     # What must hold.
+
+    def lasting(self, row: Row, index: int) -> list[int]:
+        return [self.sights[index].lasting(row.tokens, head) for head in range(row.heads)]
 
     def check_layer(self, twin: Twin, index: int) -> None:
         layer, rows = twin.cache.layers[index], twin.layers[index]

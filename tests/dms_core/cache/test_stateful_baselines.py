@@ -133,6 +133,17 @@ class BaselineMachine(CacheMachine):
                 twin.cache.crop(-1)
         self.did(twin)
 
+    def lasting(self, row: Told, index: int) -> list[int]:
+        """All where steps evict nothing, else the first ones; these are there at every look."""
+        plain = row.plain
+        if self.name in ("quest", "snapkv"):
+            return [len(held) for held in plain.held]
+        first = pinned_of(self.method, plain) if plain.q else 0
+        if self.name == "streaming-llm" and plain.q:
+            first = max(first, min(self.method.sinks, budget_of(self.method, plain) - 1))
+        assert all({j for j in range(len(plain.q)) if j < first} <= set(held) for held in plain.held)
+        return [min(first, len(held)) for held in plain.held]
+
     def check_layer(self, twin: Twin, index: int) -> None:
         layer, rows = twin.cache.layers[index], twin.layers[index]
         more = [getattr(layer, name) for name in ("bounds", "queries") if hasattr(layer, name)]
