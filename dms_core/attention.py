@@ -35,7 +35,8 @@ def dms_attention(module, query, key, value, attention_mask, scaling=None, **kwa
     # Of a model that lies on several devices (device_map), each layer takes them to its own.
     valid, segments = (x if x is None else x.to(key.device) for x in (step.valid, step.segment_ids))
     if step.cache is not None:
-        evict = hard_decisions(z) if z is not None else key.new_full(key.shape[:3], bool(local), dtype=torch.bool)
+        evict = key.new_ones(key.shape[:3], dtype=torch.bool) if local else None
+        evict = evict if z is None else hard_decisions(z)
         valid = None if step.full else valid
         out = step.cache.layers[layer].attend(query, key, value, evict, valid, scale, sinks)
     else:

@@ -37,6 +37,7 @@ class DMSLayer(RowLayer):
 
     counters = ("peak",)
     rows: PagedRows  # from the first token on
+    gated: bool  # whether tokens had a gate
 
     def __init__(self, config: DMSConfig, page: int, slack: int = 0, kv_cache_dtype: str = "auto") -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class DMSLayer(RowLayer):
     def _allocate(self) -> None:
         int8 = self.kv_cache_dtype == "int8"
         self.rows = PagedRows.new(self.batch * self.heads, self.like, self.page, self.cells - 1, int8)
-        self.spare = 0  # columns that can be taken back now
+        self.spare, self.gated = 0, False  # columns that can be taken back now; no token has had a gate
         self.taken = torch.zeros(self.batch, self.slack, device=self.like.device).bool()  # tokens in the last columns
 
     @property
@@ -63,7 +64,7 @@ class DMSLayer(RowLayer):
     def lasting(self) -> Tensor:
         """Live tokens that no token to come can evict, (B, H): without the marked ones and those not yet decided on."""
         leaves = self._decisions(self._ring(self.rows.ring_evict), torch.zeros_like(self.count))
-        leaves[..., self.cells - self.config.lag :] = True
+        leaves[..., self.cells - self.config.lag * self.gated :] = True
         return self.live - (leaves & self._there()).sum(2)
 
     @property
@@ -85,15 +86,17 @@ class DMSLayer(RowLayer):
         return (batch_rows[:, None] * self.heads + torch.arange(self.heads, device=batch_rows.device)).flatten()
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, scale: float, sinks=None
+        self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor | None, valid: Tensor | None, scale: float, sinks=None
     ) -> Tensor:
         """Store new tokens and attend to what they may see.
 
         q (B, Hq, T, D); k, v (B, H, T, D); evict (B, H, T): what each new token's gate says, about the token
-        ``lag`` before it; valid (B, T), False for padding and idle rows, None: all are tokens; sinks (Hq,):
-        logits that take part in the normaliser, or None.  Returns (B, Hq, T, D).
+        ``lag`` before it, None: there is no gate, or it is off; valid (B, T), False for padding and idle rows, None:
+        all are tokens; sinks (Hq,): logits that take part in the normaliser, or None.  Returns (B, Hq, T, D).
         """
         self.unread = False
+        self.gated |= evict is not None
+        evict = torch.zeros_like(k[..., 0], dtype=torch.bool) if evict is None else evict
         if self.slack:
             valid = torch.ones_like(evict[:, 0]) if valid is None else valid
             self.taken = torch.cat([self.taken, valid], 1)[:, -self.slack :]
@@ -232,6 +235,7 @@ class DMSLayer(RowLayer):
         if other.slack != self.slack:
             raise ValueError(f"rows of a cache with slack {other.slack}: this one has {self.slack}")
         self.spare = 0
+        self.gated |= other.gated
         self.rows.copy_rows(self.row_numbers(indices), other.rows, other.row_numbers(source))
 
     def _empty(self, indices: Tensor) -> None:

@@ -32,7 +32,7 @@ class ChunkedLayer(DMSLayer):
         return torch.zeros_like(self.live)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, scale: float, sinks=None
+        self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor | None, valid: Tensor | None, scale: float, sinks=None
     ) -> Tensor:
         """As in DMSLayer; ``evict`` is not looked at."""
         if q.shape[2] == 1:
@@ -41,7 +41,7 @@ class ChunkedLayer(DMSLayer):
             if valid is not None:
                 begins &= valid.expand(-1, self.heads).flatten()
             self.rows.length.masked_fill_(begins, 0)
-        return super().attend(q, k, v, torch.zeros_like(evict), valid, scale, sinks)
+        return super().attend(q, k, v, None, valid, scale, sinks)
 
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, scale: float, sinks=None

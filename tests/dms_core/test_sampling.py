@@ -83,7 +83,7 @@ def test_dense_chain_budgets_equal_closed_form(model):
     for chain in chains.values():
         n = len(chain.tokens) + chain.finished
         at = [*range(0, n + 1, 8), n]
-        assert chain.prompt_tokens == len(PROMPTS[chain.problem])
+        assert chain.prompt_kept == chain.prompt_tokens == len(PROMPTS[chain.problem])
         assert chain.live == [chain.prompt_tokens + max(made - 1, 0) for made in at]
         assert chain.reads == [sum(chain.prompt_tokens + step for step in range(1, made)) for made in at]
 
@@ -92,6 +92,7 @@ def test_gated_chains_cost_less(model, alone):
     for chain in alone.values():
         n = len(chain.tokens) + chain.finished
         assert chain.live[-1] < chain.prompt_tokens + n - 1
+        assert chain.prompt_kept < chain.live[0] and chain.prompt_kept == alone[chain.problem, 0].prompt_kept
         assert chain.live == sorted(chain.live) and chain.reads == sorted(chain.reads)
 
 

@@ -1,5 +1,7 @@
 """Random marks: each head's share, a chain's own draws, and the cache's invariants."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -70,7 +72,9 @@ def test_all_kept_is_dense_and_all_marked_is_a_window(model):
     with model.dms.disabled():
         config = SamplingConfig(max_new_tokens=40, temperature=1.0, stride=8, batch=4)
         dense = {(c.problem, c.chain): c for c in sample_chains(model, TOKENIZER, PROMPTS, JOBS, config)}
-    assert sample(model, retention=[[1.0, 1.0]] * 2, batch=4) == dense
+    kept = sample(model, retention=[[1.0, 1.0]] * 2, batch=4)
+    assert {job: replace(chain, prompt_kept=chain.prompt_tokens) for job, chain in kept.items()} == dense
+    assert all(chain.prompt_kept == chain.prompt_tokens - 1 for chain in kept.values())  # no word on the last
     for chain in sample(model, retention=[[0.0, 0.0]] * 2, batch=4).values():
         assert chain.live[-1] == min(5, chain.prompt_tokens + len(chain.tokens) + chain.finished - 1)
 

@@ -40,6 +40,13 @@ def test_a_chain_of_fewer_live_tokens_than_its_prompt_adds_nothing_to_the_peak()
     assert found.costs["peak"].tolist() == [[[[10]]]]
 
 
+def test_chains_share_what_is_kept_of_the_prompt_for_good():
+    (found,) = scores([chain(0, i, prompt_kept=6) for i in range(4)], (4, 8), (1, 4))
+    assert found.costs["peak"].tolist() == [[[[14, 6 + 4 * 8]] * 2]]  # of the 10 live after the prefill 4 will go
+    with pytest.raises(ValueError, match=r"prompt_kept .*: must be finite"):
+        scores([chain(0, 0, prompt_kept=float("nan"))])
+
+
 def test_seeds_problems_and_ratios_are_sorted_and_shared_by_all_seeds():
     records = [chain(p, 0, retrofit_seed=s, cr=cr) for cr in (8, 2.5) for s, p in ((3, 1), (1, 2), (1, 1), (3, 0))]
     low, high = scores(records)
