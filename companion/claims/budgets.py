@@ -15,6 +15,11 @@ from companion.tasks.base import short_name
 from dms_core.budgets.pareto import margin
 
 BOUNDS = ("value", "low", "high")
+INEXACT = (
+    "These stored peaks count as shared all that is live of the prompt after the prefill, more than DMS keeps of it: "
+    "each of its chains but the first holds up to $w + 1$ tokens more than they say. Its margin lies between this one "
+    "and the one with sharing."
+)
 FEWEST = 0.25  # times; where an interval of a saving that begins at 0 begins on the log axis
 
 
@@ -97,12 +102,22 @@ def margins(rows: Sequence[dict], scale: str = "log2") -> pd.DataFrame:
     return table if any("cr" in row for row in rows) else table.droplevel("CR")
 
 
-def unshared(points: Sequence[dict]) -> list[dict]:
-    """The points with a copy of the prompt for every chain: a peak of W chains is W times that of one.
+def is_exact(points: Sequence[dict]) -> bool:
+    """Whether peaks count once what of the prompt is kept for good.
 
-    With the prompt shared, a peak counts what is live of it after the prefill once.  DMS drops more of it while its
-    window leaves the prompt, so that each chain but the first holds up to w + 1 more tokens than counted.
+    Older ones count all that is live of it after the prefill.  DMS drops more while its window leaves the prompt, so
+    that each chain but the first holds up to w + 1 tokens more than such a peak says.
     """
+    return all(point.get("kept") is not None for point in points)
+
+
+def caveat(points: Sequence[dict]) -> str:
+    """What must stand beside peaks that are not exact; nothing beside others."""
+    return "" if is_exact(points) else INEXACT
+
+
+def unshared(points: Sequence[dict]) -> list[dict]:
+    """The points with a copy of the prompt for every chain: a peak of W chains is W times that of one."""
     one = {(p["task"], p["method"], p["cr"], p["L"]): p["peak"] for p in points if p["W"] == 1}
     return [p | {"peak": p["W"] * one[p["task"], p["method"], p["cr"], p["L"]]} for p in points]
 

@@ -7,7 +7,7 @@ Main results are judged on the stored runs of three retrofits where they are the
 from collections.abc import Iterable
 
 from companion.claims import wording
-from companion.claims.budgets import unshared_margins
+from companion.claims.budgets import is_exact, unshared_margins
 from companion.claims.evidence import Evidence
 from companion.claims.protocols import Protocol
 from companion.claims.wording import points, signed
@@ -37,9 +37,9 @@ def margin(evidence: Evidence, rule: Protocol, axis: str, study: str = "") -> Fo
     where = f", on {result['machine']}" if axis == "seconds" else alone
     gains = [row for row in result.get("headline", ()) if (row["a"], row["b"], row["axis"]) == ("dms", "vanilla", axis)]
     told = f"; at the budget of one long dense chain: {_by_task(gains, 'gain')}" if gains else ""
-    if axis == "peak" and result.get("points"):
-        apart = unshared_margins(result["points"]).items()
-        told += f"; each chain with a copy of the prompt: {', '.join(f'{task} {signed(x)}' for task, x in apart)}"
+    if axis == "peak" and not is_exact(result.get("points", ())):
+        apart = ", ".join(f"{task} {signed(x)}" for task, x in unshared_margins(result["points"]).items())
+        told += f"; what DMS drops of the prompt is not counted, with a copy of it for every chain: {apart}"
     return f"{_by_task(rows, 'value')} (log2 axis{where}){told}", _all_tasks(rows)
 
 

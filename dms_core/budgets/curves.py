@@ -63,8 +63,9 @@ def summarise(
     Accuracies, margins and differences are in points (0–100). A margin is taken over the budgets "from" … "to" that the
     frontiers of the full sample share, also in the resamples, and None (NA, `na_share` 1) where there are none;
     "restricted" begins where half of b's chains have ended (None: nowhere). "paired" has differences of one-chain
-    accuracy at the largest L. "headline": see `headline`. Record order does not matter. ValueError names the offending
-    value.
+    accuracy at the largest L. A point's "kept": tokens of the prompt that its peak counts once (None: of older records,
+    where that is all that is live after the prefill). "headline": see `headline`. Record order does not matter.
+    ValueError names the offending value.
 
     >>> chain = dict(method="dms", cr=8.0, problem=0, chain=0, tokens=2, stride=16, prompt_tokens=3, prompt_live=3.0)
     >>> chain |= dict(live=[3.0, 4.0], reads=[0.0, 4.0], answer="7", gold="7", finished_at=2)
@@ -116,11 +117,13 @@ def _points(scores: Scores, draws: tuple[int, int]) -> list[dict]:
     accuracy = resampled([scores], "credit", scores.problems, draws)
     low, high = np.percentile(accuracy[1:], bootstrap.LEVELS, axis=0)
     columns = {"accuracy": accuracy[0], "low": low, "high": high}
+    known = bool(np.isfinite(scores.kept).all())
     columns |= {axis: cost.mean((0, 1)).ravel() for axis, cost in scores.costs.items()}
     rows = []
     for i, (length, width) in enumerate(product(scores.lengths, scores.widths)):
         row = {"method": scores.method, "cr": scores.cr, "L": length, "W": width}
         row |= {"problems": len(scores.problems), "seeds": len(scores.seeds)}
+        row["kept"] = float(scores.kept.mean()) if known else None
         rows.append(row | {name: float(values[i]) for name, values in columns.items()})
     return rows
 

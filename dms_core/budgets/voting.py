@@ -51,6 +51,7 @@ class Scores:
     alone: np.ndarray  # (S, P, L) credit of one chain, mean over chains
     ended: np.ndarray  # (S, P, L) share of the chains that were complete
     chains: np.ndarray  # (S, P) how many there are
+    kept: np.ndarray  # (S, P) tokens of the prompt that are never evicted, counted once; NaN where records do not say
 
     def rows(self, name: str, problems: Sequence) -> np.ndarray:
         """The named array or cost for these problems, (S, len(problems), L·W), `alone` without W."""
@@ -154,20 +155,21 @@ def _score(key: tuple, chains: dict, lengths: tuple, widths: tuple, aggregate: s
     first = next(iter(chains.values()))
     names, shape = ["reads", "peak", *(["seconds"] if "seconds" in first else [])], (len(seeds), len(problems))
     credit, *costs = np.zeros((1 + len(names), *shape, len(lengths), len(widths)))
-    (alone, ended), counts = np.zeros((2, *shape, len(lengths))), np.zeros(shape)
+    (alone, ended), (counts, kept) = np.zeros((2, *shape, len(lengths))), np.zeros((2, *shape))
     for at in np.ndindex(shape):
         records = groups[seeds[at[0]], problems[at[1]]]
         answers, complete = _answers(records, lengths)  # (L, chains) each
         alone[at], ended[at], counts[at] = (answers == GOLD).mean(-1), complete.mean(-1), len(records)
         for column, w in enumerate(widths):
             credit[*at, :, column] = _credit(answers, w, aggregate, seed)
+        kept[at] = np.mean([r.get("prompt_kept", np.nan) for r in records])
         prompts = {"peak": np.mean([_shared(r) for r in records])}  # counted once
         means = np.mean([_costs(r, lengths, names) for r in records], axis=0)  # (names, L), over chains
         for name, cost, mean in zip(names, costs, means, strict=True):
             cost[at] = np.outer(mean, widths) + prompts.get(name, 0)
     cr, named = int(key[1]) if key[1].is_integer() else key[1], dict(zip(names, costs, strict=True))
     about = (key[0], cr, first.get("task"), tuple(seeds), tuple(problems), lengths, widths)
-    return Scores(*about, credit, named, alone, ended, counts)
+    return Scores(*about, credit, named, alone, ended, counts, kept)
 
 
 def _credit(answers: np.ndarray, width: int, aggregate: str, seed: int) -> np.ndarray:

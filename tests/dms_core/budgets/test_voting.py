@@ -43,6 +43,7 @@ def test_a_chain_of_fewer_live_tokens_than_its_prompt_adds_nothing_to_the_peak()
 def test_chains_share_what_is_kept_of_the_prompt_for_good():
     (found,) = scores([chain(0, i, prompt_kept=6) for i in range(4)], (4, 8), (1, 4))
     assert found.costs["peak"].tolist() == [[[[14, 6 + 4 * 8]] * 2]]  # of the 10 live after the prefill 4 will go
+    assert found.kept.tolist() == [[6]] and np.isnan(scores([chain(0, 0)])[0].kept).all()
     with pytest.raises(ValueError, match=r"prompt_kept .*: must be finite"):
         scores([chain(0, 0, prompt_kept=float("nan"))])
 
