@@ -96,7 +96,7 @@ CHAIN = [  # in the order in which a reader types them
     ),
     (
         "dms recall --model $MODEL --retrofits data/smollm2/dms-cr4 runs/smollm2-lora/cr4 --data memory-test.jsonl "
-        "--out runs/recall --save",
+        "--out runs/recall --up-to 512 --save",
         whole("--topics 1 --controls tova", **{"data/smollm2/dms-cr4": "runs/smollm2/cr4"}, MODEL="a model"),
     ),
     *(

@@ -17,8 +17,8 @@ from dms_core.budgets.pareto import margin
 BOUNDS = ("value", "low", "high")
 INEXACT = (
     "These stored peaks count as shared all that is live of the prompt after the prefill, more than DMS keeps of it: "
-    "each of its chains but the first holds up to $w + 1$ tokens more than they say. Its margin lies between this one "
-    "and the one with sharing."
+    "each of its chains but the first holds up to $w + 1$ tokens more than they say. The margins of this build count "
+    "what is kept."
 )
 FEWEST = 0.25  # times; where an interval of a saving that begins at 0 begins on the log axis
 
@@ -123,12 +123,15 @@ def unshared(points: Sequence[dict]) -> list[dict]:
 
 
 def unshared_margins(points: Sequence[dict]) -> dict[str, float | None]:
-    """Margin of DMS over the dense model at equal peak with nothing shared, log2, of each task; no interval."""
-    found, every = {}, unshared(points)
-    for task in dict.fromkeys(p["task"] for p in every):
+    """Margin at equal peak, log2, of each task, if chains of DMS shared nothing and dense ones the prompt; no interval.
+
+    No chain of DMS holds more, and no dense one less.
+    """
+    found: dict[str, float | None] = {}
+    for task in dict.fromkeys(p["task"] for p in points):
         mine, dense = (
             [(p["peak"], p["accuracy"]) for p in every if (p["task"], p["method"]) == (task, name)]
-            for name in ("dms", "vanilla")
+            for every, name in ((unshared(points), "dms"), (points, "vanilla"))
         )
         found[short_name(task)] = margin(mine, dense)
     return found

@@ -39,7 +39,7 @@ def margin(evidence: Evidence, rule: Protocol, axis: str, study: str = "") -> Fo
     told = f"; at the budget of one long dense chain: {_by_task(gains, 'gain')}" if gains else ""
     if axis == "peak" and not is_exact(result.get("points", ())):
         apart = ", ".join(f"{task} {signed(x)}" for task, x in unshared_margins(result["points"]).items())
-        told += f"; what DMS drops of the prompt is not counted, with a copy of it for every chain: {apart}"
+        told += f"; what DMS drops of the prompt is not counted, with a copy of it for each of its chains: {apart}"
     return f"{_by_task(rows, 'value')} (log2 axis{where}){told}", _all_tasks(rows)
 
 
@@ -246,10 +246,11 @@ def needle(evidence: Evidence, rule: Protocol) -> Found:
 
 def recall(evidence: Evidence, rule: Protocol) -> Found:
     """SmolLM2 with gates and adapters, stored: needles, minus the dense model's and minus each control's."""
-    pairs = [p for p in evidence.rows("recall", "pairs") if (p["a"], p["measure"]) == ("dms", "needles")]
-    pairs = [{**p, **{key: 100 * p[key] for key in ("value", "low", "high")}} for p in pairs]
+    study, loss = evidence.stored.get("recall", {}), rule.thresholds["loss"]
+    short = study.get("common", {})  # controls may have run on the shorter texts alone
+    pairs, others = _needles(study), _needles(short or study)
     dense = next((pair for pair in pairs if pair["b"] == "vanilla"), None)
-    others, loss = [p for p in pairs if p["b"] not in ("vanilla", "dms", "dms-gates")], rule.thresholds["loss"]
+    others = [p for p in others if p["b"] not in ("vanilla", "dms", "dms-gates")]
     if dense is None or not others:
         return None
     kept, ahead = dense["low"] > -loss, [style_of(p["b"])[0] for p in others if _sign(p) == 1]
@@ -260,7 +261,14 @@ def recall(evidence: Evidence, rule: Protocol) -> Found:
         f"minus {label}: {wording.interval(p['value'], p['low'], p['high'])}"
         for label, p in (("the original", dense), *((style_of(p["b"])[0], p) for p in others))
     ]
-    return "; ".join(measured), f"{verdict} ({of_dense}; ahead of {len(ahead)} of {len(others)} controls)"
+    where = f" on the {short['documents']} texts that these have run on" if short else ""
+    return "; ".join(measured), f"{verdict} ({of_dense}; ahead of {len(ahead)} of {len(others)} controls{where})"
+
+
+def _needles(study: dict) -> list[dict]:
+    """DMS minus each method, in points."""
+    pairs = (p for p in study.get("pairs", ()) if (p["a"], p["measure"]) == ("dms", "needles"))
+    return [{**p, **{key: 100 * p[key] for key in ("value", "low", "high")}} for p in pairs]
 
 
 def _compared(evidence: Evidence, a: str, b: str, study: str | None = None) -> dict | None:

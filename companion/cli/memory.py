@@ -64,13 +64,14 @@ def recall(
     data: opt(Path, "conversations from dms compose --split test", metavar="FILE"),
     out: opt(Path, "records; an interrupted study goes on from there", metavar="DIR"),
     controls: opt(list[str], "methods, or all, or none", metavar="NAME...") = ("all",),
+    up_to: opt(int, "controls on texts of about this many tokens at most (default: on all)") = None,
     topics: opt(int, "texts of Python's language reference beside them") = 8,
     batch: opt(int, "texts run together") = 16,
     device: Device = None,
     save: opt(str, "default: data/results/recall.json", metavar="[FILE]") = None,
 ):
     """what a compressed cache remembers: needles, hops, far-dependent tokens, prose"""
-    at_least_one(batch=batch)
+    at_least_one(batch=batch, **({} if up_to is None else {"up_to": up_to}))
     from companion.experiments import recall as passes
     from companion.experiments import recall_study as study
     from companion.experiments.sample import load_tokenizer
@@ -87,12 +88,12 @@ def recall(
     longest = max(len(document.ids) for document in documents)
     documents += [passes.prose(tokenizer, text, longest) for text in passes.topics(topics)]
     methods = study.open_methods(model, retrofits, names, out, device)
-    found = study.measure(methods, documents, out, batch, {"model": fingerprint(directory)})
-    result = study.summary(found) | {"topics": topics, "environment": describe()}
+    found = study.measure(methods, documents, out, batch, {"model": fingerprint(directory)}, up_to)
+    result = study.summaries(found) | {"topics": topics, "environment": describe()}
     if save is not None:
         write_json(save or RESULTS / "recall.json", result)
         print(f"saved {save or RESULTS / 'recall.json'}", file=sys.stderr)
-    for row in result["rows"]:
+    for row in [*result["rows"], *result.get("common", {}).get("rows", ())]:
         said = {name: _said(**spread) for name, spread in row["measures"].items()}
         yield LINE.format_map(_Missing({**row, **said}))
     return result

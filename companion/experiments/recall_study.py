@@ -2,7 +2,7 @@
 
 An interrupted study goes on where it stopped: a text that a method has a record of is not run again.  Texts of about
 the same length are run together, retrofits before the controls, whose budget on these texts is what the last retrofit
-holds of them.
+holds of them.  Controls, which take each token as a step, may be run on the shorter texts alone.
 """
 
 import contextlib
@@ -77,12 +77,26 @@ def batches(documents: Sequence[Document], batch: int) -> list[list[int]]:
     return [order[i : i + batch] for i in range(0, len(order), batch)]
 
 
-def measure(methods: Sequence[Method], documents: Sequence[Document], out: Path, batch: int, facts: dict) -> dict:
-    """Records {method: {document: record}}, made where they are missing.  ``out`` belongs to one set of texts."""
+def measure(
+    methods: Sequence[Method],
+    documents: Sequence[Document],
+    out: Path,
+    batch: int,
+    facts: dict,
+    up_to: int | None = None,
+) -> dict:
+    """Records {method: {document: record}}, made where they are missing.  ``out`` belongs to one set of texts.
+
+    up_to: controls run on texts of about this many tokens at most (see ``size``).
+    """
     digest = hashlib.sha256(repr([(d.ids, d.prompt, d.at.tolist()) for d in documents]).encode()).hexdigest()
     claim(out, {**facts, "texts": digest[:16], "batch": batch}, "recall.json")
     found = {m: {row["document"]: row for row in read_jsonl(m.file)} for m in methods}
-    todo = [(part, [m for m in methods if any(i not in found[m] for i in part)]) for part in batches(documents, batch)]
+    todo = []
+    for part in batches(documents, batch):
+        fits = up_to is None or max(size(len(documents[i].ids)) for i in part) <= up_to
+        these = methods if fits else [m for m in methods if not is_control(m, methods)]
+        todo.append((part, [m for m in these if any(i not in found[m] for i in part)]))
     unfinished = dict.fromkeys(m for _, missing in todo for m in missing)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=sum(len(missing) for _, missing in todo), desc="recall", unit="batch"))
@@ -114,7 +128,7 @@ def _run(missing, methods, documents: Sequence[Document], part: Sequence[int], f
     for m in missing:
         if m is dense:
             hidden, held = truth, [dict.fromkeys(BUDGET, float(len(d.ids))) for d in documents]
-        elif m.model is not dense.model:
+        elif not is_control(m, methods):
             hidden = whole(m.model, [d.ids for d in documents])
             held = [dict.fromkeys(BUDGET, live) for live in live_tokens(m.model, [len(d.ids) for d in documents])]
         else:
@@ -132,6 +146,16 @@ def _controlled(m: Method, documents: Sequence[Document], live: float) -> tuple[
         hidden, reads = through(m.model, cache, documents)
     counters = *(x.float().mean((0, 2)) for x in (cache.live_tokens(), cache.peak_tokens())), reads
     return hidden, [dict(zip(BUDGET, row, strict=True)) for row in torch.stack(counters, 1).tolist()]
+
+
+def size(tokens: int) -> int:
+    """Tokens in steps of STEP, at least one."""
+    return STEP * max(round(tokens / STEP), 1)
+
+
+def is_control(method: Method, methods: Sequence[Method]) -> bool:
+    """Whether it is the dense model, the first of the methods, with another cache."""
+    return method is not methods[0] and method.model is methods[0].model
 
 
 def last_retrofit(methods: Sequence[Method]) -> Method | None:
@@ -158,8 +182,19 @@ def ratios(row: dict) -> dict[str, tuple[float, float]]:
     return found
 
 
+def summaries(found: dict[Method, dict[int, dict]], resamples: int = 2000) -> dict:
+    """The summary of the methods that ran on all texts; where some did not, ``common``: of all, on the texts of all."""
+    texts = set().union(*found.values())
+    whole = {m: rows for m, rows in found.items() if set(rows) == texts}
+    result, common = summary(whole, resamples), texts.intersection(*found.values())
+    if len(whole) < len(found) and common:
+        of_all = {m: {i: rows[i] for i in sorted(common)} for m, rows in found.items()}
+        result["common"] = summary(of_all, resamples)
+    return result
+
+
 def summary(found: dict[Method, dict[int, dict]], resamples: int = 2000) -> dict:
-    """Rows a method, differences from the last retrofit, and needles by length and distance."""
+    """Rows a method, differences from the last retrofit, needles by length and distance.  All have the same texts."""
     documents = sorted(next(iter(found.values())))
     draws = bootstrap.indices(len(documents), resamples)
     values = {m: [ratios(rows[i]) for i in documents] for m, rows in found.items()}
@@ -198,11 +233,10 @@ def needle_cells(rows: Sequence[dict]) -> list[dict]:
     """Needles recalled by the text's length and by the distance from the fact to its question."""
     cells: dict[tuple, list[bool]] = {}
     for row in rows:
-        length = STEP * max(round(row["tokens"] / STEP), 1)
         for question in row["asked"]:
             if group_of(question["kind"])[0] == "needles":
                 reach = next(r for r in RANGES if r[0] <= question["distance"] < r[1])
-                cells.setdefault((length, *reach), []).append(question["right"])
+                cells.setdefault((size(row["tokens"]), *reach), []).append(question["right"])
     return [
         {
             "length": length,

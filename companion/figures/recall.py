@@ -31,13 +31,21 @@ def show_recall(file: Path | str, figure: str):
     if not Path(file).exists():
         return Markdown(MISSING)
     result = read_json(file)
-    plot_recall(result)
+    shown = result.get("common", result)
+    plot_recall(shown)
     plt.show()
-    facts = {"figure": figure, **{name: result[name] for name in ("documents", "questions", "far")}}
+    facts = {"figure": figure, **{name: shown[name] for name in ("documents", "questions", "far")}}
     display(Markdown(CAPTION.format(**facts)))
+    if shown is not result:
+        display(recall_table(shown))
+        display(Markdown(LONGER.format(**{name: result[name] for name in ("documents", "questions", "far")})))
     return recall_table(result)
 
 
+LONGER = (
+    "Controls take each token as a step, and ran on the shorter texts alone. The others on all {documents} texts with "
+    "{questions} questions and {far} far-dependent tokens:"
+)
 CAPTION = (
     "**Figure {figure}.** What each method remembers of {documents} texts with {questions} questions, and how far it "
     "is from the dense model at the {far} tokens that need the far past. 95 % bootstrap intervals over texts; every "

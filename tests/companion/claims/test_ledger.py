@@ -213,6 +213,8 @@ def test_memory_is_judged_against_the_original_and_against_every_control(dense, 
     claim = "It still finds a needle in a haystack as long as its training context"
     assert verdicts(evidence(stored={"recall": {"pairs": pairs}}))[claim].startswith(word)
     assert verdicts(evidence(stored={"recall": {"pairs": pairs[:1]}}))[claim] == NOT_TESTED  # no control was run
+    short = {"pairs": pairs[:1], "common": {"documents": 32, "pairs": pairs}}
+    assert "controls on the 32 texts" in verdicts(evidence(stored={"recall": short}))[claim]
     assert verdicts(evidence())[claim] == NOT_TESTED
 
 

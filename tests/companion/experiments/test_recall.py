@@ -219,6 +219,22 @@ def test_summary_has_the_dense_model_at_no_divergence_and_differences_from_dms(s
     assert sum(cell["of"] for cell in result["cells"]) == 5 * len(methods)
 
 
+def test_controls_may_run_on_the_shorter_texts_alone(study, tmp_path, monkeypatch):
+    methods, texts, _, found = study
+    monkeypatch.setattr(recall, "CUT", 16)
+    monkeypatch.setattr(recall_study, "STEP", 64)
+    own = [recall_study.Method(m.name, m.cr, tmp_path / m.file.name, m.model, m.head) for m in methods]
+    most = recall_study.size(90)
+    short = recall_study.measure(own, texts, tmp_path, 1, {"model": "m"}, most)
+    on = {i for i, d in enumerate(texts) if recall_study.size(len(d.ids)) <= most}
+    assert 0 < len(on) < len(texts) and [set(short[m]) for m in own[:2]] == [set(range(len(texts)))] * 2
+    assert set(short[own[2]]) == on
+    result = recall_study.summaries(short, 50)
+    assert [len(x["rows"]) for x in (result, result["common"])] == [2, 3]
+    assert (result["documents"], result["common"]["documents"]) == (len(texts), len(on))
+    assert recall_study.summaries(found, 50) == recall_study.summary(found, 50)
+
+
 def test_wilson_interval_of_half_and_of_all():
     assert recall_study.wilson(50, 100) == pytest.approx({"low": 0.4038, "high": 0.5962}, abs=1e-3)
     assert recall_study.wilson(20, 20)["high"] == pytest.approx(1)

@@ -91,3 +91,9 @@ def test_a_missing_study_is_one_sentence_and_a_stored_one_a_figure_with_caption_
     table = show_recall(tmp_path / "recall.json", "8.5")
     assert shown[0] == "figure" and shown[1].startswith("**Figure 8.5.**") and "273 questions" in shown[1]
     assert len(table) == 3 + len(CONTROLS)
+    whole = study() | {"rows": study()["rows"][:3], "common": study() | {"documents": 32, "questions": 91}}
+    write_json(tmp_path / "recall.json", whole)
+    monkeypatch.setattr("IPython.display.display", lambda thing: shown.append(getattr(thing, "data", thing)))
+    table = show_recall(tmp_path / "recall.json", "8.5")
+    assert "32 texts with 91 questions" in shown[3] and len(shown[4]) == 3 + len(CONTROLS)
+    assert "273 questions" in shown[5] and len(table) == 3
