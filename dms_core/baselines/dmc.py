@@ -27,7 +27,8 @@ from dms_core.attention import SINKS, no_mask
 from dms_core.baselines.dmc_cache import DMCCache, running_average
 from dms_core.checkpoint import load_base, model_shape, read_settings
 from dms_core.gate import gate_logits, hard_decisions, neuron_rows, soft_decisions
-from dms_core.model import DMS, install
+from dms_core.handle import DMS
+from dms_core.model import install
 from dms_core.noise import sample_noise
 from dms_core.probe import Attention, layout_of
 from dms_core.visibility import align_decisions
