@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 BASELINES = ("h2o", "quest", "random", "rkv", "streaming-llm", "tova")
 METHODS = ("dms", "vanilla", "snapkv", *BASELINES, *(f"{name}-protected" for name in BASELINES))  # of `dms sample`
@@ -212,6 +213,12 @@ def threads(filled: dict, rule: str) -> int:
 def _of_rule(filled: dict, rule: str) -> dict:
     parts = ((filled["resources"] or {}).get(part, {}) for part in ("default", rule))
     return {key: value for part in parts for key, value in part.items() if value is not None}
+
+
+def contents(name: str | None) -> str | None:
+    """What a key says of a recipe or of data: a name, or of a file what is in it, so that an edited one is another."""
+    file = Path(name or "")
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else name
 
 
 def key(*facts) -> str:

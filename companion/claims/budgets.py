@@ -118,8 +118,12 @@ def caveat(points: Sequence[dict]) -> str:
 
 def unshared(points: Sequence[dict]) -> list[dict]:
     """The points with a copy of the prompt for every chain: a peak of W chains is W times that of one."""
-    one = {(p["task"], p["method"], p["cr"], p["L"]): p["peak"] for p in points if p["W"] == 1}
-    return [p | {"peak": p["W"] * one[p["task"], p["method"], p["cr"], p["L"]]} for p in points]
+    one = {_chain(point): point["peak"] for point in points if point["W"] == 1}
+    return [point | {"peak": point["W"] * one[_chain(point)]} for point in points if _chain(point) in one]
+
+
+def _chain(point: dict) -> tuple:
+    return tuple(point[key] for key in ("task", "method", "cr", "L"))
 
 
 def unshared_margins(points: Sequence[dict]) -> dict[str, float | None]:

@@ -39,7 +39,7 @@ def margin(evidence: Evidence, rule: Protocol, axis: str, study: str = "") -> Fo
     told = f"; at the budget of one long dense chain: {_by_task(gains, 'gain')}" if gains else ""
     if axis == "peak" and not is_exact(result.get("points", ())):
         apart = ", ".join(f"{task} {signed(x)}" for task, x in unshared_margins(result["points"]).items())
-        told += f"; what DMS drops of the prompt is not counted, with a copy of it for each of its chains: {apart}"
+        told += f"{_old_peaks(result)}, with a copy of it for each of its chains: {apart}"
     return f"{_by_task(rows, 'value')} (log2 axis{where}){told}", _all_tasks(rows)
 
 
@@ -134,7 +134,7 @@ def delay(evidence: Evidence, rule: Protocol) -> Found:
         verdict = f"the axes disagree: better at {_told(pairs, by_axis, 1)}; worse at {_told(pairs, by_axis, -1)}"
     else:
         verdict = "disagrees" if below else "no difference that this design can resolve"
-    return f"{'; '.join(measured)}{evidence.of_main}", verdict
+    return f"{'; '.join(measured)}{evidence.of_main}{_old_peaks(evidence.main)}", verdict
 
 
 def absorbed(evidence: Evidence, rule: Protocol) -> Found:
@@ -163,7 +163,8 @@ def training_free(evidence: Evidence, rule: Protocol) -> Found:
         signs = {_sign(row) for rows in axes.values() for row in rows}
         words = {frozenset({1}): "agrees", frozenset({-1}): "disagrees", frozenset({0}): "unresolved"}
         verdicts.setdefault(words.get(frozenset(signs), "the axes or tasks disagree"), []).append(style_of(name)[0])
-    return "; ".join(measured), "; ".join(f"{word}: {', '.join(names)}" for word, names in verdicts.items())
+    told = "; ".join(measured) + _old_peaks(evidence.stored["grid"])
+    return told, "; ".join(f"{word}: {', '.join(names)}" for word, names in verdicts.items())
 
 
 def rests(evidence: Evidence, rule: Protocol) -> Found:
@@ -247,7 +248,7 @@ def needle(evidence: Evidence, rule: Protocol) -> Found:
 def recall(evidence: Evidence, rule: Protocol) -> Found:
     """SmolLM2 with gates and adapters, stored: needles, minus the dense model's and minus each control's."""
     study, loss = evidence.stored.get("recall", {}), rule.thresholds["loss"]
-    short = study.get("common", {})  # controls may have run on the shorter texts alone
+    short = study.get("common")  # controls may have run on the shorter texts alone
     pairs, others = _needles(study), _needles(short or study)
     dense = next((pair for pair in pairs if pair["b"] == "vanilla"), None)
     others = [p for p in others if p["b"] not in ("vanilla", "dms", "dms-gates")]
@@ -281,6 +282,12 @@ def _compared(evidence: Evidence, a: str, b: str, study: str | None = None) -> d
 def _sign(row: dict) -> int:
     """1 or −1 where the interval excludes zero, else 0."""
     return 0 if row["low"] is None else int(row["low"] > 0) - int(row["high"] < 0)
+
+
+def _old_peaks(result: dict) -> str:
+    """What must be said beside peaks that count too much of the prompt as shared."""
+    exact = is_exact(result.get("points", ()))
+    return "" if exact else "; at the peak what is evicted of the prompt after the prefill is not counted"
 
 
 def _all_tasks(rows: list[dict]) -> str:

@@ -98,16 +98,18 @@ def bench_lines(cases: list[dict]):
 @command(INSPECT, "kernels", passed=lambda result: all(case["ok"] for case in result.get("cases", [])))
 def kernels(
     aot: opt(bool, "compile every Triton kernel; needs no card, takes minutes", "--aot") = False,
-    target: opt(list[int], "80, 90, 100", metavar="SM...") = (80, 90, 100),
+    target: opt(list[int], "of --aot: 80, 90, 100 (default: all)", metavar="SM...") = (),
 ):
     """which implementation serves which device; what the kernels compile to"""
+    if target and not aot:
+        raise ValueError(f"--target {' '.join(map(str, target))}: must be with --aot")
     if aot:
         from importlib import metadata
 
         from dms_kernels import aot as compiler
 
         try:
-            cases = compiler.report(tuple(target))
+            cases = compiler.report(tuple(target) or (80, 90, 100))
         except ImportError as error:
             raise ValueError(str(error)) from error
         yield from map(aot_line, cases)

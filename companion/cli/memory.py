@@ -93,9 +93,11 @@ def recall(
     if save is not None:
         write_json(save or RESULTS / "recall.json", result)
         print(f"saved {save or RESULTS / 'recall.json'}", file=sys.stderr)
-    for row in [*result["rows"], *result.get("common", {}).get("rows", ())]:
-        said = {name: _said(**spread) for name, spread in row["measures"].items()}
-        yield LINE.format_map(_Missing({**row, **said}))
+    for part in filter(None, (result, result["common"])):
+        yield "{documents} texts, {questions} questions:".format(**part)
+        for row in part["rows"]:
+            said = {name: _said(**spread) for name, spread in row["measures"].items()}
+            yield LINE.format_map(_Missing({**row, **said}))
     return result
 
 

@@ -1,5 +1,6 @@
 """The embedded model: its main job, what came of it beside the paper, and the studies."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -210,11 +211,15 @@ def ledger(
     from dataclasses import asdict
 
     from companion.claims.ledger import gather, make_ledger, markdown
-    from companion.experiments.run import Run
+    from companion.experiments.run import Run, profile_facts
 
     run = Run.of(profile, runs)
     if not (run.root / "curves.json").exists():
         raise ValueError(f"{run.root}: holds no finished run; dms reproduce --profile {profile} makes one")
+    if read_json(run.root / "curves.json").get("profile") != json.loads(json.dumps(profile_facts(run))):
+        raise ValueError(
+            f"{run.root}: holds a run with other settings; dms reproduce --profile {profile} makes it anew"
+        )
     claims = make_ledger(gather(run, RESULTS))
     yield markdown(claims)
     return {"claims": [asdict(claim) for claim in claims]}
@@ -222,7 +227,7 @@ def ledger(
 
 @command("Inspect", "cache-report")
 def cache_report(
-    cr: opt(float, "compression ratio of the checkpoint") = 8.0,
+    cr: opt(float, "compression ratio of the checkpoint (default: as it says, or 8)") = None,
     checkpoint: opt(Path, "a retrofitted model (default: runs/tiny, else data/reasoner)") = None,
     device: Device = None,
 ):
@@ -230,11 +235,16 @@ def cache_report(
     from companion.devices import checked_device
     from companion.experiments import heldout
     from companion.experiments import main as job
+    from companion.experiments.sample import checkpoint_ratio
     from companion.tasks.programs import make_problem
     from companion.tasks.reasoner import load_tokenizer
     from dms_core.checkpoint import load_model
 
     place = checked_device(device)
+    trained = checkpoint_ratio(checkpoint) if checkpoint else None
+    if cr and trained and cr != trained:
+        raise ValueError(f"cr {cr:g}: {checkpoint} was trained to {trained:g}; leave --cr out")
+    cr = cr or trained or 8.0
     if checkpoint is None and (RUNS / "tiny").exists():
         checkpoint = job.checkpoint(job.Run.of("tiny", RUNS), "dms", cr)
         checkpoint = checkpoint if (checkpoint / "dms.json").exists() else None

@@ -26,7 +26,7 @@ def ablate(
     runs: opt(Path, "of retrofits (default: runs/ablations; of delay: runs, for profile full)", metavar="DIR") = None,
     seeds: opt(int, "retrofits of each kind") = 1,
     finished: opt(bool, "only what was measured before; train nothing", "--finished") = False,
-    documents: opt(int, "of delay: validation documents a task") = 200,
+    documents: opt(int, "of delay: validation documents a task (default: 200)") = None,
     delayed: opt(list[Path], "of delay: checkpoints, one a seed, in place of the usual ones", metavar="DIR...") = (),
     immediate: opt(list[Path], "of delay: the same, with immediate eviction", metavar="DIR...") = (),
     save: opt(bool, "also store the result in data/results", "--save") = False,
@@ -35,11 +35,14 @@ def ablate(
     """what a part of the method is worth: retrofits that differ in one thing"""
     if finished and name == "delay":
         raise ValueError(f"--finished with {name}: must be an ablation by short retrofits")
+    if name != "delay" and (documents is not None or delayed or immediate):
+        raise ValueError(f"--documents, --delayed or --immediate with {name}: must be with delay")
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     if name == "delay":
-        result = yield from _delay(runs or RUNS, seeds, {"dms": delayed, "dms-immediate": immediate}, documents, device)
+        given = {"dms": delayed, "dms-immediate": immediate}
+        result = yield from _delay(runs or RUNS, seeds, given, 200 if documents is None else documents, device)
     else:
         from companion.experiments.ablations import ablation, open_ablations
 

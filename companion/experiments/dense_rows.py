@@ -94,6 +94,8 @@ class DenseRows(DynamicCache):
         """Most tokens held so far, (1, B, 1): rows only grow, and all layers and heads hold the same."""
         return self.seen[None, :, None]
 
+    lasting_tokens = peak_tokens  # all of them stay
+
     def kv_reads(self) -> Tensor:
         """Items attended to, summed over decode steps, (1, B, 1)."""
         return self.reads[None, :, None]

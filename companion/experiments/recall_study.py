@@ -87,14 +87,14 @@ def measure(
 ) -> dict:
     """Records {method: {document: record}}, made where they are missing.  ``out`` belongs to one set of texts.
 
-    up_to: controls run on texts of about this many tokens at most (see ``size``).
+    up_to: controls run on texts of about this many tokens at most, by ``size``.
     """
     digest = hashlib.sha256(repr([(d.ids, d.prompt, d.at.tolist()) for d in documents]).encode()).hexdigest()
     claim(out, {**facts, "texts": digest[:16], "batch": batch}, "recall.json")
     found = {m: {row["document"]: row for row in read_jsonl(m.file)} for m in methods}
     todo = []
     for part in batches(documents, batch):
-        fits = up_to is None or max(size(len(documents[i].ids)) for i in part) <= up_to
+        fits = up_to is None or max(size(len(documents[i].ids)) for i in part) <= size(up_to)
         these = methods if fits else [m for m in methods if not is_control(m, methods)]
         todo.append((part, [m for m in these if any(i not in found[m] for i in part)]))
     unfinished = dict.fromkeys(m for _, missing in todo for m in missing)
@@ -183,14 +183,15 @@ def ratios(row: dict) -> dict[str, tuple[float, float]]:
 
 
 def summaries(found: dict[Method, dict[int, dict]], resamples: int = 2000) -> dict:
-    """The summary of the methods that ran on all texts; where some did not, ``common``: of all, on the texts of all."""
+    """The summary of the methods that ran on all texts.
+
+    ``common``: of all methods on the texts of all, or None where all ran on all.
+    """
     texts = set().union(*found.values())
     whole = {m: rows for m, rows in found.items() if set(rows) == texts}
-    result, common = summary(whole, resamples), texts.intersection(*found.values())
-    if len(whole) < len(found) and common:
-        of_all = {m: {i: rows[i] for i in sorted(common)} for m, rows in found.items()}
-        result["common"] = summary(of_all, resamples)
-    return result
+    common = sorted(texts.intersection(*found.values())) if len(whole) < len(found) else []
+    of_all = {m: {i: rows[i] for i in common} for m, rows in found.items()}
+    return summary(whole, resamples) | {"common": summary(of_all, resamples) if common else None}
 
 
 def summary(found: dict[Method, dict[int, dict]], resamples: int = 2000) -> dict:

@@ -1,7 +1,8 @@
 """Chains of one model and method on a benchmark in a directory of their own.
 
 The directory holds ``records/*.jsonl``, one file a (method, CR) and shard, and ``run.json``: the task, the lengths and
-widths to report, and for each method its file and the arguments of the chat template.
+widths to report, and for each method its file, the length up to which it was sampled and the arguments of the chat
+template.
 """
 
 import math
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from companion.devices import checked_device, checked_dtype
-from companion.experiments.summaries import SIDECAR
+from companion.experiments.summaries import SIDECAR, check_limits
 from companion.method import Method
 from companion.records import records_file, sample_records
 from companion.shards import WHOLE, Shard, record_files
@@ -73,25 +74,24 @@ def sample_benchmark(
     graded and in other processes than the first.  Raises ValueError where model, method or ratio are wrong, or
     ``out`` belongs to another task.
     """
+    longest = config.max_new_tokens
+    lengths = list(lengths) or sorted({max(1, longest // 4), max(1, longest // 2), longest})
+    widths = list(widths) or [w for w in (1, 2, 4, 8, 16, 32) if w <= chains]
     _check(method, cr, gates, lengths=lengths, widths=widths, chains=[chains], workers=[workers])
+    check_limits(lengths, {method: longest})
     device, dtype = _process_device(device), checked_dtype(dtype)
-    note = _noted(out, task)
+    _noted(out, task)  # may refuse
     directory, trained = local_directory(model), local_directory(gates or model)
-    cr = cr or (checkpoint_ratio(trained) if method == "dms" else 1.0)
-    if not cr:
-        raise ValueError(f"{gates or model} does not say its compression ratio: give --cr")
+    chosen = Method(method, _ratio(method, cr, trained))
     tokenizer = load_tokenizer(directory)
     check_arguments(tokenizer, task.template)
-    chosen, longest = Method(method, float(cr)), config.max_new_tokens
     baseline = get_baseline(method)(chosen.cr) if method in BASELINE_NAMES else None
     loaded = _load(directory, trained if gates or method == "dms" else None, device, dtype)
     first = loaded.dms.split.rank == 0
     weights = "".join(map(fingerprint, dict.fromkeys([directory, trained])))
     whole = out / "records" / records_file(loaded, weights, tokenizer, task, chosen, config, baseline)
-    if first:
-        lengths = list(lengths) or sorted({max(1, longest // 4), max(1, longest // 2), longest})
-        widths = list(widths) or [w for w in (1, 2, 4, 8, 16, 32) if w <= chains]
-        write_json(out / SIDECAR, _with_records(note, task, chosen, whole.name, lengths, widths))
+    if first:  # what another process has noted meanwhile stays
+        write_json(out / SIDECAR, _with_records(_noted(out, task), task, chosen, whole.name, lengths, widths, longest))
     file = shard.file(whole)
     records = sample_records(loaded, tokenizer, task, chosen, chains, config, whole, baseline, shard)
     if task.grades_later and first:
@@ -110,6 +110,8 @@ def _check(method: str, cr: float | None, gates: str | None, **counts: Sequence[
         raise ValueError(f"--method {method}: needs --cr, the compression ratio of its budget")
     if cr is not None and not 1 <= cr < math.inf:
         raise ValueError(f"cr {cr}: must be a finite number >= 1")
+    if method == "vanilla" and cr not in (None, 1):
+        raise ValueError(f"cr {cr:g} with method vanilla: must be left out, it evicts nothing")
     if gates and method not in ("dms", "vanilla"):
         raise ValueError(f"gates {gates} with method {method!r}: must be with dms or vanilla")
     for name, values in counts.items():
@@ -117,12 +119,20 @@ def _check(method: str, cr: float | None, gates: str | None, **counts: Sequence[
             raise ValueError(f"{name} {', '.join(map(str, values))}: must be >= 1")
 
 
-def _with_records(note: dict, task: Task, method: Method, name: str, lengths: list[int], widths: list[int]) -> dict:
-    """What run.json holds once ``method`` has its file of records."""
+def _with_records(
+    note: dict, task: Task, method: Method, name: str, lengths: list[int], widths: list[int], longest: int
+) -> dict:
+    """What run.json holds once ``method`` has its file of records of up to ``longest`` tokens.
+
+    Raises ValueError for lengths up to which some method was not sampled.
+    """
+    limits = note.get("limits", {}) | {str(method): longest}
+    check_limits(lengths, limits)
     templates = note.get("template", {}) | {str(method): dict(task.template)}
     templates = {key: arguments for key, arguments in templates.items() if arguments}
     records = note["records"] | {str(method): name}
-    return note | {"lengths": lengths, "widths": widths, "records": records, "template": templates}
+    facts = {"lengths": lengths, "widths": widths, "records": records, "template": templates, "limits": limits}
+    return note | facts
 
 
 def _graded(records: list[dict], task: Task, file: Path, files: Sequence[Path], workers: int, unsafe: bool):
@@ -155,6 +165,16 @@ def _load(directory: Path, trained: Path | None, device: str | None, dtype: str)
         base = load_base(directory, **options)
         model = load_gates(base, trained) if trained else attach(base, DMSConfig())
     return model if spread else model.to(device)
+
+
+def _ratio(method: str, cr: float | None, directory: Path) -> float:
+    """The method's compression ratio.  Raises ValueError for one that is not the checkpoint's."""
+    trained = checkpoint_ratio(directory) if method == "dms" else 1.0 if method == "vanilla" else None
+    if cr and trained and cr != trained:
+        raise ValueError(f"cr {cr:g}: {directory} was trained to {trained:g}; leave --cr out")
+    if not (cr or trained):
+        raise ValueError(f"{directory} does not say its compression ratio: give --cr")
+    return float(cr or trained)
 
 
 def checkpoint_ratio(directory: Path) -> float | None:

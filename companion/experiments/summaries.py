@@ -28,6 +28,7 @@ def summarise_directory(directory: Path, lengths: Sequence[int] | None, widths: 
             raise ValueError(f"{directory / SIDECAR}: must hold task, lengths, widths and records")
         named = [directory / "records" / name for name in note["records"].values()]
         files = [file for whole in named for file in record_files(whole) or [whole]]
+        check_limits(lengths or note["lengths"], note.get("limits", {}))
         if files:
             return summarise_files(files, lengths or note["lengths"], widths or note["widths"], note["task"])
     by_task: dict[str, list[Path]] = defaultdict(list)
@@ -42,6 +43,13 @@ def summarise_directory(directory: Path, lengths: Sequence[int] | None, widths: 
         summarise_files(by_task[task], lengths or plan.lengths, widths or plan.widths, task)
         for task, plan in plans.items()
     )
+
+
+def check_limits(lengths: Sequence[int], limits: dict[str, int]) -> None:
+    """Raises ValueError for lengths at which chains of some method, sampled up to its limit, may have been cut off."""
+    method = min(limits, key=lambda name: limits[name], default="")
+    if method and max(lengths) > limits[method]:
+        raise ValueError(f"lengths {max(lengths)}: must be <= {limits[method]}, up to which {method} is sampled here")
 
 
 def merged(summaries: Iterable[dict]) -> dict:

@@ -31,26 +31,26 @@ def show_recall(file: Path | str, figure: str):
     if not Path(file).exists():
         return Markdown(MISSING)
     result = read_json(file)
-    shown = result.get("common", result)
+    shown = result.get("common") or result
     plot_recall(shown)
     plt.show()
     facts = {"figure": figure, **{name: shown[name] for name in ("documents", "questions", "far")}}
     display(Markdown(CAPTION.format(**facts)))
     if shown is not result:
         display(recall_table(shown))
-        display(Markdown(LONGER.format(**{name: result[name] for name in ("documents", "questions", "far")})))
+        display(Markdown(LONGER.format(questions=result["questions"], far=result["far"])))
     return recall_table(result)
 
 
 LONGER = (
-    "Controls take each token as a step, and ran on the shorter texts alone. The others on all {documents} texts with "
-    "{questions} questions and {far} far-dependent tokens:"
+    "Controls take each token as a step, and ran on the shorter texts alone. The others on the longer ones, too, in "
+    "all {questions} questions and {far} far-dependent tokens:"
 )
 CAPTION = (
     "**Figure {figure}.** What each method remembers of {documents} texts with {questions} questions, and how far it "
-    "is from the dense model at the {far} tokens that need the far past. 95 % bootstrap intervals over texts; every "
-    "control holds as many tokens as the last retrofit. In the table shares are in %, KL in nats a token; new kinds "
-    "are needles of kinds that the training never had."
+    "is from the dense model at the {far} tokens that need the far past. 95 % bootstrap intervals over texts. Every "
+    "control holds as many tokens as the last retrofit, but Quest, which holds all and chooses what it reads. In the "
+    "table shares are in %, KL in nats a token; new kinds are needles of kinds that the training never had."
 )
 
 

@@ -119,15 +119,17 @@ def make_scores(records: Iterable[dict], lengths: tuple, widths: tuple, aggregat
     if not records:
         raise ValueError("no chain records: must be at least one")
     chains: dict = defaultdict(dict)  # (method, cr, budget length or 0) → (retrofit seed, problem, chain) → record
-    gold: dict = {}
+    posed: dict = {}  # (problem, field) → its gold answer; its identifier, where records have one
     for record in records:
         _check_record(record)
         if ("seconds" in record) != ("seconds" in records[0]):
             known = {key: record[key] for key in CHAIN}
             raise ValueError(f"record {known} {'with' if 'seconds' in record else 'without'} seconds: all or none must")
-        if gold.setdefault(record["problem"], record["gold"]) != record["gold"]:
-            both = f"{gold[record['problem']]!r} and {record['gold']!r}"
-            raise ValueError(f"problem {record['problem']} with gold answers {both}: must have one")
+        for what, field in (("gold answers", "gold"), ("identifiers", "id")):
+            first = posed.setdefault((record["problem"], field), record.get(field))
+            if first != record.get(field):
+                both = f"{first!r} and {record.get(field)!r}"
+                raise ValueError(f"problem {record['problem']} with {what} {both}: must have one")
         of_length = chains[record["method"], float(record["cr"]), record.get("budget_length", 0)]
         key = (record.get("retrofit_seed", 0), record["problem"], record["chain"])
         if key in of_length:

@@ -4,7 +4,8 @@
 TASKS = S["tasks"]
 TRAINED = ("dms",)  # methods that need a retrofitted checkpoint; others run the original weights
 CRS = sorted({f"{cr:g}" for method in TRAINED for cr in S["methods"].get(method, [])})
-RETROFIT = f"{RUN}/retrofit-{key(S['model'], S['recipe'], S['data'])}"
+TRAINING = [contents(S["recipe"]), contents(S["data"])]
+RETROFIT = f"{RUN}/retrofit-{key(S['model'], *TRAINING)}"
 SHARDS = [f"{number}-of-{S['shards']}" for number in range(1, S["shards"] + 1)]
 RUN_PARAMETERS = {}
 FINAL = [
@@ -23,7 +24,7 @@ def chapter_data(chapter):
 
 def chains(task, method, cr):
     """Directory of one grid of chains; other settings have another, and more chains are added to those there."""
-    facts = [S["model"], max(TASKS[task]["lengths"]), TASKS[task]["options"], *([S["recipe"], S["data"]] if method in TRAINED else [])]
+    facts = [S["model"], max(TASKS[task]["lengths"]), TASKS[task]["options"], *(TRAINING if method in TRAINED else [])]
     return f"{RUN}/{task}/{method}-cr{cr:g}-{key(*facts)}"
 
 
