@@ -82,7 +82,7 @@ def sample_benchmark(
     device, dtype = _process_device(device), checked_dtype(dtype)
     _noted(out, task)  # may refuse
     directory, trained = local_directory(model), local_directory(gates or model)
-    chosen = Method(method, _ratio(method, cr, trained))
+    chosen = Method(method, _ratio(method, cr, trained, gates or model))
     tokenizer = load_tokenizer(directory)
     check_arguments(tokenizer, task.template)
     baseline = get_baseline(method)(chosen.cr) if method in BASELINE_NAMES else None
@@ -167,13 +167,13 @@ def _load(directory: Path, trained: Path | None, device: str | None, dtype: str)
     return model if spread else model.to(device)
 
 
-def _ratio(method: str, cr: float | None, directory: Path) -> float:
+def _ratio(method: str, cr: float | None, directory: Path, name: str) -> float:
     """The method's compression ratio.  Raises ValueError for one that is not the checkpoint's."""
     trained = checkpoint_ratio(directory) if method == "dms" else 1.0 if method == "vanilla" else None
     if cr and trained and cr != trained:
-        raise ValueError(f"cr {cr:g}: {directory} was trained to {trained:g}; leave --cr out")
+        raise ValueError(f"cr {cr:g}: {name} was trained to {trained:g}; leave --cr out")
     if not (cr or trained):
-        raise ValueError(f"{directory} does not say its compression ratio: give --cr")
+        raise ValueError(f"{name} does not say its compression ratio: give --cr")
     return float(cr or trained)
 
 

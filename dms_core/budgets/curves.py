@@ -7,7 +7,7 @@ complete by then, and its cost is its cost at that token. W chains vote; the pap
     peak(L, W)    = kept + Σ_chains max(live at the cut − kept, 0)
     seconds(L, W) = Σ_chains seconds at the cut        where they were measured
 
-The peak counts what is kept of the shared prompt once and holds all W chains until the last one ends. Costs are averaged
+The peak counts what is kept of the prompt once and holds all W chains until the last one ends. Costs are averaged
 over all choices of W among the available chains (exactly, since they are linear in the chains), then over problems.
 
 Where a method was retrofitted with several seeds, its value is the mean over them.

@@ -66,7 +66,7 @@ def test_peak_with_nothing_shared_is_that_of_one_chain_times_the_chains():
     ]
     assert [p["peak"] for p in budgets.unshared(points)] == [100, 400, 60, 240]
     (lead,) = budgets.unshared_margins(points).values()
-    assert list(budgets.unshared_margins(points)) == ["lcm"] and 10 < lead < 13
+    assert list(budgets.unshared_margins(points)) == ["lcm"] and 9 < lead < 11  # the dense model shares
     said = [point | {"kept": 50.0} for point in points]
     assert budgets.is_exact(said) and not budgets.caveat(said)
     for unsaid in (points, [said[0], points[1] | {"kept": None}]):

@@ -106,6 +106,8 @@ def test_from_sampling_to_curves_with_the_embedded_model(programs, tmp_path, cap
         (m, length, w) for m in ("vanilla", "dms") for length in (40, 80, 160) for w in (1, 2)
     }
     assert summary["pass_at_1"][2] == vanilla["pass_at_1"]
+    assert main(["curves", "--results", str(out), "--lengths", "161"]) == 2
+    assert "lengths 161: must be <= 160, up to which vanilla-cr1 is sampled here" in capsys.readouterr().err
     points = command(capsys, "curves", "--results", out, "--lengths", 100, "--widths", 1)["points"]
     assert [(p["method"], p["L"], p["W"]) for p in points] == [("vanilla", 100, 1), ("dms", 100, 1)]
     assert points[1]["reads"] < points[0]["reads"]
@@ -114,9 +116,9 @@ def test_from_sampling_to_curves_with_the_embedded_model(programs, tmp_path, cap
 @needs_math_verify
 def test_sample_runs_on_unsolvable_benchmark_and_rejects_another_task(aime, tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = ["--task", "aime24", "--source", aime, "--limit", 2, "--cr", 4, "--length", 12, "--out", out]
+    arguments = ["--task", "aime24", "--source", aime, "--limit", 2, "--length", 12, "--out", out]
     result = command(capsys, "sample", "--model", REASONER / "dms-cr8", "--method", "dms", *arguments)
-    assert (result["cr"], result["records"], result["pass_at_1"]["accuracy"]) == (4, 2, 0)
+    assert (result["cr"], result["records"], result["pass_at_1"]["accuracy"]) == (8, 2, 0)
     records = read_jsonl(Path(result["file"]))
     assert {r["id"] for r in records} == {"0", "1"} and all(set(RECORD_KEYS) <= set(r) for r in records)
     other = ["sample", "--model", str(REASONER), "--method", "vanilla", "--length", "8", "--out", str(out)]

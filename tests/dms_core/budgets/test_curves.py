@@ -341,6 +341,7 @@ def test_bad_arguments_are_named():
         ([], [8], [1], 10, "no chain records"),
         (good * 2, [8], [1], 10, "must occur once"),
         ([*good, chain(0, 1) | {"gold": "2"}], [8], [1], 10, "gold answers '1' and '2'"),
+        ([*good, chain(0, 1) | {"id": "test/2/0"}], [8], [1], 10, "identifiers None and 'test/2/0'"),
         ([incomplete], [8], [1], 10, r"without \['stride'\]: must have"),
     ):
         with pytest.raises(ValueError, match=message):
