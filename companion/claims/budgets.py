@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from companion.claims.wording import interval, signed
+from companion.experiments.summaries import is_exact
 from companion.figures.style import COLUMN, STYLES, style_of
 from companion.tasks.base import short_name
 from dms_core.budgets.pareto import margin
@@ -100,15 +101,6 @@ def margins(rows: Sequence[dict], scale: str = "log2") -> pd.DataFrame:
     ]
     table = _indexed(found, "task", "CR", "axis")
     return table if any("cr" in row for row in rows) else table.droplevel("CR")
-
-
-def is_exact(points: Sequence[dict]) -> bool:
-    """Whether peaks count once what of the prompt is kept for good.
-
-    Older ones count all that is live of it after the prefill.  DMS drops more while its window leaves the prompt, so
-    that each chain but the first holds up to w + 1 tokens more than such a peak says.
-    """
-    return all(point.get("kept") is not None for point in points)
 
 
 def caveat(points: Sequence[dict]) -> str:

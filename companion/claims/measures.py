@@ -7,12 +7,13 @@ Main results are judged on the stored runs of three retrofits where they are the
 from collections.abc import Iterable
 
 from companion.claims import wording
-from companion.claims.budgets import is_exact, unshared_margins
+from companion.claims.budgets import unshared_margins
 from companion.claims.evidence import Evidence
 from companion.claims.protocols import Protocol
 from companion.claims.wording import points, signed
 from companion.cost.roofline import ARCHITECTURES, kv_share
 from companion.experiments.delay import RULE, conclusion, select
+from companion.experiments.summaries import is_exact
 from companion.figures.style import style_of
 from companion.tasks.base import short_name
 

@@ -74,6 +74,8 @@ def curves(
     save: opt(Path, "write the summary to this JSON file", metavar="FILE") = None,
 ):
     """accuracy at each budget, Pareto margins and paired differences"""
+    from companion.experiments.summaries import is_exact
+
     found = next((path for path in FINISHED if (path / "curves.json").exists()), FINISHED[-1])
     summaries = [_summary(directory, lengths, widths) for directory in directories or [found]]
     summary = summaries[0] if len(summaries) == 1 else _together(summaries)
@@ -85,6 +87,8 @@ def curves(
         from companion.figures.curves import draw_curves
 
         draw_curves(summary, figure)
+    if not is_exact(summary.get("points", ())):
+        yield "peak: of these records what is live of a prompt after the prefill counts as shared, all of it"
     rows = sorted(summary.get("pass_at_1", ()), key=lambda row: row["L"])
     longest = {(row.get("task"), row["method"], row["cr"]): row for row in rows}  # the last of each
     yield from map(score_line, longest.values())

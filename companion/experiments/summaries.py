@@ -1,5 +1,6 @@
 """From files of records to curves.  Needs no torch."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from dms_core.budgets.voting import RECORD_KEYS
 from dms_core.storage import read_json, read_jsonl
 
 SIDECAR = "run.json"  # what a directory's records are of
+NAMED = re.compile(
+    r"(?P<method>.+)-(?P<settings>[0-9a-f]{12})(\.\d+-of-\d+)?\.jsonl"
+)  # as records.records_file names them
 
 
 def summarise_directory(directory: Path, lengths: Sequence[int] | None, widths: Sequence[int] | None) -> dict:
@@ -31,9 +35,12 @@ def summarise_directory(directory: Path, lengths: Sequence[int] | None, widths: 
         check_limits(lengths or note["lengths"], note.get("limits", {}))
         if files:
             return summarise_files(files, lengths or note["lengths"], widths or note["widths"], note["task"])
+    files = sorted([*directory.glob("*.jsonl"), *directory.glob("records/**/*.jsonl")])
+    first = {file: next(iter(read_jsonl(file)), {}) for file in files}
+    _check_one_kind(first)
     by_task: dict[str, list[Path]] = defaultdict(list)
-    for file in sorted([*directory.glob("*.jsonl"), *directory.glob("records/**/*.jsonl")]):
-        by_task[next(iter(read_jsonl(file)), {}).get("task", EMBEDDED[0])].append(file)
+    for file, record in first.items():
+        by_task[record.get("task", EMBEDDED[0])].append(file)
     if not by_task:
         raise ValueError(f"{directory}: no records/*.jsonl for curves; dms reproduce and dms sample write them")
     if unknown := set(by_task) - set(EMBEDDED):
@@ -45,11 +52,34 @@ def summarise_directory(directory: Path, lengths: Sequence[int] | None, widths: 
     )
 
 
+def _check_one_kind(first: dict[Path, dict]) -> None:
+    """Raises ValueError for files of one method and ratio with other settings: which chains are meant?
+
+    first: the first record of each file.  Where a KV budget is for one length, each length has its file.
+    """
+    found: dict[tuple, str] = {}
+    for file, record in first.items():
+        if (name := NAMED.fullmatch(file.name)) and "budget_length" not in record:
+            other = found.setdefault((file.parent, name["method"]), name["settings"])
+            if other != name["settings"]:
+                both = f"{name['method']} with settings {other} and {name['settings']}"
+                raise ValueError(f"{file.parent}: holds {both}; must be one, move the other's files elsewhere")
+
+
 def check_limits(lengths: Sequence[int], limits: dict[str, int]) -> None:
     """Raises ValueError for lengths at which chains of some method, sampled up to its limit, may have been cut off."""
     method = min(limits, key=lambda name: limits[name], default="")
     if method and max(lengths) > limits[method]:
         raise ValueError(f"lengths {max(lengths)}: must be <= {limits[method]}, up to which {method} is sampled here")
+
+
+def is_exact(points: Sequence[dict]) -> bool:
+    """Whether peaks count once what of the prompt is kept for good.
+
+    Older ones count all that is live of it after the prefill.  DMS drops more while its window leaves the prompt, so
+    that each chain but the first holds up to w + 1 tokens more than such a peak says.
+    """
+    return all(point.get("kept") is not None for point in points)
 
 
 def merged(summaries: Iterable[dict]) -> dict:

@@ -271,6 +271,10 @@ class RowCache(Cache):
         """Rows ``indices`` become copies of rows ``source`` of ``other``: how a finished chain's row is refilled."""
         if other.config != self.config or len(other.layers) != len(self.layers):
             raise ValueError(f"rows of a cache with {other.config}: this one has {self.config}; both must be the same")
+        for index, (mine, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):
+            if type(mine) is not type(theirs):
+                kinds = f"{type(theirs).__name__} in layer {index}: this one has {type(mine).__name__}"
+                raise ValueError(f"rows of a cache with a {kinds}; both must be the same")
         for mine, theirs in zip(self.held, other.held, strict=True):
             mine.put(indices.to(mine.like.device), theirs, source.to(mine.like.device))
         for mine, theirs in zip(self.states, other.states, strict=True):

@@ -44,6 +44,18 @@ def test_curves_print_avg_at_k_with_both_errors_at_each_methods_longest_length(t
     ]
 
 
+def test_records_of_a_method_with_two_settings_are_refused_and_old_peaks_are_said(tmp_path, capsys):
+    record = {"task": "traces", "method": "dms", "cr": 4.0, "problem": 0, "chain": 0, "answer": "1", "gold": "1"}
+    record |= {"finished_at": 3, "tokens": 3, "stride": 16, "live": [5, 6], "reads": [0, 9], "prompt_tokens": 5}
+    for mark, more in (("0123456789ab", {}), ("ba9876543210", {"budget_length": 64})):
+        (tmp_path / f"dms-cr4-{mark}.1-of-2.jsonl").write_text(json.dumps(record | {"prompt_live": 5.0, **more}) + "\n")
+    assert main(["curves", "--results", str(tmp_path)]) == 0
+    assert "what is live of a prompt after the prefill counts as shared" in capsys.readouterr().out
+    (tmp_path / "dms-cr4-ba9876543210.2-of-2.jsonl").write_text(json.dumps(record | {"prompt_live": 5.0}) + "\n")
+    assert main(["curves", "--results", str(tmp_path)]) == 2
+    assert "holds dms-cr4 with settings 0123456789ab and ba9876543210; must be one" in capsys.readouterr().err
+
+
 def test_curves_of_stored_results_and_of_records_need_no_torch(tmp_path):
     """Whose import takes longer than all else that the command does."""
     record = {"task": "traces", "method": "dms", "cr": 4.0, "problem": 0, "chain": 0, "answer": "1", "gold": "1"}

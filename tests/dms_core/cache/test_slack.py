@@ -1,6 +1,7 @@
 """A cache with slack sees what one without it sees, and forgets what is taken back."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from model_inputs import left_padded, random_ids
 
-from dms_core.cache.dms import DMSCache, DMSLayer
+from dms_core.cache.dms import DMSCache, DMSLayer, sliding_layer
+from dms_core.cache.hybrid import ChunkedLayer
 from dms_core.cache.pages import AHEAD
 from dms_core.config import DMSConfig
 from dms_core.visibility import align_decisions, visible
@@ -193,6 +195,10 @@ def test_crop_refuses_more_than_the_slack_and_changes_nothing(tiny_model):
         DMSCache.for_model(model, slack=-1)
     with pytest.raises(ValueError, match="rows of a cache with slack 3: this one has 0"):
         filled(model, 9).put_rows(torch.tensor([0]), cache, torch.tensor([0]))
+    other = DMSCache(DMSConfig(window=3), 2, others={1: partial(sliding_layer, DMSConfig(window=3), 4, 16)})
+    chunked = DMSCache(DMSConfig(window=3), 2, others={1: partial(ChunkedLayer, DMSConfig(window=3), 4, 16)})
+    with pytest.raises(ValueError, match="a ChunkedLayer in layer 1: this one has DMSLayer"):
+        other.put_rows(torch.tensor([0]), chunked, torch.tensor([0]))
 
 
 @pytest.mark.parametrize("window", [0, 3])
