@@ -105,7 +105,7 @@ CHAIN = [  # in the order in which a reader types them
             """'config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}' --option answer=number """
             "--option size=60 --option seed=9000 --length 256 --lengths 64 128 256 --chains 8 --dtype float32 "
             f"--out {out}",
-            whole("--limit 1 --length 8 --lengths 4 8 --chains 2 --widths 1 2", **LORA, MODEL="a model"),
+            whole("--limit 1 --length 8 --chains 2 --widths 1 2", **LORA | {"64 128 256": "4 8"}, MODEL="a model"),
         )
         for method, out in (
             ("--method vanilla", "runs/smollm2-products"),
