@@ -3,8 +3,9 @@
 Refills wait until an eighth of the rows is free, so that prompts are prefilled together.
 
 Every (problem, chain) has a random stream of its own, so what a chain says does not depend on the batch size, on
-the order, or on its neighbours.  On one machine, with the same versions and number of threads, it is the same bit for
-bit; elsewhere sums may round otherwise, and where two tokens are nearly as likely a chain may then take another way.
+the order, or on its neighbours.  On one machine's CPU, with the same versions and number of threads, it is the same
+bit for bit; elsewhere, and on a GPU, where sums are divided by the size of the batch, they may round otherwise, and
+where two tokens are nearly as likely a chain may then take another way.
 Budgets are counted as in paper section 5.1: KV reads are the items attended to at each decode step, summed over steps,
 per KV head (mean over layers and heads); prefill does not count.
 Wall time is counted too: a prefill's is divided among the rows that it fills, a decode step's among those under way.

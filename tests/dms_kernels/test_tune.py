@@ -45,6 +45,22 @@ def test_fastest_launch_is_chosen_once_and_remembered_in_the_file(tmp_path, monk
 
 def test_first_launch_is_used_where_none_runs(tmp_path):
     assert tune.choose(tmp_path / "tiles.json", "a", [TOO_LARGE], clock([])) == TOO_LARGE
+    assert not (tmp_path / "tiles.json").exists()
+
+
+def test_a_capture_takes_what_was_chosen_before_and_times_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+
+    class OnACard:
+        device, dtype, shape = torch.device("cuda"), torch.bfloat16, (1, 4, 4096, 64)
+
+    assert tune.best("forward", OnACard, 100, SLOW, None) == SLOW
+    monkeypatch.setattr(tune, "choose", lambda store, key, *_: tune._known.setdefault((str(store), key), FAST))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert tune.best("forward", OnACard, 100, SLOW, None) == FAST
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tune.best("forward", OnACard, 100, SLOW, None) == FAST
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"a": [1, 2]}'])

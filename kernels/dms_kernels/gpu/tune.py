@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 from triton.testing import do_bench
 
@@ -26,15 +27,20 @@ _known: dict[tuple[str, str], Launch] = {}  # by file and key: what this process
 
 def best(kind: str, q: Tensor, kept: int, table: Launch, run: Callable[[Launch], object]) -> Launch:
     """The launch to use for queries q (B, Hq, T, D) over ``kept`` listed keys a head; ``table``: the default, which is
-    kept off CUDA, in fp32, for few tokens and while a graph is captured.  ``run`` launches; to do so twice is harmless.
+    kept off CUDA, in fp32 and for few tokens.  ``run`` launches; to do so twice is harmless.
+
+    While a graph is captured nothing can be timed, and no kernel loaded: it is what was chosen before, else ``table``.
     """
     fixed = q.device.type != "cuda" or q.dtype == torch.float32 or q.shape[2] < SHORT
-    if fixed or os.environ.get("DMS_TILES") == "table" or torch.cuda.is_current_stream_capturing():
+    if fixed or os.environ.get("DMS_TILES") == "table":
         return table
     size = f"queries 2^{math.prod(q.shape[:3]).bit_length()} listed 2^{kept.bit_length()}"
-    key = f"{kind} D{q.shape[3]} {str(q.dtype).removeprefix('torch.')} {size}"
+    key = f"triton {triton.__version__} {kind} D{q.shape[3]} {str(q.dtype).removeprefix('torch.')} {size}"
+    store = store_of(torch.cuda.get_device_name(q.device))
+    if torch.cuda.is_current_stream_capturing():
+        return _known.get((str(store), key), table)
     candidates = [table, *(Launch(*tile) for tile in CANDIDATES[kind.removesuffix("_plain")])]
-    return choose(store_of(torch.cuda.get_device_name(q.device)), key, candidates, lambda x: do_bench(lambda: run(x)))
+    return choose(store, key, candidates, lambda x: do_bench(lambda: run(x)))
 
 
 def store_of(card: str) -> Path:
@@ -44,14 +50,15 @@ def store_of(card: str) -> Path:
 
 
 def choose(store: Path, key: str, candidates: list[Launch], time_of: Callable[[Launch], float]) -> Launch:
-    """The fastest by ``time_of``, or what ``store`` says of ``key``; the first where none runs."""
+    """The fastest by ``time_of``, or what ``store`` says of ``key``; the first, and nothing stored, where none runs."""
     if found := _known.get((str(store), key)):
         return found
     known = _read(store)
     if key not in known:
         times = {launch: _time(launch, time_of) for launch in dict.fromkeys(candidates)}
         known = {**_read(store), key: min(times, key=times.get)}
-        _write(store, known)
+        if min(times.values()) < math.inf:
+            _write(store, known)
     _known[str(store), key] = Launch(*known[key])
     return _known[str(store), key]
 
