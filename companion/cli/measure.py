@@ -98,7 +98,7 @@ def bench_lines(cases: list[dict]):
 @command(INSPECT, "kernels", passed=lambda result: all(case["ok"] for case in result.get("cases", [])))
 def kernels(
     aot: opt(bool, "compile every Triton kernel; needs no card, takes minutes", "--aot") = False,
-    target: opt(list[int], "of --aot: 80, 90, 100 (default: all)", metavar="SM...") = (),
+    target: opt(list[int], "of --aot: 80, 86, 90, 100 (default: all)", metavar="SM...") = (),
 ):
     """which implementation serves which device; what the kernels compile to"""
     if target and not aot:
@@ -109,7 +109,7 @@ def kernels(
         from dms_kernels import aot as compiler
 
         try:
-            cases = compiler.report(tuple(target) or (80, 90, 100))
+            cases = compiler.report(tuple(target) or tuple(compiler.SHARED_LIMIT))
         except ImportError as error:
             raise ValueError(str(error)) from error
         yield from map(aot_line, cases)

@@ -71,7 +71,7 @@ def recall(
     save: opt(str, "default: data/results/recall.json", metavar="[FILE]") = None,
 ):
     """what a compressed cache remembers: needles, hops, far-dependent tokens, prose"""
-    at_least_one(batch=batch, **({} if up_to is None else {"up_to": up_to}))
+    at_least_one(batch=batch, up_to=up_to)
     from companion.experiments import recall as passes
     from companion.experiments import recall_study as study
     from companion.experiments.sample import load_tokenizer

@@ -15,9 +15,8 @@ from dms_core.budgets.voting import RECORD_KEYS
 from dms_core.storage import read_json, read_jsonl
 
 SIDECAR = "run.json"  # what a directory's records are of
-NAMED = re.compile(
-    r"(?P<method>.+)-(?P<settings>[0-9a-f]{12})(\.\d+-of-\d+)?\.jsonl"
-)  # as records.records_file names them
+# As records.records_file and shards name them.
+NAMED = re.compile(r"(?P<method>.+)-(?P<settings>[0-9a-f]{12})(\.\d+-of-\d+)?\.jsonl")
 
 
 def summarise_directory(directory: Path, lengths: Sequence[int] | None, widths: Sequence[int] | None) -> dict:
