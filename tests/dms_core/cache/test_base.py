@@ -89,7 +89,7 @@ def test_rows_of_layers_of_other_kinds_are_refused(others):
         return cache
 
     cache = of_kinds({1: partial(StatefulLayer, DMSConfig(window=2), 4, 1)})
-    with pytest.raises(ValueError, match="argument 2 is shorter"):
+    with pytest.raises(ValueError, match="in layer 1: this one has StatefulLayer; both must be the same"):
         cache.put_rows(torch.tensor([0]), of_kinds(others), torch.tensor([1]))
 
 
