@@ -77,31 +77,6 @@ def save_model(
     save_gates(model, directory, state, **facts)
 
 
-@torch.no_grad()
-def save_difference(model: PreTrainedModel, base: PreTrainedModel, directory: Path | str, rank: int, **facts) -> None:
-    """Write gates, and what the weights have over those of ``base``: of matrices the ``rank`` largest singular parts.
-
-    In fp16, 2 * rank * (rows + columns) bytes a matrix; vectors whole.  ``load_gates`` adds them to the base model.
-
-    >>> model.save_pretrained("base")
-    >>> save_difference(attach(model, DMSConfig(window=16)), load_base("base"), "small", rank=4)
-    >>> load_gates(load_base("base"), "small").dms.config.window
-    16
-    """
-    before = dict(base.named_parameters())
-    parts: dict[str, torch.Tensor] = {}
-    for name, p in model.named_parameters():
-        if name in before:
-            change = p.float() - before[name].float()
-            if p.ndim == 2:
-                u, s, v = torch.linalg.svd(change, full_matrices=False)
-                root = s[:rank].sqrt()
-                parts |= {f"{name}.up": u[:, :rank] * root, f"{name}.down": root[:, None] * v[:rank]}
-            else:
-                parts[name] = change
-    write_difference(model, parts, directory, **facts)
-
-
 def write_difference(
     model: PreTrainedModel, parts: dict[str, torch.Tensor], directory: Path | str, state: dict | None = None, **facts
 ) -> None:

@@ -15,9 +15,9 @@ from dms_core.rope import varying_rope
 class StepGraph:
     """``run()`` does what ``step()`` does, and ``why_not`` says why it is no graph, if it is none.
 
-    ``moved()`` returns a number that changes when a tensor that the step uses was replaced.  ``ran(steps)`` is told of
-    steps that Python has not run, 1 after a replay, or that it ran without effect: -1 after a capture, 0 after a broken
-    one.
+    ``moved()`` returns a number that changes when a tensor that the step uses was replaced.  ``ran(steps)``
+    corrects the host's counters of steps: 1 after a replay, which Python did not run; -1 after a capture, which Python
+    ran and the GPU did not; 0 after a failed capture.
     """
 
     def __init__(

@@ -23,9 +23,9 @@ from dms_core.parallel import split_of
 from dms_core.probe import Attention, decoder_of, layout_of, place_of
 from dms_core.step import Step, Uncached, Watch, documents, given_cache, padding_mask, several
 
-NEVER = -1e9  # a gate's logit at which no noise evicts
+KEEP = -1e9  # a gate's logit at which no noise evicts
 NAN = "gate logits contain NaN: must be finite; is the checkpoint damaged?"
-IDLE = "a row sat out a step and then went on: layers with states cannot; put_rows or reset_rows must come between"
+IDLE = "a row skipped a step and then continued: states cannot skip steps; call put_rows or reset_rows between"
 
 
 class DMS:
@@ -112,7 +112,7 @@ class DMS:
     def _put(self, index: int, logits: Callable[[], Tensor]) -> None:
         if self.enabled:
             z = logits()
-            self.step.logits[index] = z if self.evicting else torch.full_like(z, NEVER)
+            self.step.logits[index] = z if self.evicting else torch.full_like(z, KEEP)
 
     def silence_neuron(self, query: Tensor, heads: int) -> Tensor:
         """The gate's neuron again, after RoPE has mixed its partner into it: (B, Hq, T, D)."""
@@ -167,7 +167,7 @@ class DMS:
         mask, padded = padding_mask(kwargs.get("attention_mask"), self.outer_mask, inputs)
         if isinstance(kwargs.get("attention_mask"), dict):
             kwargs["attention_mask"] = mask if padded else None
-        unasked = kwargs.get("use_cache") is None
+        cache_unspecified = kwargs.get("use_cache") is None
         valid, cache = mask[:, -tokens:], self._cache(kwargs)
         segments = None if cache is not None else documents(valid, kwargs.get("position_ids"), padded)
         if segments is not None and self.layout.mixes and several(segments):
@@ -186,14 +186,14 @@ class DMS:
             segments,
             self.model.training and self.enabled,
             full,
-            unasked and cache is None and not self.tuples,
+            cache_unspecified and cache is None and not self.tuples,
         )
         return (), kwargs
 
     def _check_states(self, cache: RowCache, valid: Tensor, full: bool) -> None:
         """Padding goes into the states of layers that have some, but in a first prefill, which transformers masks."""
         if valid.shape[1] == 1:
-            self.watches[1].note(cache.goes_on_wrongly(valid))
+            self.watches[1].note(cache.resumed_after_idle(valid))
         elif not full and cache.get_seq_length():
             raise ValueError("padding after a past: must be none, layers with states would take it in as tokens")
 
@@ -235,7 +235,7 @@ class DMS:
         cache, step.cache = step.cache, None  # it is the caller's, who may want its memory back
         if step.soft:
             return
-        if step.unasked and isinstance(output, dict):
+        if step.cache_unspecified and isinstance(output, dict):
             output.past_key_values = Uncached()  # type: ignore[attr-defined]  # of a ModelOutput
         if not step.logits:
             return

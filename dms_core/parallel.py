@@ -24,12 +24,6 @@ class Split:
     group: dist.ProcessGroup | None = None
     parts: int = 1  # parts of the KV heads: size, or 1 where the plan gathers them on every process
 
-    def count(self, heads: int) -> int:
-        """Of ``heads`` KV heads those here.  Raises ValueError if they do not divide."""
-        if heads % self.parts:
-            raise ValueError(f"{heads} KV heads over {self.parts} processes: must divide")
-        return heads // self.parts
-
     def take(self, x: Tensor) -> Tensor:
         """Of x (B, H, ...) the heads here: (B, H / parts, ...)."""
         return x if self.parts == 1 else x.chunk(self.parts, 1)[self.rank]
@@ -46,7 +40,7 @@ class Split:
         return self.sum(counts.sum((0, 2))).float() / (layers * heads * self.parts)
 
     def agree(self, x: Tensor) -> Tensor:
-        """The first process's ``x``: sums that round differently somewhere shall not lead processes apart."""
+        """The first process's ``x``: rounding may differ between processes, which must not diverge."""
         if self.size > 1:
             dist.broadcast(x := x.contiguous(), group=self.group, group_src=0)
         return x

@@ -45,7 +45,7 @@ def pick_tokens(
 
 
 def _likeliest(p: Tensor, top_p: float, top_k: int | None, min_p: float) -> tuple[Tensor, Tensor]:
-    """Probabilities p (S, V) from the largest on, of equals the first, and their tokens; at least those that may come.
+    """Probabilities p (S, V) in descending order, ties by token, and their tokens; may omit what cannot be drawn.
 
     On a CPU a large vocabulary is not sorted whole where all that may come is before the HEAD-th probability.
     """

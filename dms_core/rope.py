@@ -23,7 +23,7 @@ def varying_rope(config) -> tuple[str, int] | None:
 
 
 def check_length(config, tokens: int) -> None:
-    """Raises ValueError where what ``tokens`` tokens, a prompt and what follows it, see of positions is not constant.
+    """Raises ValueError if ``tokens`` exceeds the length up to which positions are encoded the same in every batch.
 
     Beside frequencies, that is the temperature of Llama 4's layers without positions, which transformers takes from the
     columns of the cache, not of a row; below its first step it is 1.

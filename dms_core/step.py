@@ -17,8 +17,8 @@ class Step:
     valid: Tensor  # (B, T): not padding
     segment_ids: Tensor | None  # (B, T): packed documents, padding -1; None for one document a row
     soft: bool  # sampled decisions with gradients (training), or hard ones
-    full: bool = False  # a prefill without padding: what every layer would else ask the device
-    unasked: bool = False  # no cache is kept, and the caller did not say that none is wanted
+    full: bool = False  # a prefill without padding: checked once, so that layers need not synchronise
+    cache_unspecified: bool = False  # use_cache was not given, and no cache is kept
     logits: dict[int, Tensor] = field(default_factory=dict)  # layer -> z (B, H, T)
     evicted: dict[int, Tensor] = field(default_factory=dict)  # layer -> decisions about each token (B, H, T)
 

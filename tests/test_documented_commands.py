@@ -192,6 +192,9 @@ SINGLE = {
     'papermill notebooks/06_hyperscaling.ipynb out.ipynb -p model DIR -y "checkpoints: [DIR/cr4, DIR/cr8]" '
     "-p task aime24 -p run_dir runs/aime": papermill,
     "python -m build": elsewhere("test_wheel.py::build", "its fixture builds the wheel"),
+    "python -m companion.claims.readme": elsewhere(
+        "companion/claims/test_readme.py::rewritten(", "it writes README.md"
+    ),
     "python -m companion.cost.decode_speed OUT.jsonl": python("--quick", "--device", "cpu"),
     "python -m companion.experiments.dmc": python(),  # hours
     "python -m companion.figures.brand": elsewhere(

@@ -27,11 +27,11 @@ def train_recipe(
             return load_base(base), load_tokenizer(base)
         return load_model_and_tokenizer(recipe)
 
-    def make_data(recipe: Recipe, tokenizer, out: Path):
+    def make_data(recipe: Recipe, model, tokenizer, out: Path):
         if recipe.data == "traces" and not Path(recipe.data).exists():
             size, batch = recipe.retrofit.steps * recipe.retrofit.batch, recipe.retrofit.batch
             return TraceDataset(tokenizer, size, batch, seed=recipe.retrofit.seed), {}
-        return make_packed_rows(recipe, tokenizer, out)
+        return make_packed_rows(recipe, model, tokenizer, out)
 
     precise = recipe.model == "reasoner"  # so small that a GPU gains nothing from bf16
     return run_recipe(recipe, out, cpu, fsdp, report, load, make_data, bf16=not precise, until=until)

@@ -61,7 +61,7 @@ class DenseLayer(RowLayer):
     def _allocate(self) -> None:
         self.per_slot, self.per_row = ["keys", "values"], ["seen"]
         self.keys, self.values = (self.like.new_zeros(self.batch, self.heads, 0, self.like.shape[-1]) for _ in "kv")
-        self.seen = self._counter(self.batch)
+        self.seen = self._counter(self.batch)  # tokens that each batch row has taken in, padding excluded
 
     def _counter(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.long, device=self.like.device)
@@ -69,11 +69,6 @@ class DenseLayer(RowLayer):
     @property
     def capacity(self) -> int:
         return self.keys.shape[2]
-
-    @property
-    def count(self) -> Tensor:
-        """Tokens that each batch row has taken in, padding excluded: (B,)."""
-        return self.seen
 
     @property
     def nbytes(self) -> int:
@@ -285,11 +280,6 @@ class BaselineCache(RowCache):
         """Raises ValueError if the model's gates are on: a baseline is the original model with another cache."""
         if dms.enabled:
             raise ValueError(f"a {self.config[0].name} cache and gates that are on: call it in model.dms.disabled()")
-
-    def name_streams(self, indices: Tensor, streams: Tensor) -> None:
-        for layer in self.held:
-            if hasattr(layer, "stream"):
-                layer.stream[indices] = streams.to(layer.stream.device)
 
 
 def attention(

@@ -143,7 +143,7 @@ class DMC(DMS):
         weight = weight.masked_fill(padding, 0.0)
         if step.cache is not None:
             layer = step.cache.layers[index]
-            opens = (step.valid.cumsum(1) + layer.count[:, None] == 1)[:, None]
+            opens = (step.valid.cumsum(1) + layer.seen[:, None] == 1)[:, None]
             alpha = hard_decisions(z).float().masked_fill(opens, 0.0)
             return Plan(alpha.masked_fill(padding, 1.0), weight)
         if step.soft:

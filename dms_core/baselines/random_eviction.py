@@ -23,14 +23,12 @@ class RandomEvictionLayer(BaselineLayer):
 
     def _allocate(self) -> None:
         super()._allocate()
-        self.stream = self._counter(self.batch)
         first = self.split.rank % self.split.parts * self.heads  # of this process
         self.head = torch.arange(self.heads, device=self.like.device) + first + (self.index << 12)
-        self.per_row.append("stream")
 
     def _place(self) -> Tensor:
         counter = (self.seen[:, None] << 24) + self.head
-        drawn = splitmix64(self.stream[:, None] + self.method.seed + counter * GOLDEN) & (2**63 - 1)
+        drawn = splitmix64(self.stream + self.method.seed + counter * GOLDEN) & (2**63 - 1)
         drawn = self.pinned[:, None] + drawn % (self.budget - self.pinned)[:, None]
         return torch.where((self.seen < self.budget)[:, None], self.seen[:, None], drawn)
 

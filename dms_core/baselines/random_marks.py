@@ -16,49 +16,11 @@ from dms_core.noise import GOLDEN, splitmix64
 
 
 class MarkedCache(DMSCache):
-    """A DMSCache whose rows have streams, (B,)."""
+    """A DMSCache whose decode steps are not captured in a graph: the next ones draw other numbers."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.static = False  # a captured step would keep the streams of its first chains
-        self.stream: Tensor | None = None
-
-    def streams(self, batch: int, device: torch.device) -> Tensor:
-        if self.stream is None:
-            self.stream = torch.zeros(batch, dtype=torch.long, device=device)
-        return self.stream
-
-    def _streams(self) -> Tensor:
-        return self.streams(self.batch_size, self.held[0].like.device)
-
-    def name_streams(self, indices: Tensor, streams: Tensor) -> None:
-        mine = self._streams()
-        mine[indices.to(mine.device)] = streams.to(mine.device)
-
-    def put_rows(self, indices: Tensor, other: "MarkedCache", source: Tensor) -> None:
-        super().put_rows(indices, other, source)
-        theirs = other._streams()
-        self.name_streams(indices, theirs[source.to(theirs.device)])
-
-    def reset_rows(self, indices: Tensor) -> None:
-        super().reset_rows(indices)
-        self.name_streams(indices, torch.zeros_like(indices))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        mine = self._streams()
-        super().batch_select_indices(indices)
-        self.stream = mine[indices.to(mine.device)]
-
-    reorder_cache = batch_select_indices
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        mine = self._streams()
-        super().batch_repeat_interleave(repeats)
-        self.stream = mine.repeat_interleave(repeats)
-
-    def reset(self) -> None:
-        super().reset()
-        self.stream = None
+        self.static = False
 
 
 def draw(stream: Tensor, position: Tensor, layer: int, heads: int, seed: int) -> Tensor:
@@ -91,10 +53,9 @@ def random_marks(model, retention: Sequence[Sequence[float]], seed: int = 0):
             return
         valid, cache = dms.step.valid, dms.step.cache
         position, stream = valid.cumsum(1) - 1, valid.new_zeros(len(valid), dtype=torch.long)
-        if cache is not None:
-            layer = cache.layers[index]
-            stream = cache.streams(len(valid), valid.device)
-            position = position + layer.count.to(valid.device)[:, None] if layer.is_initialized else position
+        if cache is not None and (layer := cache.layers[index]).is_initialized:
+            stream = layer.stream[:, 0].to(valid.device)
+            position = position + layer.seen.to(valid.device)[:, None]
         share = shares[dms.layout.gated.index(index)].to(valid.device)
         z = share[:, None] - draw(stream, position, index, len(share), seed)
         dms.step.logits[index] = dms.split.take(z)

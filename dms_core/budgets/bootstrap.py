@@ -66,13 +66,6 @@ def indices(n: int, resamples: int = 1000, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(n, size=(resamples, n))
 
 
-def mean(values: ArrayLike, resamples: int = 1000, seed: int = 0) -> tuple[float, float, float]:
-    """(mean, low, high), times 100, of a share a problem (P,)."""
-    values = np.asarray(values, float)
-    low, high = np.percentile(values[indices(len(values), resamples, seed)].mean(1), LEVELS)
-    return 100 * float(values.mean()), 100 * float(low), 100 * float(high)
-
-
 def beta_binomial(correct: ArrayLike, total: ArrayLike, level: float = 0.95) -> tuple[float, float]:
     """Equal-tailed Bayesian interval (low, high), in points, of an accuracy on few problems.
 

@@ -1,8 +1,8 @@
 """What hyper-scaling means: the best accuracy at the dense model's budget, and the budget for its accuracy.
 
 Both look at measured configurations (CR, L, W) alone; nothing is interpolated.  The best of many configurations
-flatters itself, the more the more there are, and a has more than b: "gain_crossed" chooses on one half of the problems
-and measures on the other.
+is biased upward, and more so for a, which has more of them: "gain_crossed" chooses on one half of the problems and
+measures on the other.
 """
 
 from collections.abc import Sequence

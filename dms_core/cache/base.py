@@ -17,10 +17,10 @@ from dms_core.cache.pages import PagedRows, make_room
 
 
 class RowLayer(CacheLayerMixin):
-    """One layer.  A subclass has attend, _allocate, _select, _copy, _empty; and live, lasting, count, nbytes."""
+    """One layer.  A subclass has attend, _allocate, _select, _copy, _empty; and live, lasting, seen, nbytes."""
 
-    # (B, H) int64 each: KV reads so far; most live tokens before they last shrank.
-    counters: ClassVar[tuple[str, ...]] = ("reads", "peak")
+    # (B, H) int64 each: KV reads so far; most live tokens before they last shrank; number of the row's random stream.
+    counters: ClassVar[tuple[str, ...]] = ("reads", "peak", "stream")
     rows: PagedRows | None = None  # where keys and values lie in pages
     peak: Tensor
     slack = spare = 0  # columns that crop() can take back at most, and now
@@ -69,13 +69,6 @@ class RowLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.columns, self.unread, self.is_initialized, self.rows = 0, False, False, None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.batch_select_indices(torch.arange(self.batch, device=self.like.device).repeat_interleave(repeats))
-
     def batch_select_indices(self, indices: Tensor) -> None:
         if not self.is_initialized:
             return
@@ -90,7 +83,7 @@ class RowLayer(CacheLayerMixin):
 
         A row's first token is its prompt, and prefill does not count.
         """
-        self.reads += items * (active & (self.count > 1))[:, None]
+        self.reads += items * (active & (self.seen > 1))[:, None]
 
     # Rows one by one.
 
@@ -117,7 +110,7 @@ class RowCache(Cache):
     """
 
     config: Any
-    idle: Tensor | None = None  # (B,): rows that sat out a step, which states took in all the same
+    idle: Tensor | None = None  # (B,): rows that skipped a step, which their states took in all the same
     static = False  # whether a decode step has static shapes
     slack = 0  # tokens that crop() can take back at most
 
@@ -186,12 +179,12 @@ class RowCache(Cache):
         return self._of_layers("live")
 
     def lasting_tokens(self) -> Tensor:
-        """Live tokens that stay whatever comes, (layers, B, H): of a prompt, what its chains share for good."""
+        """Live tokens that can no longer be evicted, (layers, B, H): of a prompt, what all its chains share."""
         return self._of_layers("lasting")
 
     def tokens_seen(self) -> Tensor:
         """Tokens each batch row has taken in, padding excluded: (B,)."""
-        return self.held[0].count
+        return self.held[0].seen
 
     def kv_reads(self) -> Tensor:
         """Items attended to, summed over decode steps, (layers, B, H); prefill does not count (section 5.1)."""
@@ -255,10 +248,11 @@ class RowCache(Cache):
             raise ValueError(f"chains {chains}: must be >= 1")
         self.batch_repeat_interleave(chains)
 
-    def goes_on_wrongly(self, valid: Tensor) -> Tensor:
-        """Whether some row that sat out a step takes part in this one, ``valid`` (B, 1), though its states went on.
+    def resumed_after_idle(self, valid: Tensor) -> Tensor:
+        """Whether a row that skipped a step is active again in this one, ``valid`` (B, 1).
 
-        transformers' layers with states have no mask in decode steps.  Does not wait.
+        Its states took the skipped step in: transformers' layers with states have no mask in decode steps.  Does not
+        wait for the device.
         """
         active = valid[:, 0]
         if self.idle is None:
@@ -312,15 +306,13 @@ class RowCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, neighbours together."""
-        for layer in self.held:
-            layer.batch_repeat_interleave(repeats)
-        for layer in self.states:
-            states.repeat(layer, repeats)
-        if self.idle is not None:
-            self.idle = self.idle.repeat_interleave(repeats)
+        if self.held[0].is_initialized:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def name_streams(self, indices: Tensor, streams: Tensor) -> None:
         """Rows ``indices`` draw from the random streams ``streams`` (int64) from now on; only some methods draw."""
+        for layer in self.held:
+            layer.stream[indices.to(layer.stream.device)] = streams[:, None].to(layer.stream.device)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

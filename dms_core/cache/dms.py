@@ -35,7 +35,7 @@ def check_kv_cache_dtype(name: str) -> None:
 class DMSLayer(RowLayer):
     """One layer's rows.  ``attend`` stores the new tokens and answers their queries."""
 
-    counters = ("peak",)
+    counters = ("peak", "stream")
     rows: PagedRows  # from the first token on
     gated: bool  # whether tokens had a gate
 
@@ -51,7 +51,7 @@ class DMSLayer(RowLayer):
         self.taken = torch.zeros(self.batch, self.slack, device=self.like.device).bool()  # tokens in the last columns
 
     @property
-    def count(self) -> Tensor:
+    def seen(self) -> Tensor:
         """Tokens that each batch row has taken in, padding excluded: (B,)."""
         return self.rows.seen.view(self.batch, self.heads)[:, 0].long()
 
@@ -63,7 +63,7 @@ class DMSLayer(RowLayer):
     @property
     def lasting(self) -> Tensor:
         """Live tokens that no token to come can evict, (B, H): without the marked ones and those not yet decided on."""
-        leaves = self._decisions(self._ring(self.rows.ring_evict), torch.zeros_like(self.count))
+        leaves = self._decisions(self._ring(self.rows.ring_evict), torch.zeros_like(self.seen))
         leaves[..., self.cells - self.config.lag * self.gated :] = True
         return self.live - (leaves & self._there()).sum(2)
 
@@ -135,8 +135,8 @@ class DMSLayer(RowLayer):
     def _visible(self, valid: Tensor, slots: int) -> Tensor:
         """Which slots each of the newest tokens ``valid`` (B, T) sees: (B, H, T, slots)."""
         slot, position = self._ring(self.rows.ring_slot).long(), self._positions()
-        marked = self._decisions(self._ring(self.rows.ring_evict), torch.zeros_like(self.count))
-        query = (self.count - valid.sum(1))[:, None] + valid.cumsum(1) - 1
+        marked = self._decisions(self._ring(self.rows.ring_evict), torch.zeros_like(self.seen))
+        query = (self.seen - valid.sum(1))[:, None] + valid.cumsum(1) - 1
         behind = query[:, :, None] - position[:, None]  # (B, T, cells)
         sees = (behind >= 0)[:, None] & ((behind <= self.config.window)[:, None] | ~marked[:, :, None])
         there = self._there()
@@ -159,55 +159,55 @@ class DMSLayer(RowLayer):
         self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, scale: float, sinks=None
     ) -> Tensor:
         """Many tokens a row, after any past: attend, then hold what stays."""
-        lengths = torch.full_like(self.count, q.shape[2]) if valid is None else valid.sum(1)
+        lengths = torch.full_like(self.seen, q.shape[2]) if valid is None else valid.sum(1)
         if valid is not None:  # tokens first, padding behind them
             order = tokens_first(valid)[:, None]
             q, k, v = (take(x, order.expand(-1, x.shape[1], -1)) for x in (q, k, v))
             evict = evict.gather(2, order.expand(-1, self.heads, -1))
-        says = torch.cat([self._ring(self.rows.ring_evict), evict], 2)  # what the window's and the new tokens say
-        if self.slack:  # a token taken back leaves no slot of the ring to the one before it, which is elsewhere
+        bits = torch.cat([self._ring(self.rows.ring_evict), evict], 2)  # of the window's and the new tokens' gates
+        if self.slack:  # the slot of a token taken back was reused, so the ring's entry of the token before it is stale
             lost = self._ring(self.rows.ring_slot) >= self.live[..., None]
             lost &= (self._positions() >= 0)[:, None]
-            says[..., self.config.lag : self.cells] |= lost[..., : self.cells - self.config.lag]
+            bits[..., self.config.lag : self.cells] |= lost[..., : self.cells - self.config.lag]
         past = self._past()
-        about = self._decisions(says, lengths)
+        evicted = self._decisions(bits, lengths)  # by the token that the decision is about
         if past is None:
-            about = about[..., self.cells :]
-        out, kept = prefill_attention(q, k, v, about, self.config.window, past, lengths, scale, self.slack, sinks)
+            evicted = evicted[..., self.cells :]
+        out, kept = prefill_attention(q, k, v, evicted, self.config.window, past, lengths, scale, self.slack, sinks)
 
         self.peak = torch.maximum(self.peak, self.rows.length.view_as(self.peak))
-        count = self.count + lengths
+        seen = self.seen + lengths
         self.rows.load(kept.k.flatten(0, 1), kept.v.flatten(0, 1), kept.length.flatten())
-        self.rows.seen.copy_(count.repeat_interleave(self.heads))
+        self.rows.seen.copy_(seen.repeat_interleave(self.heads))
         steps = torch.arange(self.cells, device=k.device)
-        cell = ((count[:, None] + steps) % self.cells)[:, None].expand(-1, self.heads, -1)  # oldest first
+        cell = ((seen[:, None] + steps) % self.cells)[:, None].expand(-1, self.heads, -1)  # oldest first
         slots = (kept.length[..., None] - self.cells + steps).clamp_min(0)
-        said = says.gather(2, (lengths[:, None] + steps)[:, None].expand_as(cell))
-        for ring, values in ((self.rows.ring_slot, slots.int()), (self.rows.ring_evict, said)):
+        newest = bits.gather(2, (lengths[:, None] + steps)[:, None].expand_as(cell))
+        for ring, values in ((self.rows.ring_slot, slots.int()), (self.rows.ring_evict, newest)):
             ring.view_as(cell).scatter_(2, cell, values)
         return take(out, torch.argsort(order, dim=2).expand(-1, q.shape[1], -1)) if valid is not None else out
 
     def _ring(self, ring: Tensor) -> Tensor:
         """A ring's cells in order of position, oldest first: (B, H, cells)."""
         steps = torch.arange(self.cells, device=ring.device)
-        cell = ((self.count[:, None] + steps) % self.cells)[:, None].expand(-1, self.heads, -1)
+        cell = ((self.seen[:, None] + steps) % self.cells)[:, None].expand(-1, self.heads, -1)
         return ring.view(self.batch, self.heads, -1).gather(2, cell)
 
     def _positions(self) -> Tensor:
         """Positions of a ring's cells in that order, negative where there is no token: (B, cells)."""
-        return self.count[:, None] + torch.arange(-self.cells, 0, device=self.rows.seen.device)
+        return self.seen[:, None] + torch.arange(-self.cells, 0, device=self.rows.seen.device)
 
     def _there(self) -> Tensor:
         """Which of a ring's cells, in that order, stand for a token that is held: (B, H, cells)."""
         return (self._positions() >= 0)[:, None] & (self._ring(self.rows.ring_slot) < self.live[..., None])
 
-    def _decisions(self, says: Tensor, lengths: Tensor) -> Tensor:
-        """At each token, what the token ``lag`` after it says about it; False while there is none."""
-        there = torch.arange(says.shape[2], device=says.device) < self.cells + lengths[:, None]
-        lag = min(self.config.lag, says.shape[2])
-        about = torch.zeros_like(says)
-        about[..., : says.shape[2] - lag] = (says & there[:, None])[..., lag:]
-        return about
+    def _decisions(self, bits: Tensor, lengths: Tensor) -> Tensor:
+        """bits (B, H, T) of deciding tokens, moved to the tokens they decide on, ``lag`` before; False: undecided."""
+        there = torch.arange(bits.shape[2], device=bits.device) < self.cells + lengths[:, None]
+        lag = min(self.config.lag, bits.shape[2])
+        evicted = torch.zeros_like(bits)
+        evicted[..., : bits.shape[2] - lag] = (bits & there[:, None])[..., lag:]
+        return evicted
 
     def _past(self) -> Past | None:
         """What is held, the last tokens apart."""
@@ -223,7 +223,7 @@ class DMSLayer(RowLayer):
         outside = outside[..., :held]
         count = outside.sum(2)
         order = tokens_first(outside)  # their number is not asked for: that would wait for the device
-        return Past(take(k, order), take(v, order), count, take(k, slot), take(v, slot), self.count)
+        return Past(take(k, order), take(v, order), count, take(k, slot), take(v, slot), self.seen)
 
     # Rows one by one.
 

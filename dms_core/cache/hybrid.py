@@ -50,24 +50,24 @@ class ChunkedLayer(DMSLayer):
         valid = torch.ones_like(evict[:, 0]) if valid is None else valid
         order = tokens_first(valid)[:, None]
         q, k, v = (take(x, order.expand(-1, x.shape[1], -1)) for x in (q, k, v))
-        lengths, seen = valid.sum(1), self.count
+        lengths, before = valid.sum(1), self.seen
         past_k, past_v = (x.unflatten(0, (self.batch, self.heads)) for x in self.rows.read())
         held, columns = self.live[:, 0].long(), past_k.shape[2]  # the same in all heads
-        query = seen[:, None] + torch.arange(q.shape[2], device=q.device)  # positions (B, T)
-        past = (seen - held)[:, None] + torch.arange(columns, device=q.device)
-        key = torch.cat([torch.where(past < seen[:, None], past, -1), query], 1)  # (B, S + T), -1: garbage
+        query = before[:, None] + torch.arange(q.shape[2], device=q.device)  # positions (B, T)
+        past = (before - held)[:, None] + torch.arange(columns, device=q.device)
+        key = torch.cat([torch.where(past < before[:, None], past, -1), query], 1)  # (B, S + T), -1: garbage
         chunk = (query // self.chunk)[:, :, None] == (key // self.chunk)[:, None]
         visible = chunk & (key[:, None] <= query[:, :, None]) & (key >= 0)[:, None]
         k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
         out = masked_attention(q, k, v, visible[:, None].expand(-1, self.heads, -1, -1), scale, sinks)
 
-        count = seen + lengths
-        start = (count - 1).clamp_min(0) // self.chunk * self.chunk  # of the last token's chunk
-        stays = (key >= start[:, None]) & (key < count[:, None])
+        seen = before + lengths
+        start = (seen - 1).clamp_min(0) // self.chunk * self.chunk  # of the last token's chunk
+        stays = (key >= start[:, None]) & (key < seen[:, None])
         kept = tokens_first(stays)[:, None, : min(self.chunk, stays.shape[1])].expand(-1, self.heads, -1)
         length = stays.sum(1)[:, None].expand(-1, self.heads)
         self.rows.load(take(k, kept).flatten(0, 1), take(v, kept).flatten(0, 1), length.flatten())
-        self.rows.seen.copy_(count.repeat_interleave(self.heads))
+        self.rows.seen.copy_(seen.repeat_interleave(self.heads))
         return take(out, torch.argsort(order, dim=2).expand(-1, q.shape[1], -1))
 
     # Rows do not share pages: a row writes over its first one when a chunk begins, which no step foresees.

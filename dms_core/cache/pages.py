@@ -104,8 +104,8 @@ class PagedRows(Rows):
     def take_back(self, tokens: Tensor, most: int, lag: int) -> None:
         """Undo the last ``tokens`` (R,) appends, at most ``most``; what they overwrote is not brought back.
 
-        The newest token's slot goes if it is the row's last.  Any other is a hole from now on: what lay there before is
-        counted as marked again, so the append that comes in this one's place takes the same slot.  Does not wait.
+        The newest token's slot is released if it is the row's last.  Any other becomes a hole: it counts as marked
+        again, so the next append in this one's place reuses it.  Does not wait.
         """
         for step in range(most):
             position = self.seen - 1 - step

@@ -30,12 +30,6 @@ def select(layer, indices: Tensor) -> None:
         holder[key] = state[indices.to(state.device)]
 
 
-def repeat(layer, repeats: int) -> None:
-    """Repeat every row, neighbours together."""
-    for holder, key, state in list(tensors(layer)):
-        holder[key] = state.repeat_interleave(repeats, 0)
-
-
 def put(layer, batch: int, indices: Tensor, other, source: Tensor) -> None:
     """Batch rows ``indices`` of ``batch`` become copies of rows ``source`` of another layer of the same kind."""
     if not any(True for _ in tensors(layer)):  # nothing has been in it yet

@@ -32,7 +32,7 @@ from dms_core.storage import claim, only_writer, parse_json, read_json, write_js
 THINK = "<think>"
 SHUFFLE_BUFFER = 10_000  # rows of a hub data set that are shuffled among each other while they stream
 OPEN = 32  # rows that are open at once: 97 % full for lengths spread evenly up to the context
-CLAIM = "documents.json"  # what a directory of documents was made from
+SOURCE = "documents.json"  # what a directory of documents was made from
 
 
 @dataclass(frozen=True)
@@ -187,16 +187,16 @@ def prepare(data: str, tokenizer, context: int, tokens: int, directory: Path | s
     else:
         key["data"] = data
     if int(os.environ.get("RANK", 0)):
-        while not (directory / CLAIM).exists():
+        while not (directory / SOURCE).exists():
             time.sleep(0.2)
-    elif not (directory / CLAIM).exists():
+    elif not (directory / SOURCE).exists():
         part = directory.with_name(directory.name + ".part")
         with only_writer(directory.parent):
             shutil.rmtree(part, ignore_errors=True)
-            claim(part, key, CLAIM)
+            claim(part, key, SOURCE)
             _write(data, tokenizer, context, tokens, part, seed)
             part.rename(directory)
-    claim(directory, key, CLAIM)
+    claim(directory, key, SOURCE)
     facts = read_json(directory / "facts.json")
     table = np.load(directory / "table.npy")
     tokens_file, learnt_file = directory / "tokens.bin", directory / "learnt.bin"

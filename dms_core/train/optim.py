@@ -79,8 +79,8 @@ class LentRows:
     """Rows of larger parameters, which an optimiser steps as parameters of their own (``leaves``).
 
     Before its step they lend the leaves their values and gradients, which are then zero in the larger parameter; after
-    it they take the values back.  Between steps a leaf holds nothing that counts: who writes or loads the weights, or
-    clips the gradients, need not know of it.
+    it they take the values back.  Between steps leaves are stale and the larger parameter holds the values, so saving,
+    loading and clipping work unchanged.
     """
 
     def __init__(self, rows: Sequence[tuple[nn.Parameter, torch.Tensor]]) -> None:

@@ -20,7 +20,7 @@ RECIPES = Path(__file__).parent / "recipes"
 DIRECTIONS = ("forward", "reverse", "lm")
 OPTIMIZERS = ("adamw", "muon")
 TRAINED = ("all", "lora", "gates")
-# Fields that came later: at these values runs of before keep their names.
+# Fields added later: at these values they are left out, so that names and hashes of older runs stay valid.
 LATER = {"decay": None, "neuron_zero": False, "autocast": False, "rank": 8}
 
 

@@ -1,10 +1,10 @@
 """From a recipe to a family of checkpoints, in one process or under torchrun."""
 
 import os
-from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from dms_core.checkpoint import fast_dtype, load_base, load_tokenizer
 from dms_core.probe import has_states
@@ -31,7 +31,7 @@ def run_recipe(
     out: directory for checkpoints and documents; it belongs to one recipe.  cpu: use no GPU, the default where there is
     none.  fsdp: shard model and teacher over the processes.  report: is given some lines about what is about to run, on
     the first process.  load: ``load(recipe)`` gives model and tokenizer, in place of ``load_model_and_tokenizer``;
-    make_data: ``make_data(recipe, tokenizer, out)`` gives data set and facts, in place of ``make_packed_rows``.
+    make_data: ``make_data(recipe, model, tokenizer, out)`` gives data set and facts, in place of ``make_packed_rows``.
     bf16: compute in bf16 on a GPU, by autocast; on a CPU in the weights' own precision unless the recipe
     has autocast and the CPU has instructions for bf16.
     until: stop after the checkpoint of this CR, where the next call goes on.
@@ -51,7 +51,7 @@ def run_recipe(
     arguments |= {"ddp_backend": "gloo"} if cpu and processes > 1 else {}
     arguments |= {"fsdp": True} if fsdp else {}
     model, tokenizer = (load or load_model_and_tokenizer)(recipe)
-    data, facts = (make_data or partial(make_packed_rows, alone=has_states(model)))(recipe, tokenizer, out)
+    data, facts = (make_data or make_packed_rows)(recipe, model, tokenizer, out)
     if first and report:
         report(summary_lines(recipe, processes, facts))
     arguments |= {"facts": recipe.own(), "train_sampling_strategy": "sequential"}
@@ -70,15 +70,15 @@ def load_model_and_tokenizer(recipe: Recipe):
     return load_base(recipe.model, dtype=dtype), tokenizer
 
 
-def make_packed_rows(recipe: Recipe, tokenizer, out: Path, alone: bool = False) -> tuple[PackedRows, dict]:
+def make_packed_rows(recipe: Recipe, model: PreTrainedModel, tokenizer, out: Path) -> tuple[PackedRows, dict]:
     """Packed rows for every step, and facts about the documents, which are kept in ``out``/documents.
 
-    ``alone``: one document a row.
+    One document a row for a model that would carry a state from one into the next.
     """
     settings = recipe.retrofit
     size = settings.steps * settings.batch
     store = prepare(recipe.data, tokenizer, recipe.context, size * recipe.context, out / "documents", settings.seed)
-    return PackedRows(store, recipe.context, size, settings.seed, alone), store.facts
+    return PackedRows(store, recipe.context, size, settings.seed, has_states(model)), store.facts
 
 
 def summary_lines(recipe: Recipe, processes: int, facts: dict) -> list[str]:

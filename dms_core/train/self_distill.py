@@ -5,7 +5,7 @@ will have to write.  Questions come from reasoning-gym, answers are the model's 
 exchanges make one document, so that most of what was said is over and can be forgotten.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -39,7 +39,7 @@ def conversations(
     ``model`` has DMS gates and answers with them off.
     """
     asked = questions(count * turns, seed)
-    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in asked]
+    prompts = [chat_ids(tokenizer, [{"role": "user", "content": text}]) for text in asked]
     config = SamplingConfig(max_new_tokens=max_new_tokens, temperature=0.0, batch=batch, stride=max_new_tokens)
     answers: dict[int, str] = {}
     jobs = [(i, 0) for i in range(len(asked))]
@@ -55,11 +55,6 @@ def conversations(
                     for message in ({"role": "user", "content": asked[i]}, {"role": "assistant", "content": answers[i]})
                 ]
                 done += 1
-
-
-def prompt_ids(tokenizer, messages: Sequence[dict]) -> list[int]:
-    """A conversation that waits for the assistant, as token ids."""
-    return chat_ids(tokenizer, messages)
 
 
 def write_conversations(file: Path | str, *args, **kwargs) -> Path:

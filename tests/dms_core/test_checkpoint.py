@@ -26,9 +26,9 @@ from dms_core.checkpoint import (
     load_model,
     load_tokenizer,
     read_settings,
-    save_difference,
     save_gates,
     save_model,
+    write_difference,
 )
 from dms_core.config import DMSConfig
 from dms_core.model import detach
@@ -69,6 +69,21 @@ def test_whoever_may_read_the_settings_may_read_the_tensors(tiny_model, tmp_path
     save_model(tiny_model(), tmp_path)
     modes = {file.stat().st_mode for file in tmp_path.iterdir() if file.name in (SETTINGS, GATES, "model.safetensors")}
     assert len(modes) == 1 and not modes.pop() & 0o111
+
+
+@torch.no_grad()
+def save_difference(model, base, directory, rank: int, **facts) -> None:
+    """What the weights have over those of ``base``: of matrices the ``rank`` largest singular parts, vectors whole."""
+    before, parts = dict(base.named_parameters()), {}
+    for name, p in ((name, p) for name, p in model.named_parameters() if name in before):
+        change = p - before[name]
+        if p.ndim == 2:
+            u, s, v = torch.linalg.svd(change, full_matrices=False)
+            root = s[:rank].sqrt()
+            parts |= {f"{name}.up": u[:, :rank] * root, f"{name}.down": root[:, None] * v[:rank]}
+        else:
+            parts[name] = change
+    write_difference(model, parts, directory, **facts)
 
 
 @torch.no_grad()

@@ -171,7 +171,7 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def test_rows_of_a_hybrid_take_no_padding_after_a_past():
-    """transformers masks states in a first prefill alone: padding is refused later, and a row that sat out a step."""
+    """transformers masks states in a first prefill alone: padding is refused later, and a row that skipped a step."""
     model = gated("qwen3_next")
     ids = torch.randint(3, 40, (2, 12), generator=torch.Generator().manual_seed(0))
     cache = DMSCache.for_model(model)
@@ -186,7 +186,7 @@ def test_rows_of_a_hybrid_take_no_padding_after_a_past():
     other = cache.empty_like(2)
     other.put_rows(torch.tensor([1]), cache, torch.tensor([0]))
     model(ids[:1, :1].expand(2, 1), attention_mask=torch.tensor([[0], [1]]), **{**one, "past_key_values": other})
-    with pytest.raises(ValueError, match="a row sat out a step and then went on"):
+    with pytest.raises(ValueError, match="a row skipped a step and then continued"):
         model(ids[:, :1], attention_mask=torch.ones(2, 1), **one)
     cache.reset_rows(torch.tensor([1]))
     model(ids[:, :1], attention_mask=torch.ones(2, 1), **one)

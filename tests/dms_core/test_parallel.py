@@ -116,11 +116,6 @@ def test_layers_on_two_devices_sample_the_chains_of_one(name, method):
     assert chains(model, method, 1.0) == chains(alone, method, 1.0)
 
 
-def test_split_refuses_what_does_not_divide():
-    with pytest.raises(ValueError, match="4 KV heads over 3 processes: must divide"):
-        Split(size=3, parts=3).count(4)
-
-
 def test_model_of_one_process_is_whole(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert tensor_parallel() == {} and split_of(make_model(*MODELS["llama"])) == Split()

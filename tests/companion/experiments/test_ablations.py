@@ -156,12 +156,6 @@ def test_what_is_not_finished_is_named_and_not_run(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1  # nothing was trained
 
 
-def test_interval_covers_the_mean_and_shrinks_to_it_without_spread():
-    mean, low, high = bootstrap.mean([0.0, 1.0] * 30)
-    assert low < mean == 50 < high and low > 30 and high < 70
-    assert bootstrap.mean([0.5] * 7) == (50, 50, 50)
-
-
 def test_saving_keeps_other_entries(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(studies, "RESULTS", tmp_path)
     (tmp_path / "ablations.json").write_text('{"loss": 1}')

@@ -40,7 +40,7 @@ def state(cache: DMSCache) -> list[float]:
 
 def sits_out(cache: DMSCache, *rows: bool) -> bool:
     """A step without these rows: did one of the others go on wrongly?"""
-    return bool(cache.goes_on_wrongly(~torch.tensor(rows)[:, None]))
+    return bool(cache.resumed_after_idle(~torch.tensor(rows)[:, None]))
 
 
 def test_states_and_idle_rows_move_with_the_rows():
@@ -144,8 +144,7 @@ def test_keys_that_no_attention_asked_for_and_another_batch_raise():
         layer.update(new, new)
     layer.reset()
     assert (layer.columns, layer.unread, layer.is_initialized, layer.rows) == (0, False, False, None)
-    layer.batch_repeat_interleave(2)  # nothing to repeat
-    layer.batch_select_indices(torch.tensor([0]))
+    layer.batch_select_indices(torch.tensor([0]))  # nothing to select
     layer.update(new[:2], new[:2])
     assert (layer.batch, layer.heads, layer.columns, layer.unread) == (2, 2, 1, True)
 

@@ -91,7 +91,7 @@ class Model:
 
     def check(self) -> None:
         layer, pages = self.layer, self.layer.rows
-        assert layer.count.tolist() == [len(row.k) for row in self.rows]
+        assert layer.seen.tolist() == [len(row.k) for row in self.rows]
         lengths, read = pages.length.view(len(self.rows), self.heads).tolist(), pages.read()
         for b, row in enumerate(self.rows):
             held = row.held(self.config)
@@ -144,7 +144,7 @@ class Model:
             self.layer.batch_select_indices(torch.tensor(take))
             self.rows = [self.rows[i].copy() for i in take]
         elif what == "fork" and batch == 1:
-            self.layer.batch_repeat_interleave(2)
+            self.layer.batch_select_indices(torch.tensor([0, 0]))
             self.rows = [row.copy() for row in self.rows for _ in range(2)]
         elif what == "clear":
             rows = [i for i in range(batch) if self.rng.random() < 0.5]

@@ -62,7 +62,7 @@ class Twins:
             take = torch.tensor([self.rng.randrange(batch) for _ in range(self.rng.randint(1, 3))])
             self.each(lambda layer: layer.batch_select_indices(take))
         elif what == "fork" and batch < 3:
-            self.each(lambda layer: layer.batch_repeat_interleave(2))
+            self.each(lambda layer: layer.batch_select_indices(torch.arange(batch).repeat_interleave(2)))
         elif what == "clear":
             self.each(lambda layer: layer.clear(torch.tensor([0])))
         elif what == "put":

@@ -78,7 +78,7 @@ class Fed:
 
     def check(self) -> None:
         layer, rows = self.layer, self.layer.rows
-        assert layer.count.tolist() == [len(row.tokens) for row in self.rows]
+        assert layer.seen.tolist() == [len(row.tokens) for row in self.rows]
         assert layer.spare == len(self.recent)
         seen = torch.tensor([row.visible(self.config) for row in self.rows])
         extra = layer.live - seen
@@ -140,7 +140,7 @@ def test_outputs_are_those_of_a_history_without_what_was_taken_back(
 def test_a_second_turn_after_a_fork_and_a_crop_leaves_shared_pages_alone():
     fed = Fed(DMSConfig(window=2), slack=4, batch=1, page=2, seed=0)
     fed.feed(torch.ones(1, 9, dtype=torch.bool), 0.5)
-    fed.layer.batch_repeat_interleave(3)
+    fed.layer.batch_select_indices(torch.tensor([0, 0, 0]))
     tokens, fed.rows = fed.rows[0].tokens, [Row() for _ in range(3)]
     for row in fed.rows:
         row.tokens = list(tokens)

@@ -158,7 +158,7 @@ class DMSMachine(CacheMachine):
         if sight.sliding:
             said.fill_(True)
         if self.merging:  # a row's first token has nothing to take over
-            said &= (mask.cumsum(1) + layer.count[:, None] > 1)[:, None]
+            said &= (mask.cumsum(1) + layer.seen[:, None] > 1)[:, None]
         twin.cache.update(k, v, index)
         given = None if mask.all() and not self.merging and self.rng.random() < 0.5 else mask
         out = layer.attend(q, k, v, said, given, SCALE)
@@ -218,9 +218,8 @@ class DMSMachine(CacheMachine):
             assert numbers.dtype == twin.dtype
             found = numbers.unflatten(0, (len(rows), -1)).tolist()
             check_pages(layer)
-        if isinstance(twin.cache, MarkedCache):
-            assert twin.cache.streams(len(rows), "cpu").tolist() == [row.stream for row in rows]
-        assert layer.count.tolist() == [len(row.tokens) for row in rows]
+        assert layer.stream.tolist() == [[row.stream] * row.heads for row in rows]
+        assert layer.seen.tolist() == [len(row.tokens) for row in rows]
         for row, of_row, live in zip(rows, found, layer.live.tolist(), strict=True):
             for head, (numbers, n) in enumerate(zip(of_row, live, strict=True)):
                 self.check_contents(numbers[:n], self.sights[index].held(row.tokens, head), twin.dtype)

@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from companion import families
+from companion.experiments.embedded import train_recipe
 from companion.paths import REASONER
 from companion.tasks.programs import make_problem
 from companion.tasks.reasoner import make_tokenizer
@@ -69,13 +71,22 @@ def test_model_and_data_can_be_handed_in(recipe, tmp_path, tiny_model):
         asked.append(recipe)
         return tiny_model(gates=False), make_tokenizer()
 
-    def make_data(recipe, tokenizer, out):
+    def make_data(recipe, model, tokenizer, out):
         asked.append((recipe, out))
         return rows, {}
 
     result = run_recipe(recipe, tmp_path / "run", cpu=True, load=load, make_data=make_data)
     assert asked == [recipe, (recipe, tmp_path / "run")] and result["documents"] == {}
     assert torch.isfinite(next(load_base(result["checkpoints"]["2"]).parameters())).all()
+
+
+def test_model_with_states_trains_on_one_document_a_row(recipe, tmp_path):
+    """Through the door of ``dms retrofit``; packed documents would be refused."""
+    tokenizer, place = make_tokenizer(), tmp_path / "hybrid"
+    families.tiny_model("qwen3_next", vocab_size=len(tokenizer)).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    result = train_recipe(replace(recipe, model=str(place)), tmp_path / "run", cpu=True)
+    assert result["steps"] == 2 and (tmp_path / "run" / "cr2" / "model.safetensors").exists()
 
 
 def test_model_out_of_reach_is_named_in_one_line(recipe, tmp_path):
