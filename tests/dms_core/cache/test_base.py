@@ -129,10 +129,10 @@ def test_lengths_are_what_transformers_asks_for():
     assert cache.get_seq_length() == 7 and cache.get_mask_sizes(1, 0) == (8, 0)
 
 
-def test_rows_of_one_layer_can_be_reordered_as_in_transformers():
+def test_rows_of_one_layer_can_be_selected():
     layer = mixed().held[0]
     before = layer.rows.read()[0].unflatten(0, (3, 2))
-    layer.reorder_cache(torch.tensor([2, 0]))
+    layer.batch_select_indices(torch.tensor([2, 0]))
     assert torch.equal(layer.rows.read()[0].unflatten(0, (2, 2)), before[[2, 0]]) and layer.batch == 2
 
 
