@@ -9,7 +9,7 @@ from pathlib import Path
 
 from companion.claims import wording
 from companion.claims.budgets import configuration, spent
-from companion.claims.wording import interval
+from companion.claims.wording import interval, signed
 from companion.paths import RESULTS, checkout
 from companion.tasks.base import short_name
 from dms_core.storage import read_json, write_text
@@ -70,8 +70,11 @@ def smollm2(results: Path) -> str:
 
 
 def one_chain(results: Path) -> str:
-    """One chain at the largest length: DMS minus dense, and delayed minus immediate eviction."""
-    full = read_json(results / "full" / "curves.json")
+    """One chain at the largest length: DMS minus dense, retrofit by retrofit, too, and minus immediate eviction.
+
+    Beside those of the stored run the retrofits of an earlier one, of the same seeds on another machine.
+    """
+    full, earlier = (read_json(results / "full" / name) for name in ("curves.json", "earlier.json"))
     made = {(point["method"], point["cr"]) for point in full["points"]} | {("vanilla", cr) for cr in (4, 8)}
     pairs = [pair for pair in full["paired"] if pair["a"] == "dms" and (pair["b"], pair["cr"]) in made]
     kinds = dict.fromkeys((pair["a"], pair["b"], pair["cr"]) for pair in pairs)
@@ -80,10 +83,13 @@ def one_chain(results: Path) -> str:
         kind: [pair for pair in pairs if (pair["a"], pair["b"], pair["cr"]) == kind]
         for kind in sorted(kinds, key=lambda kind: (list(words).index(kind[1]), kind[2]))
     }
-    body = [
-        (words[b].format(cr), *(_bold(*_bounds(pair, "difference")) for pair in rows))
-        for (_, b, cr), rows in found.items()
-    ]
+    body = []
+    for (_, b, cr), rows in found.items():
+        body.append((words[b].format(cr), *(_bold(*_bounds(pair, "difference")) for pair in rows)))
+        if b == "vanilla":
+            body.append(("— its three retrofits", *map(_seeds, rows)))
+            before = [pair for pair in earlier["paired"] if (pair["b"], pair["cr"]) == (b, cr)]
+            body.append(("— three of an earlier run", *map(_seeds, before)))
     return wording.table(("", *map(short_name, _tasks(pairs))), body)
 
 
@@ -116,6 +122,10 @@ def _tasks(rows: Sequence[dict]) -> list[str]:
 
 def _bounds(row: dict, value: str = "value") -> tuple:
     return row[value], row["low"], row["high"]
+
+
+def _seeds(pair: dict) -> str:
+    return ", ".join(signed(value) for value in pair["by_seed"].values())
 
 
 def _bold(value: float | None, low: float | None, high: float | None) -> str:
