@@ -1,10 +1,16 @@
 """Programs in copies of this process: importing torch, transformers and the packages takes ten seconds, a copy none."""
 
+import contextlib
+import ctypes
 import json
 import os
+import shlex
 import signal
+import socket
+import sys
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 def die(*_, **__) -> None:
@@ -45,6 +51,89 @@ def killed(call: Callable) -> None:
     assert signalled == signal.SIGKILL, sent
 
 
+def program(main: Callable[[], object]) -> tuple[int, str]:
+    """Exit status and output of ``main``, called in a copy of this process."""
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+
+        def run() -> int:
+            _stand_in(output.fileno(), output.fileno())
+            return _status(main)
+
+        status = in_child(run)
+        output.seek(0)
+        return status, output.read()
+
+
+def _stand_in(*numbers: int) -> None:
+    """Files for standard output and standard error."""
+    for number, standard in zip(numbers, (1, 2), strict=True):
+        os.dup2(number, standard)
+    sys.stdout, sys.stderr = (os.fdopen(standard, "w", closefd=False) for standard in (1, 2))
+
+
+def _status(main: Callable[[], object]) -> int:
+    try:
+        return main() or 0
+    except SystemExit as error:
+        return error.code or 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def command(main: Callable[[list[str]], int]) -> Iterator[str]:
+    """Words for a shell: a program that calls ``main`` with its arguments, in a copy of this process."""
+    with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(place := f"{directory}/socket")
+        listener.listen()
+        server, pipe = fork(lambda: _serve(listener, main))
+        try:
+            yield shlex.join([sys.executable, "-IS", __file__, place])
+        finally:
+            os.kill(server, signal.SIGKILL)
+            os.waitpid(server, 0)
+            os.close(pipe)
+
+
+def _serve(listener: socket.socket, main: Callable[[list[str]], int]) -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # it ends with the process of which it is a copy
+    while True:
+        connection, _ = listener.accept()
+        with connection:
+            sent, files, _, _ = socket.recv_fds(connection, 1 << 20, 2)
+            if os.fork() == 0:
+                _answer(connection, main, json.loads(sent), files)
+        for file in files:
+            os.close(file)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                pass
+
+
+def _answer(connection: socket.socket, main: Callable[[list[str]], int], request: list, files: list[int]) -> None:
+    words, cwd, environment = request
+    try:
+        _stand_in(*files)
+        os.chdir(cwd)
+        os.environ.clear()
+        os.environ.update(environment)
+        connection.send(bytes([_status(lambda: main(words))]))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+def _ask(place: str, words: list[str]) -> int:
+    """The other side: the status of the call, 1 where the process that makes it ends before it."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(place)
+        request = json.dumps([words, os.getcwd(), dict(os.environ)]).encode()
+        socket.send_fds(connection, [request], [1, 2])
+        return int.from_bytes(connection.recv(1) or b"\1", "big")
+
+
 def torchrun(work: Callable[[], object], processes: int = 2) -> None:
     """What torchrun does, with forks for interpreters; to be called in a copy of this process.
 
@@ -65,3 +154,7 @@ def _worker(work: Callable[[], object]) -> None:
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     work()
+
+
+if __name__ == "__main__":
+    sys.exit(_ask(sys.argv[1], sys.argv[2:]))
