@@ -305,7 +305,7 @@ def test_chain_of_commands_runs(place):
 def test_snakemake_commands_resolve(place):
     """One process for all: each call of Snakemake in it reads profile, configuration and rules anew."""
     pytest.importorskip("snakemake")
-    words = [[*shlex.split(x)[1:], *([] if "estimate" in x else ["-n", "-q"])] for x in BATCH]
+    words = [[*shlex.split(x)[1:], *(["--force-use-threads"] if "estimate" in x else ["-n", "-q"])] for x in BATCH]
     code = (
         "import json, sys\nfrom snakemake.cli import main\n"
         "for words in json.loads(sys.argv[1]):\n    try:\n        main(words)\n"

@@ -6,7 +6,8 @@ from pathlib import Path
 import faults_of_data  # noqa: F401  they register their faults
 import faults_of_training  # noqa: F401
 import pytest
-from faulty import FAULTS, in_child
+from faulty import FAULTS
+from forks import in_child
 
 PAGE = Path(__file__).parents[1] / "book" / "faults.md"
 HEAD = """# What can go wrong

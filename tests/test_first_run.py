@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import program
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,12 +87,17 @@ def test_card_is_hidden_unless_its_tests_are_asked_for(expression, wanted):
 
 
 def test_other_tests_run_without_the_card(tmp_path):
-    """In a process of its own, as on a machine with a card."""
     (tmp_path / "test_card.py").write_text(
         "import os\n\ndef test_hidden():\n    assert os.environ['CUDA_VISIBLE_DEVICES'] == ''\n"
         "    assert os.environ['TRITON_INTERPRET'] == '1'\n"
     )
     shutil.copy(ROOT / "tests/conftest.py", tmp_path)
-    options = ["-q", "-p", "no:cacheprovider", "-m", "not gpu", "--rootdir", str(tmp_path), str(tmp_path)]
-    done = subprocess.run([sys.executable, "-m", "pytest", *options], capture_output=True, text=True, cwd=tmp_path)
-    assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+    def run() -> int:
+        for name in ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET"):  # as on a machine with a card
+            os.environ.pop(name, None)
+        os.chdir(tmp_path)
+        return pytest.main(["-q", "-p", "no:cacheprovider", "-m", "not gpu", "--rootdir", str(tmp_path), str(tmp_path)])
+
+    status, said = program(run)
+    assert status == 0 and "1 passed" in said, said

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from forks import program
+
+from companion.tasks.sandbox import sandbox
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -22,12 +25,16 @@ def test_kernels_imported_from_the_repository_root_is_the_distribution():
 def test_missing_bubblewrap_is_reported_last_and_fails_if_required(required):
     options = ["--require-sandbox"] if required else []
     file = ROOT / "tests" / "companion" / "tasks" / "test_livecodebench.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "sandbox", file, *options]
-    environment = os.environ | {"PATH": str(Path(sys.executable).parent)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == required, done.stdout + done.stderr
+
+    def run() -> int:
+        sandbox.why_not.cache_clear()
+        os.environ["PATH"] = str(Path(sys.executable).parent)
+        return pytest.main(["-q", "-m", "sandbox", str(file), *options])
+
+    status, said = program(run)
+    assert status == required, said
     line = "NOT RUN: 1 tests (no sandbox here: bwrap (bubblewrap) is not installed). To run them: "
-    assert required or done.stdout.splitlines()[-2] == line + "apt-get install bubblewrap"
+    assert required or said.splitlines()[-2] == line + "apt-get install bubblewrap"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

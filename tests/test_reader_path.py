@@ -3,6 +3,7 @@
 import re
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -40,18 +41,26 @@ SHARED = {
 ROOTS = [Path(package.__file__).parents[1] for package in (companion, dms_core, dms_kernels)]
 
 
+@cache
+def name_of(file: str) -> str | None:
+    """As README.md names it; None for a file of another package."""
+    for root in ROOTS:
+        if Path(file).is_relative_to(root):
+            name = Path(file).relative_to(root)
+            if name.parts[0] in ("companion", "dms_core", "dms_kernels"):
+                return name.as_posix()
+    return None
+
+
 def files_entered(function) -> list[str]:
-    """Files of the two packages as ``function`` enters them, one after the other."""
+    """Files of the packages as ``function`` enters them, one after the other."""
     entered = [""]
 
     def note(frame, event, _):
         code = frame.f_code
         if event == "call" and code.co_name != "<module>":
-            file = Path(code.co_filename)
-            for root in ROOTS:
-                if root in file.parents and file.relative_to(root).parts[0] in ("companion", "dms_core", "dms_kernels"):
-                    name = file.relative_to(root).as_posix()
-                    entered.extend([name] * (name != entered[-1]))
+            name = name_of(code.co_filename)
+            entered.extend([name] * (name not in (None, entered[-1])))
 
     before = sys.getprofile()
     sys.setprofile(note)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from companion import records as module
+from companion.cli.main import main
 from companion.method import Method
 from companion.records import make_record, records_file, sample_records
 from companion.shards import Shard
@@ -265,21 +266,23 @@ def test_shards_of_one_number_may_write_at_once(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_of_torchrun_split_the_model_and_write_the_records_of_one(tmp_path):
+def test_processes_of_torchrun_split_the_model_and_write_the_records_of_one(tmp_path, capsys):
     """One of two shards too; the first process alone writes and speaks."""
     model = ["--model", str(ROOT / "data/reasoner/dms-cr8"), "--task", "traces", "--limit", "2", "--method", "dms"]
-    command = ["-m", "companion.cli.main", "sample", *model, "--chains", "2", "--length", "96", "--json", "--out"]
-    split = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["sample", *model, "--chains", "2", "--length", "96", "--json", "--out"]
+    split = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "companion.cli.main"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
-    def run(*words: str) -> list[dict]:
-        done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [json.loads(line) for line in done.stdout.splitlines()]
+    def run(*more: str) -> list[dict]:
+        assert main([*words, *more]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
-    (alone,) = run(*command, str(tmp_path / "one"))
-    (part,) = run(*split, *command, str(tmp_path / "two"), "--shard", "1/2")
-    (rest,) = run(*command, str(tmp_path / "two"), "--shard", "2/2")
+    (alone,) = run(str(tmp_path / "one"))
+    command = [sys.executable, *split, *words, str(tmp_path / "two"), "--shard", "1/2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (part,) = [json.loads(line) for line in done.stdout.splitlines()]
+    (rest,) = run(str(tmp_path / "two"), "--shard", "2/2")
     assert (alone["records"], part["records"], rest["records"]) == (4, 2, 2)
     assert lines(tmp_path / "one" / "records") == lines(tmp_path / "two" / "records")
     names = [json.loads((tmp_path / out / "run.json").read_text()) for out in ("one", "two")]

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forks import in_child, torchrun
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen3Config
 
 from dms_core.baselines import get_baseline
@@ -19,7 +18,6 @@ from dms_core.model import attach
 from dms_core.parallel import Split, split_of, tensor_parallel
 from dms_core.sampling import SamplingConfig, sample_chains
 
-ROOT = Path(__file__).parents[2]
 VOCABULARY = 40
 PROMPTS = [[3, 5, 7, 9], [4, 6], [8, 2, 11, 13, 17, 19, 23]]
 JOBS = [(problem, chain) for problem in range(3) for chain in range(2)]
@@ -67,7 +65,6 @@ def chains(model, method: str | None, temperature: float) -> list[dict]:
 
 def run_split(directory: Path) -> None:
     """In each of two processes: the chains of every case, to DIRECTORY/RANK.json."""
-    torch.set_num_threads(1)
     found = {}
     for name in MODELS:
         model = load_model(directory / name, **tensor_parallel())
@@ -85,10 +82,7 @@ def split(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("split")
     for name, made in MODELS.items():
         save_model(make_model(*made), directory / name)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(directory)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_child(lambda: torchrun(lambda: run_split(directory)))
     return directory
 
 
@@ -119,7 +113,3 @@ def test_layers_on_two_devices_sample_the_chains_of_one(name, method):
 def test_model_of_one_process_is_whole(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert tensor_parallel() == {} and split_of(make_model(*MODELS["llama"])) == Split()
-
-
-if __name__ == "__main__":
-    run_split(Path(sys.argv[1]))

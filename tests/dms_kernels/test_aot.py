@@ -104,12 +104,11 @@ def test_a_stored_sweep_counts_for_its_own_sources_alone():
     assert asked[1] == SAMPLED != asked[0]
 
 
-def test_command_prints_one_line_of_json():
-    command = [sys.executable, "-m", "dms_kernels.aot", "--json", "--targets", "90", "--only", "^dkv_merge_bf16_d64$"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert done.stdout.count("\n") == 1 and result["triton"]
+def test_command_prints_one_line_of_json(capsys):
+    assert aot.main(["--json", "--targets", "90", "--only", "^dkv_merge_bf16_d64$"]) == 0
+    said = capsys.readouterr().out
+    result = json.loads(said)
+    assert said.count("\n") == 1 and result["triton"]
     (case,) = result["cases"]
     used = {"registers", "spills", "shared", "limit", "stack", "blocks", "mma", "waits"}
     assert set(case) == {"kernel", "target", "launch", "ok", *used}

@@ -12,7 +12,8 @@ from unittest import mock
 
 import nbformat
 import pytest
-from faulty import FAULTS, HOSTILE, Fault, die, end, error_of, fault, fork, in_child, killed, small_disk
+from faulty import FAULTS, HOSTILE, Fault, error_of, fault, small_disk
+from forks import die, end, fork, in_child, killed
 
 from companion.book import execute
 from companion.method import Method

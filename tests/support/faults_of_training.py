@@ -15,7 +15,8 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from faulty import cut, die, error_of, fault, flip, in_child, killed, small_disk
+from faulty import cut, error_of, fault, flip, small_disk
+from forks import die, in_child, killed, torchrun
 from transformers import Trainer, TrainerCallback
 
 from companion.tasks.reasoner import make_tokenizer
@@ -160,21 +161,15 @@ def disk_full_in_training(out, make):
 
 @fault("Training", "one of two processes of torchrun is killed", "the other is ended; one process goes on from there")
 def worker_dies(out, make):
-    from accelerate.state import AcceleratorState, GradientState
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     def work():
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
         with stopping_at(5, die if os.environ["RANK"] == "1" else time.time):
             train(make, out / "run", "adamw", ddp_backend="gloo")
 
-    def launch():  # what torchrun does, with forks for interpreters
-        shape = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "start_method": "fork", "monitor_interval": 0.1}
-        shape |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "faults", "max_restarts": 0}
+    def launch():
         with pytest.raises(ChildFailedError) as error:
-            elastic_launch(LaunchConfig(**shape), work)()
+            torchrun(work)
         return next(failure.exitcode for failure in error.value.failures.values())
 
     assert in_child(launch) in (-signal.SIGKILL, 1)  # of the one whose end is noticed first; 1: it lost the other

@@ -1,13 +1,10 @@
-"""A list of faults, and what they are made of: processes that die at a chosen place, full disks, damaged files."""
+"""A list of faults, and what they are made of beside forks that die at a chosen place: full disks, damaged files."""
 
 import contextlib
 import ctypes
-import json
 import os
 import re
 import resource
-import signal
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,44 +41,6 @@ def fault(group: str, what: str, then: str):
         return run
 
     return register
-
-
-def die(*_, **__) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def fork(call: Callable) -> tuple[int, int]:
-    """A copy of this process that makes the call: its id, and the end of a pipe that gets the value as JSON."""
-    read, write = os.pipe()
-    if child := os.fork():
-        os.close(write)
-        return child, read
-    try:
-        os.write(write, json.dumps({"value": call()}).encode())
-    except BaseException:
-        os.write(write, json.dumps({"error": traceback.format_exc()[-4000:]}).encode())
-    finally:
-        os._exit(0)
-
-
-def end(child: int, read: int) -> tuple[int, dict]:
-    """(signal that ended the copy or 0, what it sent)."""
-    with open(read, "rb") as pipe:
-        sent = pipe.read()
-    return os.WTERMSIG(os.waitpid(child, 0)[1]), json.loads(sent or "{}")
-
-
-def in_child(call: Callable):
-    """The value of a call made by a copy of this process."""
-    signalled, sent = end(*fork(call))
-    assert not signalled and "value" in sent, (signalled, sent.get("error"))
-    return sent["value"]
-
-
-def killed(call: Callable) -> None:
-    """A copy of this process makes the call, and must die of SIGKILL in it."""
-    signalled, sent = end(*fork(call))
-    assert signalled == signal.SIGKILL, sent
 
 
 def error_of(call: Callable) -> str:

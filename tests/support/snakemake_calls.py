@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
+
+from forks import program
 
 
 def snakemake(arguments: list, cwd, environment: dict) -> tuple[int, str]:
@@ -26,37 +28,17 @@ def _serve() -> None:
     from snakemake import cli, workflow  # noqa: F401
 
     for line in sys.stdin:
-        arguments, cwd, environment = json.loads(line)
-        read, write = os.pipe()
-        if child := os.fork():
-            os.close(write)
-            with open(read, encoding="utf-8", errors="replace") as pipe:
-                output = pipe.read()
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            print(json.dumps([status, output]), flush=True)
-        else:
-            _child(cli.main, arguments, cwd, environment, write)
+        print(json.dumps(program(partial(_call, cli.main, *json.loads(line)))), flush=True)
 
 
-def _child(main, arguments: list[str], cwd: str, environment: dict, write: int) -> None:
+def _call(main, arguments: list[str], cwd: str, environment: dict) -> None:
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
-    os.dup2(write, 1)
-    os.dup2(write, 2)
-    os.close(write)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
-    status = 1
-    try:
-        main(arguments)
-    except SystemExit as end:
-        status = end.code
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    main(arguments)
 
 
 if __name__ == "__main__":

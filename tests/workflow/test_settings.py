@@ -79,7 +79,11 @@ def copy_of_the_checkout(where: Path) -> Path:
     for name in filter(None, subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0")):
         if (ROOT / name).is_file() and not name.startswith("tests/"):
             (where / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, where / name)
+            shutil.copy2(ROOT / name, where / name)
+    kernels = Path("kernels", "dms_kernels", "cpu", "__pycache__")
+    for compiled in (ROOT / kernels).glob("*.nb?"):  # by numba, for sources of that time and size
+        (where / kernels).mkdir(exist_ok=True)
+        shutil.copy2(compiled, where / kernels)
     return where
 
 
@@ -96,7 +100,6 @@ def test_checkout_in_a_directory_with_a_space_samples_summarises_and_executes_a_
         assert done.returncode == 0, done.stdout + done.stderr
 
     local = ["--profile", "workflow/profiles/local", "--cores", "1", "--configfile"]
-    snakemake("-n", "-q", "rules", *local, "workflow/config/smoke.yaml")
     task = {"chains": 2, "lengths": ["1.6e1", 32], "widths": [1, 2], "options": "--limit 2 --batch 4"}
     facts = {"model": "data/reasoner", "name": "a name", "recipe": "none", "methods": {"vanilla": [1]}}
     parameters = nbformat.v4.new_code_cell("word = ''", metadata={"tags": ["parameters"]})

@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import forks
 import nbformat
 import pytest
 import snakemake_calls
@@ -108,24 +109,32 @@ def test_no_gpus_are_asked_for_where_there_are_none():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A copy of the repository, and a directory in which all outputs of the smoke configuration count as made."""
+    """A copy of the repository, a directory in which all outputs of the smoke configuration count as made, its
+    configuration, and the list of its jobs."""
     root, directory = tmp_path_factory.mktemp("repository"), tmp_path_factory.mktemp("work")
     for part in ("book", "notebooks", "data", "companion", "dms_core", "kernels", "workflow"):
         shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("_build", "__pycache__"))
     shutil.copy(ROOT / "README.md", root)
     config = write(directory / "config.yaml", notebooks={"06_hyperscaling": {"resamples": 5}})
-    _, output = snakemake(directory, config, "-n", root=root)
-    for line in re.findall(r"^    output: (.*)$", output, re.M):
+    _, listing = snakemake(directory, config, "-n", root=root)
+    for line in re.findall(r"^    output: (.*)$", listing, re.M):
         for name in line.split(", "):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_text("made\n")
     status, output = snakemake(directory, config, "--touch", "--forceall", root=root)
     assert status == 0, output
-    return root, directory, config
+    return root, directory, config, listing
+
+
+@pytest.fixture(scope="module")
+def warm():
+    """The command ``dms`` in copies of this process, for a shell."""
+    with forks.command(main) as words:
+        yield words
 
 
 def planned(finished):
-    root, directory, config = finished
+    root, directory, config, _ = finished
     status, output = snakemake(directory, config, "-n", "-q", "rules", root=root)
     assert status == 0, output
     return {name: count for name, count in jobs(output).items() if name != "all"}
@@ -139,10 +148,9 @@ def edited(path, old="", new=""):
 
 @pytest.mark.slow
 def test_only_what_a_change_touches_runs_again(finished):
-    root, _, config = finished
+    root, _, config, _ = finished
     evidence = {"notebook": 2, "book": 1}  # chapters 06 and 07
 
-    assert planned(finished) == {}
     edited(root / "README.md")
     (root / "dms_core" / "sampling.py").touch()  # newer, but the same
     (root / "data" / "reasoner" / "model.safetensors").touch()
@@ -202,11 +210,11 @@ def test_digest_changes_with_a_sources_content_and_name(tmp_path, monkeypatch):
     assert digest([one]) != first
 
 
-def test_stage_names_are_those_of_the_workflow(tmp_path):
-    run = job.Run(get_profile("smoke"), tmp_path)
-    status, output = snakemake(tmp_path, write(tmp_path / "config.yaml"), "-n")
-    assert status == 0, output
-    assert set(stages(run)) == set(re.findall(r"^    output: .*/stages/([a-z0-9-]+)\.json$", output, re.M))
+@pytest.mark.slow
+def test_stage_names_are_those_of_the_workflow(finished, tmp_path):
+    *_, listing = finished
+    names = re.findall(r"^    output: .*/stages/([a-z0-9-]+)\.json$", listing, re.M)
+    assert set(names) == set(stages(job.Run(get_profile("smoke"), tmp_path)))
 
 
 def test_results_of_other_sources_are_deleted_and_those_of_the_same_reused(tmp_path):
@@ -227,15 +235,16 @@ def test_results_of_other_sources_are_deleted_and_those_of_the_same_reused(tmp_p
         run_stage(run, "records-traces-vanilla-cr2")
 
 
+@pytest.mark.forks
 @pytest.mark.slow
-def test_a_failed_job_is_tried_again_and_others_go_on(tmp_path):
+def test_a_failed_job_is_tried_again_and_others_go_on(tmp_path, warm):
     """The command fails on the first call for one stage, and always for another."""
     once, broken = tmp_path / "failed_once", "records-search-dms-cr2"
     command = tmp_path / "dms"
     command.write_text(
         f'#!/bin/bash\nif [ "$2" = {broken} ]; then exit 1; fi\n'
         f'if [ "$2" = retrofit-dms ] && [ ! -e {once} ]; then touch {once}; exit 1; fi\n'
-        f'exec {sys.executable} -m companion.cli.main "$@"\n'
+        f'exec {warm} "$@"\n'
     )
     command.chmod(0o755)
     targets = [f"runs/smoke/stages/{name}.json" for name in (broken, "held-out-dms-cr2", "held-out-dms-cr3")]
@@ -246,12 +255,12 @@ def test_a_failed_job_is_tried_again_and_others_go_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_shards_of_which_one_is_lost_give_the_records_and_curves_of_one_job(tmp_path):
+def test_shards_of_which_one_is_lost_give_the_records_and_curves_of_one_job(tmp_path, warm):
     """The second of two shards fails the first time, and alone is tried again."""
     command, lost = tmp_path / "dms", tmp_path / "lost"
     command.write_text(
         f'#!/bin/bash\nif [[ "$*" == *"--shard 2/2"* && ! -e {lost} ]]; then touch {lost}; exit 1; fi\n'
-        f'exec {sys.executable} -m companion.cli.main "$@"\n'
+        f'exec {warm} "$@"\n'
     )
     command.chmod(0o755)
     task = {"chains": 2, "lengths": [16, 32], "widths": [1, 2], "options": "--limit 3 --batch 4"}

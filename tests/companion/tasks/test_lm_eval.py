@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+import companion.tasks
 from companion.cli.main import main
 from companion.tasks.lm_eval import DMSLM, evaluate, find_tasks
 from companion.tasks.programs import make_problem
@@ -158,10 +158,9 @@ def test_unknown_task_is_named(task_folder):
         find_tasks(["program_*", "program_nothing"], task_folder, defaults=False)
 
 
-def test_missing_package_error_names_install_command():
-    hide = (
-        "import sys; sys.modules['lm_eval'] = None; from companion.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", hide, "eval", "--model", "x", "--tasks", "y"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "pip install 'dms-companion[eval]'" in done.stderr
+def test_missing_package_error_names_install_command(monkeypatch, capsys):
+    monkeypatch.delattr(companion.tasks, "lm_eval")
+    monkeypatch.delitem(sys.modules, "companion.tasks.lm_eval")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # its import fails
+    assert main(["eval", "--model", "x", "--tasks", "y"]) == 2
+    assert "pip install 'dms-companion[eval]'" in capsys.readouterr().err

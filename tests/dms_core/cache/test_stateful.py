@@ -28,6 +28,7 @@ from dms_core.config import DMSConfig
 from dms_kernels import prefill
 
 ROUNDS, EXAMPLES, STEPS = 34, 5, 50  # hypothesis repeats much of an example in the next: each round draws anew
+LEAST = 7_000
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CLOSE = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
@@ -256,8 +257,10 @@ def check_pages(layer: DMSLayer) -> None:
 @pytest.mark.slow
 def test_caches_hold_what_the_newest_token_sees():
     steps = 0
-    for number in range(ROUNDS):
+    for number in range(ROUNDS):  # some examples end early: fewer rounds may do
+        if steps >= LEAST:
+            break
         machine = type("DMSMachine", (DMSMachine,), {"round": number, "steps": 0})
         run_state_machine_as_test(machine, settings=settings(max_examples=EXAMPLES, stateful_step_count=STEPS + 1))
         steps += machine.steps
-    assert steps >= 7_000  # some examples end early
+    assert steps >= LEAST
