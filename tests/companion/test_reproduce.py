@@ -26,7 +26,7 @@ def test_reproduce_smoke_executes_every_notebook_and_renders_the_book(tmp_path):
         )
         shutil.copytree(ROOT / part, tmp_path / part, ignore=ignore)
     shutil.copytree(ROOT / "data", tmp_path / "data")
-    prepare(["companion.book", "companion.experiments.main"])
+    prepare()
     result = reproduce("smoke", tmp_path / "runs", root=tmp_path)
     assert result["retrofit"]["cr_target"] == 3.0 and {"retrofit-dms", "summary", "05_retrofit"} <= set(result["parts"])
     pages = {path.stem for path in (tmp_path / "book" / "_build" / "html" / "notebooks").glob("*.html")}
