@@ -14,6 +14,7 @@ import papermill
 
 from companion.experiments.run import Run
 from companion.experiments.stages import run_stage, stages
+from companion.forked_kernel import kernel_manager
 from companion.paths import REASONER, checkout
 from companion.side_by_side import run_side_by_side
 from dms_core.storage import read_json, write_text
@@ -61,9 +62,9 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
     check_parameters(notebook, parameters)
     out.parent.mkdir(parents=True, exist_ok=True)
     running = out.with_suffix(".running.ipynb")
-    papermill.execute_notebook(
-        notebook, running, parameters, cwd=notebook.parent, progress_bar=False, kernel_name="python3", log_output=False
-    )
+    options = {"cwd": notebook.parent, "kernel_name": "python3", "progress_bar": False, "log_output": False}
+    with kernel_manager() as manager:
+        papermill.execute_notebook(notebook, running, parameters, kernel_manager_class=manager, **options)
     content = nbformat.read(running, 4)
     content.cells = [cell for cell in content.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     write_text(out, nbformat.writes(content) + "\n")

@@ -16,10 +16,17 @@ from tqdm import tqdm
 
 FORKS = "forkserver" in multiprocessing.get_all_start_methods()
 CONTEXT = multiprocessing.get_context("forkserver" if FORKS else "spawn")
+COSTLY = (  # imports of stages and chapters; those that are not installed are left out
+    "companion.book",
+    "companion.experiments.main",
+    "dms_kernels.cpu.compiled",
+    "ipykernel.kernelapp",
+    "seaborn",
+)
 SHOWN = re.compile(r"\d+/\d+ \[[^,\]]*")  # of a bar of tqdm: how far, time so far and to go
 
 
-def prepare(modules: Sequence[str]) -> None:
+def prepare(modules: Sequence[str] = COSTLY) -> None:
     """Begin to import modules in the process of which calls will be copies, where processes can be forked."""
     if FORKS:
         CONTEXT.set_forkserver_preload(list(modules))

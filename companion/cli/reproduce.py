@@ -39,7 +39,7 @@ def reproduce(
     choose_card(device)
     if book:
         checkout("dms reproduce")
-    prepare(["companion.book", "companion.experiments.main"])
+    prepare()
     from companion.book import reproduce
 
     if fresh and root.exists():

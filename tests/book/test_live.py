@@ -193,10 +193,12 @@ def test_model_that_the_page_cannot_run_is_refused(tiny_model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", live.MODELS)
 def test_engine_equals_library(engine, name):
-    tokenizer, wanted = load_tokenizer(REASONER), expected(name)
+    tokenizer = load_tokenizer(REASONER)
+    every = 5 if isinstance(engine, Browser) and shutil.which("node") else 1  # node and Chromium run the same V8
+    wanted = expected(name)[::every]
     asked = [
         {"model": name, "prompt": len(case.prompt), "ids": tokenizer(case.prompt + case.trace)["input_ids"]}
-        for case in cases()
+        for case in cases()[::every]
     ]
     worst = decided = whole = 0
     for want, got, given in zip(wanted, engine.calls(TRACE, asked), asked, strict=True):

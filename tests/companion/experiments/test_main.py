@@ -1,7 +1,5 @@
-"""The main job at its smallest: every stage runs, is reused, and is kept apart from other settings."""
+"""Studies around the main job, and what its commands refuse; tests/companion/test_reproduce.py runs the job."""
 
-import json
-import time
 from dataclasses import replace
 
 import pytest
@@ -12,58 +10,6 @@ from companion.experiments import main as job
 from companion.experiments.profiles import get_profile
 
 SMOKE = get_profile("smoke")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    run = job.Run(SMOKE, tmp_path_factory.mktemp("run"))
-    return run, job.run_all(run)
-
-
-def test_summary_has_every_method_and_both_axes(finished):
-    _, summary = finished
-    assert {(p["method"], p["cr"]) for p in summary["points"]} == {
-        ("vanilla", 1.0),
-        ("dms", 2.0),
-        ("dms", 3.0),
-        ("dms-immediate", 2.0),
-    }
-    assert {(m["axis"], m["scale"]) for m in summary["margins"] if m["a"] == "dms" and m["b"] == "vanilla"} == {
-        (axis, scale) for axis in ("reads", "peak") for scale in ("linear", "log2")
-    }
-    assert {(p["a"], p["b"]) for p in summary["paired"]} >= {("dms", "vanilla"), ("dms", "dms-immediate")}
-    assert summary["retrofit"]["steps"] == SMOKE.recipe.retrofit.steps
-
-
-def test_a_second_call_reuses_every_stage(finished):
-    run, summary = finished
-    again = job.Run(SMOKE, run.root)
-    began = time.time()
-    assert job.retrofit(again)["seconds"] == job.retrofit(run)["seconds"]
-    assert job.summary(again)["points"] == summary["points"]
-    assert time.time() - began < 10
-
-
-def test_another_recipe_gets_another_directory(finished):
-    run, _ = finished
-    other = job.Run(replace(SMOKE, recipe=SMOKE.recipe.changed(retrofit={"lr": 1e-4})), run.root)
-    assert job.checkpoint(other, "dms", 2.0) != job.checkpoint(run, "dms", 2.0)
-    assert not job.checkpoint(other, "dms", 2.0).exists()
-
-
-def test_curves_command_prints_the_stored_summary_last(finished, capsys):
-    run, summary = finished
-    assert main(["curves", "--json", "--results", str(run.root)]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["points"] == json.loads(json.dumps(summary["points"]))
-
-
-def test_cache_report_measures_tensors(finished, capsys):
-    run, _ = finished
-    assert main(["cache-report", "--json", "--checkpoint", str(job.checkpoint(run, "dms", 3.0))]) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    live = [items for heads in report["live_per_layer_head"] for items in heads]
-    one = report["bytes_dense"] / report["tokens"] / len(live)  # bytes of one live item
-    assert sum(live) * one <= report["bytes_held"] <= (sum(live) + 4 * len(live)) * one
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
