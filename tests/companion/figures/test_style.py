@@ -136,6 +136,7 @@ def cases(bench: dict) -> list[dict]:
 
 @pytest.mark.parametrize("name", figures())
 def test_figure_is_a_column_wide_with_text_of_one_size_and_legends_beside_the_data(name):
+    plt.close("all")  # what other tests have left open
     set_style()
     figures()[name]()
     fig = plt.gcf()
