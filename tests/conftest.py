@@ -32,14 +32,14 @@ REMEDIES = {
 VOCABULARY = 40
 LONGEST = (  # files of about 20 s and more, longest first
     "tests/companion/test_reproduce.py",
-    "tests/dms_core/train/test_scale.py",
+    "tests/dms_core/train/test_processes.py",
     "tests/test_accelerator.py",
     "tests/workflow/test_workflow.py",
     "tests/test_documented_commands.py",
     "tests/dms_core/cache/test_stateful_baselines.py",
     "tests/dms_core/cache/test_stateful.py",
     "tests/test_wheel.py",
-    "tests/companion/experiments/test_main.py",
+    "tests/dms_core/train/test_scale.py",
     "tests/workflow/test_settings.py",
     "tests/dms_core/test_reproducible.py",
     "tests/dms_kernels/test_aot.py",
@@ -68,8 +68,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """Files with tests marked ``forks`` come first: torch refuses a backward pass in a fork of a process whose autograd
-    has started threads for a device, as that of the stand-in device does.  Then the longest, as ``make test`` gives
+    """Files with tests marked ``forks`` come first, and compute no gradient outside of forks: torch refuses a backward
+    pass in a fork of a process whose autograd has started threads for a device, as that of the stand-in device does.  Then the longest, as ``make test`` gives
     whole files to its processes, which so end together."""
     forking = {item.path for item in items if item.get_closest_marker("forks")}
     longest = {name: place for place, name in enumerate(LONGEST)}

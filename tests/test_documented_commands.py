@@ -170,7 +170,7 @@ SINGLE = {
         "needs 4 cards"
     ),
     "torchrun --nproc-per-node 8 -m companion.cli.main retrofit --recipe qwen-r1-1.5b --fsdp "
-    "--out runs/qwen-r1-1.5b": parsed("needs 8 cards; test_scale.py runs two processes"),
+    "--out runs/qwen-r1-1.5b": parsed("needs 8 cards; test_processes.py runs two"),
     "dms sample --model runs/qwen-r1-1.5b/cr8 --task aime24 --method dms --chains 16 --length 32768 --out runs/aime "
     "--shard 1/4": parsed("needs a card"),
     "make book": make_says,
