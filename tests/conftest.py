@@ -69,8 +69,9 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(items):
     """Files with tests marked ``forks`` come first, and compute no gradient outside of forks: torch refuses a backward
-    pass in a fork of a process whose autograd has started threads for a device, as that of the stand-in device does.  Then the longest, as ``make test`` gives
-    whole files to its processes, which so end together."""
+    pass in a fork of a process whose autograd has started threads for a device, as that of the stand-in device does.
+    Then the longest, as ``make test`` gives whole files to its processes, which so end together.
+    """
     forking = {item.path for item in items if item.get_closest_marker("forks")}
     longest = {name: place for place, name in enumerate(LONGEST)}
 
