@@ -266,14 +266,9 @@ def test_budget_line_is_dragged_and_keyed(show):
     )
     tab.get_by_label("traces").check(force=True)
     tab.get_by_label("peak tokens", exact=True).check(force=True)
-    chosen, margin = (
-        row["chosen_a"],
-        {
-            found["scale"]: found
-            for found in SUMMARY["margins"]
-            if all(found[key] == row[key] for key in ("task", "axis", "a", "b"))
-        },
-    )
+    same = [found for found in SUMMARY["margins"] if all(found[key] == row[key] for key in ("task", "axis", "a", "b"))]
+    margin = {found["scale"]: found for found in same}
+    chosen = row["chosen_a"]
     assert f"dense {row['best_b']:.1f} % with 1-544" in said(tab)
     assert f"DMS {row['best_a']:.1f} % with {chosen['W']}-{chosen['L']}-{chosen['cr']}" in said(tab)
     assert f"difference +{row['gain']:.1f} points" in said(tab)
