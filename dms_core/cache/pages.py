@@ -135,10 +135,12 @@ class PagedRows(Rows):
         self.table.copy_(torch.where(there, (pages.cumsum(0) - pages)[:, None] + column, 0))
         self.owned.copy_(pages)
         self.length.copy_(length)
-        order = torch.argsort((~there[:, :columns]).flatten().to(torch.uint8), stable=True)[:total]
+        there = there[:, :columns].flatten()
+        order = None if total == len(there) else torch.argsort((~there).to(torch.uint8), stable=True)[:total]
         for pool, new in zip(self.pools.values(), self.stored(k, v), strict=True):
             padded = torch.nn.functional.pad(new, (0, 0, 0, columns * self.page - new.shape[1]))
-            pool[:total] = padded.view(-1, *pool.shape[1:])[order]
+            paged = padded.view(-1, *pool.shape[1:])
+            pool[:total] = paged if order is None else paged[order]
         self.shares, self.credit = False, 0
         self._count_owners()
 
