@@ -67,7 +67,7 @@ def get_profile(name: str, task: str = "traces") -> Profile:
     ).at(task)
     if name == "full":
         return full
-    # For the time of `make book`: one rest at CR 8, two thirds of the documents a step; a step in two parts pads less.
+    # For the time of `make book`: no second rest at CR 8, two thirds of the documents a step; two parts a step pad less.
     shorter = {"rests": full.recipe.retrofit.rests[:-1], "batch": 8, "device_batch": 4}
     quick = full.recipe.changed(retrofit=shorter)
     tiny = replace(full, name="tiny", problems=100, seeds=1, held_out=120, recipe=quick)
