@@ -22,13 +22,6 @@ def test_rest_keeps_the_target_while_the_rate_falls_to_zero():
     assert schedule.saves() == {15: 2, 25: 3, 45: 4}
 
 
-def test_two_rests_at_one_ratio_let_the_rate_come_back_in_between():
-    schedule = Schedule(3.0, 10, ((2.0, 5), (3.0, 5), (3.0, 10)), warmup=2)
-    assert schedule.steps == 40 and schedule.saves() == {15: 2, 40: 3}
-    assert [schedule.cr(t) for t in (24, 25, 30, 39)] == [2.9, 3, 3, 3]
-    assert [schedule.rate(t) for t in (24, 25, 29, 30, 31, 35, 39)] == pytest.approx([1, 1, 0.2, 0.5, 0.9, 0.5, 0.1])
-
-
 def test_decay_lets_the_rate_fall_over_the_last_steps_while_the_ramp_goes_on():
     schedule = Schedule(3.0, 10, warmup=2, decay=5)
     assert schedule.steps == 20 and schedule.cr(17) == 2.7
@@ -45,8 +38,8 @@ def test_decay_lets_the_rate_fall_over_the_last_steps_while_the_ramp_goes_on():
     [
         ({"final_cr": 0.5}, "compression ratio 0.5: must be >= 1"),
         ({"steps_per_unit": 0}, "steps_per_unit 0: must be >= 1"),
-        ({"rests": ((4.0, 5), (2.0, 5))}, "rests at CR .*must not descend, and be within 1..8"),
-        ({"rests": ((9.0, 5),)}, "rests at CR .*must not descend, and be within 1..8"),
+        ({"rests": ((4.0, 5), (2.0, 5))}, "rests at CR .*must ascend within 1..8"),
+        ({"rests": ((9.0, 5),)}, "rests at CR .*must ascend within 1..8"),
         ({"rests": ((4.0, 0),)}, "must last"),
         ({"decay": 71}, r"decay 71: must be within 0\.\.70"),
         ({"decay": -1}, "decay -1: must be within"),
