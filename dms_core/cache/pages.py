@@ -139,7 +139,7 @@ class PagedRows(Rows):
         order = None if total == len(there) else torch.argsort((~there).to(torch.uint8), stable=True)[:total]
         for pool, new in zip(self.pools.values(), self.stored(k, v), strict=True):
             padded = torch.nn.functional.pad(new, (0, 0, 0, columns * self.page - new.shape[1]))
-            paged = padded.view(-1, *pool.shape[1:])
+            paged = padded.reshape(-1, *pool.shape[1:])
             pool[:total] = paged if order is None else paged[order]
         self.shares, self.credit = False, 0
         self._count_owners()

@@ -69,9 +69,9 @@ class Model:
         self.layer.lazy_initialization(torch.empty(batch, heads, 0, WIDTH))
 
     def feed(self, tokens: int, valid: torch.Tensor, share: float) -> None:
-        batch = len(self.rows)
-        q = torch.randn(batch, self.heads * self.group, tokens, WIDTH, generator=self.g)
-        k, v = (torch.randn(batch, self.heads, tokens, WIDTH, generator=self.g) for _ in range(2))
+        """In the memory layout of a model's projections, and without ``valid`` where all are."""
+        batch, heads = len(self.rows), (self.heads * self.group, self.heads, self.heads)
+        q, k, v = (torch.randn(batch, tokens, n, WIDTH, generator=self.g).transpose(1, 2) for n in heads)
         evict = torch.rand(batch, self.heads, tokens, generator=self.g) < share
         for b, row in enumerate(self.rows):
             k[b, :, valid[b], 0] = torch.arange(len(row.k), len(row.k) + int(valid[b].sum())).float() / 64
@@ -81,7 +81,7 @@ class Model:
                 row.v.append(v[b, :, t])
                 row.said.append(evict[b, :, t])
         self.layer.update(k, v)
-        out = self.layer.attend(q, k, v, evict, valid, 0.5)
+        out = self.layer.attend(q, k, v, evict, None if valid.all() else valid, 0.5)
         for b, row in enumerate(self.rows):
             if valid[b].any():
                 expected = row.outputs(self.config)[:, -int(valid[b].sum()) :]
@@ -238,14 +238,15 @@ def test_all_marked_cache_holds_exactly_the_window():
     assert len(model.layer.rows.keys) <= 4 * (3 + 1 + AHEAD // 2) * 17 / 16
 
 
-def test_unmarked_cache_is_dense():
+@pytest.mark.parametrize("prompt", [10, 12], ids=["10", "whole pages"])
+def test_unmarked_cache_is_dense(prompt):
     model = Model(DMSConfig(window=5), 1, 2, 2, 4, 0)
-    model.feed(10, torch.ones(1, 10, dtype=torch.bool), 0.0)
-    for n in range(11, 31):
+    model.feed(prompt, torch.ones(1, prompt, dtype=torch.bool), 0.0)
+    for n in range(prompt + 1, 31):
         model.feed(1, torch.ones(1, 1, dtype=torch.bool), 0.0)
         model.check()
         assert model.layer.rows.length.tolist() == [n, n]
-    assert model.layer.reads.tolist() == [[sum(range(11, 31))] * 2]
+    assert model.layer.reads.tolist() == [[sum(range(prompt + 1, 31))] * 2]
 
 
 def test_freed_pages_are_used_before_the_pool_grows():
