@@ -1,4 +1,5 @@
-# make book  builds everything and renders the book; make pdf  prints it, too; make test  lints and tests.
+# make book  builds everything and renders the book; make pdf  prints it, too; make test  lints and tests; make test-all
+# runs the slow tests, too.
 # All set up .venv themselves.
 PROFILE ?= tiny
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,\
@@ -14,7 +15,7 @@ INDEXES := $(BIN)/pip config list \
   | sed -nE "s/\\\\n/ /g; s/^[^=]*\.(find-links|index-url|extra-index-url)='(.*)'/\1 \2/p" \
   | while read -r name urls; do printf -- "--$$name=%s " $$urls; done
 
-.PHONY: setup test mutants book book-check pdf gpu-check gpu-first-run lint format clean
+.PHONY: setup test test-all mutants book book-check pdf gpu-check gpu-first-run lint format clean
 
 setup: $(STAMP)
 
@@ -29,8 +30,11 @@ $(STAMP): pyproject.toml constraints.txt
 	  || $(BIN)/pip $(INSTALL) --progress-bar off $$(test -n "$$indexes" || command -v nvidia-smi >/dev/null || echo --extra-index-url $(CPU_TORCH))
 	touch $@
 
-test: lint
-	$(BIN)/pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not gpu" $(PYTEST)
+# Tests of more than about ten seconds are marked slow and run in test-all, as .ci/run has it.
+MARKS := not gpu and not slow
+test-all: MARKS := not gpu
+test test-all: lint
+	$(BIN)/pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "$(MARKS)" $(PYTEST)
 
 # Not part of `make test`: see CONTRIBUTING.md.
 mutants: setup

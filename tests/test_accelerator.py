@@ -221,6 +221,7 @@ def test_merging_on_the_accelerator_equals_the_cpu(both, name):
     check(PATHS[name], both(prepare=lambda model: attach_dmc(model, DMCConfig(scale=8.0, offset=0.0))))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*keep their")
 @pytest.mark.parametrize("family", ["falcon_h1", "gemma3_text", "gpt_oss", "llama4_text", "qwen3_next"])
 def test_hybrid_on_the_accelerator_equals_the_cpu(family):

@@ -312,6 +312,7 @@ def test_a_row_of_tokens_is_chosen_by_slider_and_by_click(show):
     assert tab.problems == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
 @pytest.mark.parametrize("name", TITLES)

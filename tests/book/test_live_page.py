@@ -146,6 +146,7 @@ def test_window_is_a_choice_and_changes_what_is_held(browser):
     assert tab.problems == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
 def test_page_has_no_fault_that_axe_finds(browser, scheme, width):

@@ -55,6 +55,7 @@ def test_generate_equals_greedy_full_forward(tiny_model, kind, options):
     assert (cache.live_tokens() < cache.tokens_seen()[:, None]).any()
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(
     window=st.integers(0, 8),

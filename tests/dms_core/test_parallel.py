@@ -86,6 +86,7 @@ def split(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_two_processes_sample_the_chains_of_one_with_equal_budgets(split, case):
     name, method, temperature = case

@@ -146,6 +146,7 @@ def assert_same(a: Rows, b: Rows) -> None:
     assert torch.equal(a.free[: int(a.free_count)], b.free[: int(b.free_count)])
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     count=st.sampled_from([1, 2, 5, 33, 130]),

@@ -164,6 +164,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=24)
 @given(biased=st.booleans(), tile=TILES, **CASES)
@@ -204,6 +205,7 @@ def test_attention_and_its_gradients_equal_the_oracle(device, biased, tile, **ca
     torch.testing.assert_close(lse, dense_logits(case).logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=4)
 @given(mode=CASES["mode"], seed=CASES["seed"], tile=TILES)

@@ -108,6 +108,7 @@ def check(args, scale, **how):
     return out, lse
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     batch=st.integers(1, 3),
