@@ -182,6 +182,7 @@ SINGLE = {
     "make setup": make_says,
     "make setup GROUPS=book,dev": make_says,
     "make test": make_says,
+    "make test-all": make_says,
     "make gpu-check": make_does,
     "make gpu-first-run": make_does,
     "make gpu-first-run OUT=DIR": make_does,
