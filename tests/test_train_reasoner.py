@@ -49,10 +49,14 @@ def test_no_prompt_that_is_evaluated_is_in_a_batch_of_the_second_stage(script):
     assert script.overlap(0, problems=20, retrofits=0)["in_training"] == []
 
 
-def test_the_larger_model_has_four_times_the_weights_and_learns_in_bf16(script, tmp_path):
+def test_the_larger_model_has_four_times_the_weights_learns_in_bf16_and_is_stored_in_fp16(script, tmp_path):
     large = script.SIZES["large"]
     stages = tuple(replace(stage, rate=((0, 1e-3), (1, 1e-3))) for stage in large.stages[:1])
     script.SIZES["large"] = replace(large, stages=stages)
-    script.Training(tmp_path, 0, resume=False, size="large").run()
+    training = script.Training(tmp_path, 0, resume=False, size="large")
+    training.run()
     counts = [make_model(len(make_tokenizer()), 0, size.width).num_parameters() for size in script.SIZES.values()]
     assert 3.8 < counts[1] / counts[0] < 4.2 and load_base(tmp_path).num_parameters() == counts[1]
+    stored, trained = load_base(tmp_path).state_dict(), training.model.state_dict()
+    assert all(torch.equal(stored[name], trained[name].half().float()) for name in trained)
+    assert (tmp_path / "model.safetensors").stat().st_size < 2.02 * counts[1]

@@ -3,7 +3,8 @@
 Writes config.json, model.safetensors, tokenizer files, and train_log.jsonl beside this file.
 Two stages, each with an optimizer of its own: program traces, from short ones to the evaluation mix, then all three
 tasks.  ``--size large --out data/reasoner-large`` trains the one four times larger, with products in bf16 where the CPU
-has instructions for it.  ``--resume`` goes on from state.pt after an interruption and gives the same weights.
+has instructions for it, and stores it in 16 bits.  ``--resume`` goes on from state.pt after an interruption and gives
+the same weights.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from companion.experiments.profiles import PROBLEMS_SEED
@@ -65,11 +67,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Size:
-    """A model's width, whether its products are in bf16 where the CPU has instructions for it, and its stages."""
+    """A model's width, whether its products are in bf16 where the CPU has instructions for it, and its stages.
+
+    halved: its finished weights are stored in fp16, and loaded in the float32 that config.json says.
+    """
 
     width: int
     mixed: bool
     stages: tuple[Stage, ...]
+    halved: bool = False
 
 
 SIZES = {
@@ -90,6 +96,7 @@ SIZES = {
             Stage("traces", ((0, 0.0), (100, 1.5e-3), (500, 1.5e-3), (800, 0.0))),
             Stage("mixture", ((0, 0.0), (50, 1.2e-3), (500, 1.2e-3), (1000, 0.0))),
         ),
+        halved=True,
     ),
 }
 
@@ -154,6 +161,7 @@ class Training:
         self.out, self.seed, self.tokenizer, self.size = out, seed, make_tokenizer(), SIZES[size]
         self.model = make_model(len(self.tokenizer), seed, self.size.width)
         self.state_file, self.log_file = out / "state.pt", out / "train_log.jsonl"
+        self.weights_file = out / "model.safetensors"
         self.facts = {"stage": 0, "step": 0, "tokens": 0, "seconds": 0.0}
         state = torch.load(self.state_file, weights_only=True) if resume else {"model": None, "optimizer": None}
         self.saved_optimizer = state["optimizer"]
@@ -171,6 +179,9 @@ class Training:
         for number in range(self.facts["stage"], len(self.size.stages)):
             self._stage(number)
         self.tokenizer.save_pretrained(self.out)
+        if self.size.halved:
+            weights = {name: weight.half() for name, weight in load_file(self.weights_file).items()}
+            save_file(weights, self.weights_file, metadata={"format": "pt"})
 
     def _stage(self, number: int) -> None:
         stage, start = self.size.stages[number], self.facts["step"]
