@@ -77,7 +77,7 @@ def sample(
     shard: opt(str, "the I-th of N parts of the chains, for a card each: 1/4", metavar="I/N") = "1/1",
 ):
     """chains of a model on a benchmark, graded; goes on where it was interrupted; under torchrun the model is split"""
-    from companion.experiments.sample import sample_benchmark
+    from companion.experiments.sample import ModelSpec, sample_benchmark
     from companion.shards import Shard
     from dms_core.sampling import SamplingConfig
 
@@ -86,18 +86,12 @@ def sample(
     )
     problems = _load_task(task, source, limit, parse_options(option), unsafe)
     problems.template = parse_options(template, "--template")
-    settings = {
-        "gates": gates,
-        "device": device,
-        "dtype": dtype,
-        "workers": workers,
-        "unsafe": unsafe,
-        "shard": Shard.parse(shard),
-    }
-    result = sample_benchmark(model, problems, method, cr, chains, config, out, lengths, widths, **settings)
+    spec, part = ModelSpec(model, method, cr, gates, device, dtype), Shard.parse(shard)
+    how = {"workers": workers, "unsafe": unsafe, "shard": part}
+    result = sample_benchmark(spec, problems, chains, config, out, lengths, widths, **how)
     if row := result["pass_at_1"]:
-        part = "" if settings["shard"].count == 1 else f"shard {shard} of "
-        yield part + "{method} CR {cr:g}, L {L}: {accuracy:.1f} % over {problems} problems".format(**row)
+        whose = "" if part.count == 1 else f"shard {shard} of "
+        yield whose + "{method} CR {cr:g}, L {L}: {accuracy:.1f} % over {problems} problems".format(**row)
     return result
 
 

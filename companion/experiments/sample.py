@@ -8,7 +8,11 @@ template.
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.devices import checked_device, checked_dtype
 from companion.experiments.summaries import SIDECAR, check_limits
@@ -19,7 +23,7 @@ from companion.tasks import Task
 from companion.tasks.grading import grade_file
 from companion.tasks.sandbox import sandbox
 from dms_core import checkpoint
-from dms_core.baselines import BASELINE_NAMES, get_baseline
+from dms_core.baselines import BASELINE_NAMES, Baseline, get_baseline
 from dms_core.budgets.curves import summarise
 from dms_core.chat import check_arguments
 from dms_core.checkpoint import fast_dtype, fingerprint, load_base, load_gates, load_model, read_settings
@@ -46,77 +50,111 @@ def load_tokenizer(name: Path | str):
     return tokenizer
 
 
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model and the method by which it is sampled.
+
+    model: a directory or hub id, retrofitted for the method ``dms`` unless ``gates`` names what to load on it; with
+    ``vanilla`` gates stay off, and of ``gates`` only the weights' change counts.  cr: None for what that checkpoint
+    says.  device: see ``checked_device``, or "auto" for layers spread over the cards.  Raises ValueError for what no
+    model is needed to see.
+    """
+
+    model: str
+    method: str
+    cr: float | None = None
+    gates: str | None = None
+    device: str | None = None
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        method, cr = self.method, self.cr
+        if method not in ("vanilla", "dms", *BASELINE_NAMES):
+            raise ValueError(f"method {method!r}: must be one of vanilla, dms, {', '.join(sorted(BASELINE_NAMES))}")
+        if method in BASELINE_NAMES and cr is None:
+            raise ValueError(f"--method {method}: needs --cr, the compression ratio of its budget")
+        if cr is not None and not 1 <= cr < math.inf:
+            raise ValueError(f"cr {cr}: must be a finite number >= 1")
+        if method == "vanilla" and cr not in (None, 1):
+            raise ValueError(f"cr {cr:g} with method vanilla: must be left out, it evicts nothing")
+        if self.gates and method not in ("dms", "vanilla"):
+            raise ValueError(f"gates {self.gates} with method {method!r}: must be with dms or vanilla")
+
+    def load(self) -> "Loaded":
+        """The model on its device, with its gates.  Raises ValueError where model or ratio are wrong."""
+        device, dtype = _process_device(self.device), checked_dtype(self.dtype)
+        directory, trained = local_directory(self.model), local_directory(self.gates or self.model)
+        method = Method(self.method, self._ratio(trained))
+        tokenizer = load_tokenizer(directory)
+        model = _load(directory, trained if self.gates or self.method == "dms" else None, device, dtype)
+        baseline = get_baseline(method.name)(method.cr) if method.name in BASELINE_NAMES else None
+        weights = "".join(map(fingerprint, dict.fromkeys([directory, trained])))
+        return Loaded(model, tokenizer, method, baseline, weights)
+
+    def _ratio(self, directory: Path) -> float:
+        """The method's compression ratio.  Raises ValueError for one that is not the checkpoint's."""
+        trained = checkpoint_ratio(directory) if self.method == "dms" else 1.0 if self.method == "vanilla" else None
+        name = self.gates or self.model
+        if self.cr and trained and self.cr != trained:
+            raise ValueError(f"cr {self.cr:g}: {name} was trained to {trained:g}; leave --cr out")
+        if not (self.cr or trained):
+            raise ValueError(f"{name} does not say its compression ratio: give --cr")
+        return float(self.cr or trained)
+
+
+class Loaded(NamedTuple):
+    """What a ModelSpec loads; weights: what tells its weights from others'."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    method: Method
+    baseline: Baseline | None
+    weights: str
+
+
 def sample_benchmark(
-    model: str,
+    spec: ModelSpec,
     task: Task,
-    method: str,
-    cr: float | None,
     chains: int,
     config: SamplingConfig,
     out: Path,
     lengths: Sequence[int] = (),
     widths: Sequence[int] = (),
     *,
-    gates: str | None = None,
-    device: str | None = None,
-    dtype: str = "auto",
     workers: int = 1,
     unsafe: bool = False,
     shard: Shard = WHOLE,
 ) -> dict:
     """Sample chains, or go on where it was interrupted, and grade them.  Under torchrun its processes split the model.
 
-    model: a directory or hub id, retrofitted for the method ``dms`` unless ``gates`` names what to load on it; with
-    ``vanilla`` gates stay off, and of ``gates`` only the weights' change counts. cr: None for what that checkpoint
-    says. lengths, widths: budgets of the curves, noted in run.json (default: up to those sampled). workers: programs
+    lengths, widths: budgets of the curves, noted in run.json (default: up to those sampled). workers: programs
     graded at once. shard: the part of the chains to sample, to a file of its own.
     Returns {"task", "method", "cr", "file", "records", "pass_at_1"} of that part, the last None where nothing is
-    graded and in other processes than the first.  Raises ValueError where model, method or ratio are wrong, or
-    ``out`` belongs to another task.
+    graded and in other processes than the first.  Raises ValueError where a count is below 1, the model cannot be
+    loaded, or ``out`` belongs to another task.
     """
     longest = config.max_new_tokens
     lengths = list(lengths) or sorted({max(1, longest // 4), max(1, longest // 2), longest})
     widths = list(widths) or [w for w in (1, 2, 4, 8, 16, 32) if w <= chains]
-    _check(method, cr, gates, lengths=lengths, widths=widths, chains=[chains], workers=[workers])
-    check_limits(lengths, {method: longest})
-    device, dtype = _process_device(device), checked_dtype(dtype)
+    for name, values in {"lengths": lengths, "widths": widths, "chains": [chains], "workers": [workers]}.items():
+        if min(values, default=1) < 1:
+            raise ValueError(f"{name} {', '.join(map(str, values))}: must be >= 1")
+    check_limits(lengths, {spec.method: longest})
     _noted(out, task)  # may refuse
-    directory, trained = local_directory(model), local_directory(gates or model)
-    chosen = Method(method, _ratio(method, cr, trained, gates or model))
-    tokenizer = load_tokenizer(directory)
+    model, tokenizer, method, baseline, weights = spec.load()
     check_arguments(tokenizer, task.template)
-    baseline = get_baseline(method)(chosen.cr) if method in BASELINE_NAMES else None
-    loaded = _load(directory, trained if gates or method == "dms" else None, device, dtype)
-    first = loaded.dms.split.rank == 0
-    weights = "".join(map(fingerprint, dict.fromkeys([directory, trained])))
-    whole = out / "records" / records_file(loaded, weights, tokenizer, task, chosen, config, baseline)
+    first = model.dms.split.rank == 0
+    whole = out / "records" / records_file(model, weights, tokenizer, task, method, config, baseline)
     if first:  # what another process has noted meanwhile stays
-        write_json(out / SIDECAR, _with_records(_noted(out, task), task, chosen, whole.name, lengths, widths, longest))
+        write_json(out / SIDECAR, _with_records(_noted(out, task), task, method, whole.name, lengths, widths, longest))
     file = shard.file(whole)
-    records = sample_records(loaded, tokenizer, task, chosen, chains, config, whole, baseline, shard)
+    records = sample_records(model, tokenizer, task, method, chains, config, whole, baseline, shard)
     if task.grades_later and first:
         records = _graded(records, task, file, [file] if shard.count > 1 else record_files(whole), workers, unsafe)
     known = [record for record in records if record["correct"] is not None] if first else []
     score = summarise(known, [longest], [1], 1)["pass_at_1"][0] if known else None
-    facts = {"task": task.name, "method": method, "cr": chosen.cr, "file": str(file), "records": len(records)}
+    facts = {"task": task.name, "method": method.name, "cr": method.cr, "file": str(file), "records": len(records)}
     return {**facts, "pass_at_1": score}
-
-
-def _check(method: str, cr: float | None, gates: str | None, **counts: Sequence[int]) -> None:
-    """Raises ValueError for what no model is needed to see."""
-    if method not in ("vanilla", "dms", *BASELINE_NAMES):
-        raise ValueError(f"method {method!r}: must be one of vanilla, dms, {', '.join(sorted(BASELINE_NAMES))}")
-    if method in BASELINE_NAMES and cr is None:
-        raise ValueError(f"--method {method}: needs --cr, the compression ratio of its budget")
-    if cr is not None and not 1 <= cr < math.inf:
-        raise ValueError(f"cr {cr}: must be a finite number >= 1")
-    if method == "vanilla" and cr not in (None, 1):
-        raise ValueError(f"cr {cr:g} with method vanilla: must be left out, it evicts nothing")
-    if gates and method not in ("dms", "vanilla"):
-        raise ValueError(f"gates {gates} with method {method!r}: must be with dms or vanilla")
-    for name, values in counts.items():
-        if values and min(values) < 1:
-            raise ValueError(f"{name} {', '.join(map(str, values))}: must be >= 1")
 
 
 def _with_records(
@@ -165,16 +203,6 @@ def _load(directory: Path, trained: Path | None, device: str | None, dtype: str)
         base = load_base(directory, **options)
         model = load_gates(base, trained) if trained else attach(base, DMSConfig())
     return model if spread else model.to(device)
-
-
-def _ratio(method: str, cr: float | None, directory: Path, name: str) -> float:
-    """The method's compression ratio.  Raises ValueError for one that is not the checkpoint's."""
-    trained = checkpoint_ratio(directory) if method == "dms" else 1.0 if method == "vanilla" else None
-    if cr and trained and cr != trained:
-        raise ValueError(f"cr {cr:g}: {name} was trained to {trained:g}; leave --cr out")
-    if not (cr or trained):
-        raise ValueError(f"{name} does not say its compression ratio: give --cr")
-    return float(cr or trained)
 
 
 def checkpoint_ratio(directory: Path) -> float | None:
