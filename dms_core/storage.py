@@ -10,8 +10,10 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 SEAL = "sha256.json"  # of a sealed directory
 
@@ -90,19 +92,32 @@ def _lock(descriptor: int, path: Path, whole: Path) -> None:
 
 
 @contextlib.contextmanager
-def only_writer(directory: Path | str) -> Iterator[None]:
+def only_writer(directory: Path | str, wait: float = 0) -> Iterator[None]:
     """Hold a directory, which is made, against a second process that would write there; readers are not stopped.
 
-    Raises ValueError where another process holds it.
+    Raises ValueError where another process still holds it after ``wait`` seconds.
     """
     mark = Path(directory) / ".lock"  # a file: network file systems lock no directories
     mark.parent.mkdir(parents=True, exist_ok=True)
-    with mark.open("ab") as file:
-        _lock(file.fileno(), mark, mark.parent)
+    with _held(mark, time.monotonic() + wait):
         try:
             yield
         finally:
             mark.unlink(missing_ok=True)
+
+
+def _held(mark: Path, until: float) -> BinaryIO:
+    """The file, opened and locked; opened anew at each try, since who holds it deletes it in the end."""
+    while True:
+        file = mark.open("ab")
+        try:
+            _lock(file.fileno(), mark, mark.parent)
+            return file
+        except ValueError:
+            file.close()
+            if time.monotonic() >= until:
+                raise
+        time.sleep(0.02)
 
 
 class JsonlWriter:

@@ -33,7 +33,7 @@ from dms_core.interop import is_foreign
 from dms_core.model import attach
 from dms_core.parallel import tensor_parallel
 from dms_core.sampling import SamplingConfig
-from dms_core.storage import read_json, write_json
+from dms_core.storage import only_writer, read_json, write_json
 
 
 def load_dense(name: str, device: str | None = None):
@@ -145,8 +145,8 @@ def sample_benchmark(
     check_arguments(tokenizer, task.template)
     first = model.dms.split.rank == 0
     whole = out / "records" / records_file(model, weights, tokenizer, task, method, config, baseline)
-    if first:  # what another process has noted meanwhile stays
-        write_json(out / SIDECAR, _with_records(_noted(out, task), task, method, whole.name, lengths, widths, longest))
+    if first:
+        _note(out, task, method, whole.name, lengths, widths, longest)
     file = shard.file(whole)
     records = sample_records(model, tokenizer, task, method, chains, config, whole, baseline, shard)
     if task.grades_later and first:
@@ -157,20 +157,22 @@ def sample_benchmark(
     return {**facts, "pass_at_1": score}
 
 
-def _with_records(
-    note: dict, task: Task, method: Method, name: str, lengths: list[int], widths: list[int], longest: int
-) -> dict:
-    """What run.json holds once ``method`` has its file of records of up to ``longest`` tokens.
+def _note(
+    out: Path, task: Task, method: Method, name: str, lengths: list[int], widths: list[int], longest: int
+) -> None:
+    """Say in run.json that ``method`` has its file of records of up to ``longest`` tokens; what others noted stays.
 
     Raises ValueError for lengths up to which some method was not sampled.
     """
-    limits = note.get("limits", {}) | {str(method): longest}
-    check_limits(lengths, limits)
-    templates = note.get("template", {}) | {str(method): dict(task.template)}
-    templates = {key: arguments for key, arguments in templates.items() if arguments}
-    records = note["records"] | {str(method): name}
-    facts = {"lengths": lengths, "widths": widths, "records": records, "template": templates, "limits": limits}
-    return note | facts
+    with only_writer(out, wait=60):  # the jobs of a cluster start together
+        note = _noted(out, task)
+        limits = note.get("limits", {}) | {str(method): longest}
+        check_limits(lengths, limits)
+        templates = note.get("template", {}) | {str(method): dict(task.template)}
+        templates = {key: arguments for key, arguments in templates.items() if arguments}
+        records = note["records"] | {str(method): name}
+        facts = {"lengths": lengths, "widths": widths, "records": records, "template": templates, "limits": limits}
+        write_json(out / SIDECAR, note | facts)
 
 
 def _graded(records: list[dict], task: Task, file: Path, files: Sequence[Path], workers: int, unsafe: bool):

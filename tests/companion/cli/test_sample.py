@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,9 @@ import torch
 
 from companion.cli.main import main
 from companion.experiments import sample as module
+from companion.method import Method
 from companion.paths import REASONER
+from companion.tasks import get_task
 from companion.tasks.reasoner import load_tokenizer, make_tokenizer
 from dms_core.checkpoint import load_base, write_difference
 from dms_core.config import DMSConfig
@@ -108,3 +113,24 @@ def test_plain_model_is_refused_for_dms(tmp_path, capsys):
     words = ["sample", "--model", str(REASONER), "--task", "traces", "--method", "dms", "--length", "4", "--out"]
     assert main([*words, str(tmp_path / "out")]) == 2
     assert "is not a DMS checkpoint" in capsys.readouterr().err
+
+
+def test_jobs_that_start_together_all_stay_in_run_json(tmp_path, monkeypatch):
+    task, names = get_task("traces", size=1), [f"method{i}" for i in range(8)]
+    start, read = threading.Barrier(len(names)), module._noted
+
+    def slowly(out, task):
+        found = read(out, task)
+        time.sleep(0.02)  # so that all read before the first writes, unless they take turns
+        return found
+
+    monkeypatch.setattr(module, "_noted", slowly)
+
+    def job(name):
+        start.wait()
+        module._note(tmp_path, task, Method(name, 2.0), f"{name}.jsonl", [4], [1], 4)
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(job, names))
+    assert read_json(tmp_path / "run.json")["records"] == {f"{name}-cr2": f"{name}.jsonl" for name in names}
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
