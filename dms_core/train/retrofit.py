@@ -119,6 +119,8 @@ def _rows_apart(dms: DMSConfig, recipe: RetrofitConfig, fsdp: bool) -> bool:
     apart = dms.gate == "neuron" and (recipe.gate_lr is not None or recipe.neuron_zero)
     if apart and fsdp:
         raise ValueError("fsdp True with gate 'neuron': must be without gate_lr and neuron_zero, which need whole rows")
+    if fsdp and recipe.optimizer != "adamw":
+        raise ValueError(f"fsdp True with optimizer {recipe.optimizer!r}: must be 'adamw', whose state can be sharded")
     return apart
 
 

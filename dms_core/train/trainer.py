@@ -121,7 +121,7 @@ def shard_teacher(teacher: PreTrainedModel, device: torch.device) -> None:
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for layer in decoder_of(teacher).layers:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)  # each is a root, and roots stay gathered
 
 
 class StopAfter(TrainerCallback):

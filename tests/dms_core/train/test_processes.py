@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from forks import end, fork, in_child, run, torchrun
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from companion.cli.main import main
 from companion.paths import REASONER
@@ -111,6 +112,7 @@ def equal_when_sharded(gate: str, checkpointing: bool) -> None:
     shard(distiller, teacher)
     sharded = distiller(**batch)
     sharded["loss"].backward()
+    assert all(isinstance(p, DTensor) for p in teacher.get_decoder().layers.parameters())  # cut again after its forward
     assert 0 < whole["evicted"] < 1 and whole["kd"] > 1e-3
     for name in ("loss", "kd", "aux", "evicted"):
         torch.testing.assert_close(sharded[name], whole[name])

@@ -253,6 +253,8 @@ def test_neuron_settings_that_do_not_fit_are_refused(tiny_model, tmp_path):
         recipe = RetrofitConfig(**{**vars(RECIPE), **own})
         with pytest.raises(ValueError, match="fsdp True with gate 'neuron': must be without gate_lr and neuron_zero"):
             run(tiny_model, tmp_path, recipe, DMSConfig(gate="neuron"), fsdp=True)
+    with pytest.raises(ValueError, match="fsdp True with optimizer 'muon': must be 'adamw'"):
+        run(tiny_model, tmp_path, RetrofitConfig(**{**vars(RECIPE), "optimizer": "muon"}), fsdp=True)
     assert not any(tmp_path.iterdir())
 
 
