@@ -59,7 +59,7 @@ def read_neuron(q: Tensor, heads: int, neuron: int, factor: float) -> tuple[Tens
     grouped = q.unflatten(2, (heads, -1))  # (B, T, H, G, D)
     x = grouped[:, :, :, 0, neuron].transpose(1, 2)
     keep = torch.ones(grouped.shape[3:], dtype=q.dtype, device=q.device)
-    keep[0, neuron] = factor
+    keep[0, neuron].fill_(factor)  # an assignment would copy it from the host, which no CUDA graph may
     return x, (grouped * keep).flatten(2, 3)
 
 

@@ -17,13 +17,18 @@ class StepGraph:
 
     ``moved()`` returns a number that changes when a tensor that the step uses was replaced.  ``ran(steps)``
     corrects the host's counters of steps: 1 after a replay, which Python did not run; -1 after a capture, which Python
-    ran and the GPU did not; 0 after a failed capture.
+    ran and the GPU did not; 0 after a failed capture.  ``failed(reason)`` is called after such a one.
     """
 
     def __init__(
-        self, step: Callable[[], None], moved: Callable[[], int], ran: Callable[[int], None], why_not: str = ""
+        self,
+        step: Callable[[], None],
+        moved: Callable[[], int],
+        ran: Callable[[int], None],
+        failed: Callable[[str], None],
+        why_not: str = "",
     ) -> None:
-        self.step, self.moved, self.ran, self.why_not = step, moved, ran, why_not
+        self.step, self.moved, self.ran, self.failed, self.why_not = step, moved, ran, failed, why_not
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captured_at: int | None = None
 
@@ -44,11 +49,13 @@ class StepGraph:
         """Capture the step; a model for which this cannot be done goes on as it is."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # a stream of this card: torch's own for captures is of the card that had the first one
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
                 self.step()
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # a broken capture leaves its own behind
             self.why_not = f"capture failed: {str(error).splitlines()[0]}"
+            self.failed(self.why_not)
             warnings.warn(f"decoding without a CUDA graph; {self.why_not}", stacklevel=2)
             torch.cuda.synchronize()
             self.ran(0)
@@ -74,4 +81,4 @@ def why_no_graph(model, cache) -> str:
         return f"{type(cache).__name__}: its steps change shapes"
     if model.dms.split.size > 1:
         return "the model is spread over processes"
-    return ""
+    return model.dms.no_graph

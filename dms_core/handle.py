@@ -46,6 +46,7 @@ class DMS:
         self.watches = Watch(NAN), Watch(IDLE)
         self.outer_mask: tuple | None = None  # the padding mask that the model around the decoder was called with
         self.tuples = False  # the call under way returns a tuple
+        self.no_graph = ""  # why a decode step was once not captured as a CUDA graph
         self.layout, self.split = layout_of(model), split_of(model)
         first = self.layout.full[0]
         self.layers, self.heads, self.head_dim = len(self.layout.attention), first.heads, first.head_dim  # heads here

@@ -14,6 +14,7 @@ Wall time is counted too: a prefill's is divided among the rows that it fills, a
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -208,6 +209,7 @@ class _Batch:
                 self._advance,
                 moved=lambda: self.cache.moves + self.shrunk,
                 ran=self.cache.count_step,
+                failed=partial(setattr, self.model.dms, "no_graph"),
                 why_not=why_no_graph(self.model, self.cache),
             )
         at = torch.tensor(rows, device=self.device)

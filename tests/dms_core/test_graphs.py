@@ -65,6 +65,7 @@ def no_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
 
 
@@ -107,13 +108,30 @@ def test_a_step_that_cannot_be_captured_goes_on_as_it_is(monkeypatch, no_card):
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    done, counted = [], []
-    graph = StepGraph(lambda: done.append(1), moved=lambda: 0, ran=counted.append)
+    done, counted, told = [], [], []
+    graph = StepGraph(lambda: done.append(1), moved=lambda: 0, ran=counted.append, failed=told.append)
     graph.run()
     with pytest.warns(UserWarning, match="not permitted when stream is capturing"):
         graph.run()
     graph.run()
-    assert len(done) == 3 and sum(counted) == 0 and "capture failed" in graph.why_not
+    assert len(done) == 3 and sum(counted) == 0 and "capture failed" in graph.why_not and told == [graph.why_not]
+
+
+def test_a_capture_that_failed_is_not_tried_again_with_this_model(tiny_model, monkeypatch, no_card):
+    tried = []
+
+    @contextmanager
+    def refuse(graph, **settings):
+        tried.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    monkeypatch.setattr(sampling, "why_no_graph", lambda model, cache: model.dms.no_graph)
+    model = tiny_model()
+    with pytest.warns(UserWarning, match="not permitted"):
+        first = chains(model, [[5, 9, 2]], batch=3)
+    assert chains(model, [[5, 9, 2]], batch=3).keys() == first.keys() and tried == [1]
 
 
 def test_reasons_against_a_graph_are_named(tiny_model):
@@ -136,3 +154,5 @@ def test_steps_that_change_shapes_are_not_captured(tiny_model, monkeypatch, make
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(model, "parameters", lambda: [card])
     assert graphs.why_no_graph(model, cache) == reason
+    model.dms.no_graph = "capture failed: once"
+    assert graphs.why_no_graph(model, cache) == (reason or "capture failed: once")
