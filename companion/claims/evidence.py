@@ -41,13 +41,16 @@ class Evidence:
         return self.stored.get(name, {}).get(key, [])
 
 
-def gather(run: job.Run, results: Path, cache: dict | None = None) -> Evidence:
-    """Everything that a finished run and ``results`` hold.  The run's own grid goes before the stored one."""
+def gather(run: job.Run | None, results: Path, cache: dict | None = None) -> Evidence:
+    """Everything that a finished run and ``results`` hold.  The run's own grid goes before the stored one.
+
+    run: None for what is stored alone.
+    """
     stored = {file.stem: read_json(file) for file in results.glob("*.json")}
     for file in (results / "full" / "curves.json", results / "full" / "runtime.json"):
         stored |= {{"curves": "full"}.get(file.stem, file.stem): read_json(file)} if file.exists() else {}
-    for directory in (results / "tiny", run.root):
+    for directory in (results / "tiny", *([run.root] if run else [])):
         stored |= {"grid": read_json(directory / "grid.json")} if (directory / "grid.json").exists() else {}
-    summary = job.summary(run)
+    summary = job.summary(run) if run else stored["full"]
     top, steps = summary["retrofit"]["cr_target"], summary["retrofit"]["steps"]
     return Evidence(summary, steps, top, cache, stored)
