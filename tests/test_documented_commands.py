@@ -123,6 +123,10 @@ CHAIN = [  # in the order in which a reader types them
         "dms retrofit --recipe qwen-r1-1.5b --out runs/mine",
         whole(f"--model 'a model' --data conversations.jsonl {SHORT}"),
     ),
+    (
+        "dms sample --model $BASE --task aime24 --method vanilla --chains 8 --length 16384 --out runs/aime",
+        whole("--length 16 --batch 8", BASE="a model"),
+    ),
     (f"dms sample {SAMPLE} --out runs/aime", whole("--length 16 --batch 8")),
     ("dms curves --results runs/aime", whole()),
     ("dms plan --model DIR --cr 8", whole(DIR="a model")),
@@ -171,8 +175,13 @@ SINGLE = {
     ),
     "torchrun --nproc-per-node 8 -m companion.cli.main retrofit --recipe qwen-r1-1.5b --fsdp "
     "--out runs/qwen-r1-1.5b": parsed("needs 8 cards; test_processes.py runs two"),
-    "dms sample --model runs/qwen-r1-1.5b/cr8 --task aime24 --method dms --chains 16 --length 32768 --out runs/aime "
-    "--shard 1/4": parsed("needs a card"),
+    **{
+        f"dms sample {which} --chains 16 --length 32768 --out runs/aime --shard 1/4": parsed("needs a card")
+        for which in (
+            "--model $BASE --task aime24 --method vanilla",
+            "--model runs/qwen-r1-1.5b/cr8 --task aime24 --method dms",
+        )
+    },
     "make book": make_says,
     "make book-check": make_says,
     "make format": make_says,

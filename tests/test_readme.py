@@ -1,18 +1,24 @@
-"""README.md and CONTRIBUTING.md: the example runs as pasted, links lead to files, and the table names what exists."""
+"""README.md and CONTRIBUTING.md: the examples run as pasted, links lead to files, and the table names what exists."""
 
 import re
 from pathlib import Path
 
 import pytest
 
+from companion.paths import REASONER
 from companion.tasks.puzzles import extract_assignment, solves
+from dms_core import load_model
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 
 
+def examples() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
 def test_example_solves_its_puzzle_with_less_than_half_of_the_cache(monkeypatch, capsys):
-    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    code, _ = examples()
     assert len(code.strip().splitlines()) <= 11
     monkeypatch.chdir(ROOT)
     exec(code, space := {})
@@ -22,6 +28,13 @@ def test_example_solves_its_puzzle_with_less_than_half_of_the_cache(monkeypatch,
     tokens = int(counts.split()[0])
     assert tokens == space["answer"].shape[1]
     assert space["cache"].live_tokens().float().mean() < tokens / 2
+
+
+def test_example_of_a_retrofit_leaves_checkpoints_that_load(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code = examples()[1].replace("final_cr=4.0", "final_cr=2.0, steps_per_unit=1, batch=2")
+    exec(code, {"NAME": REASONER, "TEXTS": ["?j;T=4-I;e=I+8;I=3;!", "?j;j=T+e;!"]})
+    assert load_model("runs/mine/cr2").dms.config.window == 256
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
