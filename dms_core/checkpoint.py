@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dms_core import interop
@@ -129,7 +130,10 @@ def _add_difference(model: PreTrainedModel, file: Path) -> None:
         raise ValueError(f"{file}: tensors {sorted(parts)[:4]} unknown")
     for name, p in model.named_parameters():
         if name in changes:
-            p.copy_(p.float() + changes[name].to(p.device))
+            change = changes[name].to(p.device)
+            if isinstance(p, DTensor):  # a part of the weights, under tensor parallelism
+                change = distribute_tensor(change, p.device_mesh, p.placements, src_data_rank=None)
+            p.copy_(p.float() + change)
 
 
 def read_settings(directory: Path | str) -> dict:

@@ -12,9 +12,9 @@ from forks import in_child, torchrun
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen3Config
 
 from dms_core.baselines import get_baseline
-from dms_core.checkpoint import load_model, save_model
+from dms_core.checkpoint import load_base, load_gates, load_model, save_model, write_difference
 from dms_core.config import DMSConfig
-from dms_core.model import attach
+from dms_core.model import attach, detach
 from dms_core.parallel import Split, split_of, tensor_parallel
 from dms_core.sampling import SamplingConfig, sample_chains
 
@@ -63,9 +63,24 @@ def chains(model, method: str | None, temperature: float) -> list[dict]:
     return sorted(found, key=lambda chain: (chain["problem"], chain["chain"]))
 
 
+def save_adapters(directory: Path) -> None:
+    """A plain model in BASE, and in ADAPTERS gates with a difference of its weights."""
+    model = make_model(*MODELS["llama"])
+    weights, parts = dict(model.named_parameters()), {"model.norm.weight": 0.1 * torch.randn(64)}
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"):
+        rows, columns = weights[name].shape
+        parts |= {f"{name}.up": 0.1 * torch.randn(rows, 2), f"{name}.down": torch.randn(2, columns)}
+    write_difference(model, parts, directory / "adapters")
+    detach(model).save_pretrained(directory / "base")
+
+
+def with_adapters(directory: Path, **options):
+    return load_gates(load_base(directory / "base", **options), directory / "adapters")
+
+
 def run_split(directory: Path) -> None:
     """In each of two processes: the chains of every case, to DIRECTORY/RANK.json."""
-    found = {}
+    found = {"adapters": chains(with_adapters(directory, **tensor_parallel()), None, 1.0)}
     for name in MODELS:
         model = load_model(directory / name, **tensor_parallel())
         split = model.dms.split
@@ -82,6 +97,7 @@ def split(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("split")
     for name, made in MODELS.items():
         save_model(make_model(*made), directory / name)
+    save_adapters(directory)
     in_child(lambda: torchrun(lambda: run_split(directory)))
     return directory
 
@@ -95,6 +111,14 @@ def test_two_processes_sample_the_chains_of_one_with_equal_budgets(split, case):
         assert json.loads((split / f"{rank}.json").read_text())[str(case)] == alone
     if method != "vanilla":
         assert any(chain["live"][-1] < chain["prompt_tokens"] + 22 for chain in alone)  # something was evicted
+
+
+@pytest.mark.slow
+def test_two_processes_add_to_their_parts_what_adapters_add_to_the_whole(split):
+    alone = chains(with_adapters(split), None, 1.0)
+    for rank in range(2):
+        assert json.loads((split / f"{rank}.json").read_text())["adapters"] == alone
+    assert chains(make_model(*MODELS["llama"]), None, 1.0) != alone
 
 
 @pytest.mark.parametrize("name, method", [("llama", None), ("qwen3", None), ("llama", "vanilla"), ("llama", "tova")])
