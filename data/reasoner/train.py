@@ -2,9 +2,9 @@
 
 Writes config.json, model.safetensors, tokenizer files, and train_log.jsonl beside this file.
 Two stages, each with an optimizer of its own: program traces, from short ones to the evaluation mix, then all three
-tasks.  ``--size large --out data/reasoner-large`` trains the one four times larger, with products in bf16 where the CPU
-has instructions for it, and stores it in 16 bits.  ``--resume`` goes on from state.pt after an interruption and gives
-the same weights.
+tasks.  ``--size large --out data/reasoner-large`` trains the one four times larger, in three stages, with products in
+bf16 where the CPU has instructions for it, and stores it in 16 bits.  ``--resume`` goes on from state.pt after an
+interruption and gives the same weights.
 """
 
 import argparse
@@ -41,10 +41,11 @@ SHARES = {"traces": 0.3, "choice": 0.3, "search": 0.4}  # of the second stage's 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps at a learning rate that is piecewise linear in the step."""
+    """Steps at a learning rate that is piecewise linear in the step; ``draw`` numbers a mixture's documents."""
 
     name: str
     rate: tuple[tuple[int, float], ...]
+    draw: int = 1
 
     @property
     def steps(self) -> int:
@@ -55,8 +56,8 @@ class Stage:
 
     def pool(self, first: int, seed: int) -> list[Document]:
         """The documents of steps ``first`` .. ``first`` + POOL - 1."""
-        if self.name == "mixture":
-            return documents("train", seed + 1, first * 10_000, POOL * TOKENS_PER_STEP, SHARES)
+        if self.name != "traces":
+            return documents("train", seed + self.draw, first * 10_000, POOL * TOKENS_PER_STEP, SHARES)
         found, tokens = [], 0
         sizes = [sizes for start, sizes in CURRICULUM if first >= start][-1]
         while tokens < POOL * TOKENS_PER_STEP:
@@ -95,6 +96,7 @@ SIZES = {
         (
             Stage("traces", ((0, 0.0), (100, 1.5e-3), (500, 1.5e-3), (800, 0.0))),
             Stage("mixture", ((0, 0.0), (50, 1.2e-3), (500, 1.2e-3), (1000, 0.0))),
+            Stage("mixture again", ((0, 0.0), (50, 1.2e-3), (700, 1.2e-3), (1400, 0.0)), draw=2),
         ),
         halved=True,
     ),
