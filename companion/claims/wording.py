@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 
 def signed(value: float | None, digits: int = 1) -> str:
-    """A number with its sign, minus as "−"; the paper's NA for None."""
-    return "NA" if value is None else f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")  # no −0.0
+    """A number with its sign, minus as "−"; the paper's NA for None.  What is below zero and rounds to it is −0.0."""
+    return "NA" if value is None else f"{round(value, 9) + 0.0:+.{digits}f}".replace("-", "−")
 
 
 def points(value: float, low: float, high: float) -> str:

@@ -33,7 +33,9 @@ def test_margin_without_value_is_not_available():
 
 
 def test_signed_number_without_value_is_na():
-    assert [wording.signed(x) for x in (None, 0.0, -1.26)] == ["NA", "+0.0", "−1.3"] and wording.signed(1, 2) == "+1.00"
+    assert [wording.signed(x) for x in (None, 0.0, -1e-12, -1.26)] == ["NA", "+0.0", "+0.0", "−1.3"]
+    assert wording.interval(1.4, -0.04, 6.3) == "+1.4 [−0.0, +6.3]"  # an interval that contains zero says so
+    assert wording.signed(1, 2) == "+1.00"
 
 
 def test_table_has_a_line_a_row():
