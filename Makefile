@@ -30,11 +30,14 @@ $(STAMP): pyproject.toml constraints.txt
 	  || $(BIN)/pip $(INSTALL) --progress-bar off $$(test -n "$$indexes" || command -v nvidia-smi >/dev/null || echo --extra-index-url $(CPU_TORCH))
 	touch $@
 
-# Tests of more than about ten seconds are marked slow and run in test-all, as .ci/run has it.
+# One process more than cores, since tests also wait: for browsers, other processes and time limits.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 16 ? n + 1 : 16)))
+# Tests of more than about ten seconds are marked slow and run in test-all, as .ci/run has it, with most cases of those
+# that are marked every(n).
 MARKS := not gpu and not slow
 test-all: MARKS := not gpu
 test test-all: lint
-	$(BIN)/pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "$(MARKS)" $(PYTEST)
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "$(MARKS)" $(PYTEST)
 
 # Not part of `make test`: see CONTRIBUTING.md.
 mutants: setup

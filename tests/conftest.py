@@ -1,5 +1,6 @@
 import os
 import re
+from collections import Counter
 from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -67,11 +68,21 @@ def pytest_addoption(parser):
     parser.addoption("--write-page", action="store_true", help="tests/test_faults.py writes book/faults.md")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Files with tests marked ``forks`` come first, and compute no gradient outside of forks: torch refuses a backward
+    """All but some cases of a test marked ``every`` become slow, before those that -m does not select are dropped.
+
+    Files with tests marked ``forks`` come first, and compute no gradient outside of forks: torch refuses a backward
     pass in a fork of a process whose autograd has started threads for a device, as that of the stand-in device does.
     Then the longest, as ``make test`` gives whole files to its processes, which so end together.
     """
+    met = Counter()
+    for item in items:
+        if marker := item.get_closest_marker("every"):
+            test = item.nodeid.partition("[")[0]
+            if met[test] % marker.args[0]:
+                item.add_marker(pytest.mark.slow)
+            met[test] += 1
     forking = {item.path for item in items if item.get_closest_marker("forks")}
     longest = {name: place for place, name in enumerate(LONGEST)}
 

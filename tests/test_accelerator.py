@@ -202,6 +202,7 @@ def check(path, models) -> None:
     same(expected, found)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", PATHS)
 def test_path_on_the_accelerator_equals_the_cpu(both, name, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)  # the stand-in has no streams
@@ -210,6 +211,7 @@ def test_path_on_the_accelerator_equals_the_cpu(both, name, monkeypatch):
     check(PATHS[name], both())
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("name", ["forward", "rows", "generate, beams", "chains", "fidelity", "retrofit"])
 @pytest.mark.parametrize("options", [{"gate": "neuron"}, {"eviction": "immediate"}, {"granularity": "layer"}], ids=str)
 def test_path_with_other_settings_equals_the_cpu(both, name, options):
@@ -238,6 +240,7 @@ def test_hybrid_on_the_accelerator_equals_the_cpu(family):
         check(PATHS[name], models)
 
 
+@pytest.mark.slow
 def test_main_job_measures_and_samples_on_its_device(tmp_path, monkeypatch):
     """As with a card, which ``device`` None finds; both devices write the same records."""
     profile = replace(get_profile("smoke"), crs=(4.0,), problems=3, chains=2, lengths=(24,), widths=(1,), held_out=4)

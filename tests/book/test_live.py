@@ -234,6 +234,7 @@ def test_picks_equal_the_library(engine):
         assert sum(a != b for a, b in zip(got, want, strict=True)) <= 1  # a uniform at the border of two tokens
 
 
+@pytest.mark.every(3)
 def test_verdicts_equal_the_graders(engine):
     judge = "({prompt, text}) => { const p = DMS.parse(prompt), a = DMS.extract(p.task, text);"
     judge += "return [p.task, a, DMS.correct(p, a)] }"

@@ -160,6 +160,7 @@ def test_page_has_no_fault_that_axe_finds(browser, scheme, width):
     assert not faults, [(fault["id"], fault["nodes"][0]["html"]) for fault in faults]
 
 
+@pytest.mark.slow
 def test_models_write_fast_enough_to_watch(browser):
     """At least 200 tokens a second; of three tries the best, since other work slows a browser down."""
     tab = browser()

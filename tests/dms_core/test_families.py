@@ -42,6 +42,7 @@ REFUSED = {
 CONFIG = DMSConfig(window=3, scale=10.0, offset=0.0)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("family", PASSING.split())
 def test_family_passes_every_check(family):
     report = check(tiny_model(family))

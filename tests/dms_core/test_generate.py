@@ -36,6 +36,7 @@ def test_cached_logits_equal_full_forward_and_cache_holds_the_visible_set(tiny_m
         assert torch.equal(cache.live_tokens(), seen)
 
 
+@pytest.mark.every(5)
 @every_kind
 @every_setting
 @torch.no_grad()

@@ -37,6 +37,7 @@ def test_uniform_at_the_edge_picks_a_nucleus_token():
     assert pick_tokens(logits, torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64), 1.0, 0.9).tolist() == [0, 1]
 
 
+@pytest.mark.every(7)
 @pytest.mark.parametrize("size", [40, 3000])  # the larger vocabulary is not sorted whole
 @pytest.mark.parametrize("top_k", [None, 1, 7, 40])
 @pytest.mark.parametrize("top_p, min_p", [(1.0, 0.0), (0.8, 0.0), (1.0, 0.1), (0.95, 0.05), (0.3, 0.5)])

@@ -121,6 +121,7 @@ def walk(name, device, count, page, window, lag, share, steps, seed, width=3, sp
     assert not rows.overflow.item()
 
 
+@pytest.mark.every(7)
 @pytest.mark.parametrize("name", ["torch", "numba"])
 @pytest.mark.parametrize("window", [0, 1, 2, 5])
 @pytest.mark.parametrize("kind", ["delayed", "immediate"])
@@ -129,6 +130,7 @@ def test_cache_contents_equal_visible_set_over_hundreds_of_steps(name, window, k
     walk(name, "cpu", 5, page, window, 1 if kind == "delayed" else window, 0.6, 150, seed=window + page)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("window, lag", [(0, 0), (0, 1), (1, 1), (2, 1), (2, 2), (5, 1), (5, 5)])
 @pytest.mark.parametrize("device", DEVICES)

@@ -277,6 +277,7 @@ def test_the_same_input_gives_the_same_bits(device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("target", "width", "group"), [(90, 64, 2), (90, 128, 1), (86, 64, 1), (86, 128, 2)])
 def test_shipped_tiles_in_bf16_err_at_most_twice_as_much_as_torch(device, target, width, group, monkeypatch):
@@ -289,6 +290,7 @@ def test_shipped_tiles_in_bf16_err_at_most_twice_as_much_as_torch(device, target
         assert (actual.float() - exact).abs().max() <= 2 * (plain.float() - exact).abs().max() + 1e-5, name
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("parts", "places"), [(1, 1), (2, 4), (5, 2)])
 def test_order_of_programs_and_parts_of_a_block_do_not_matter(device, parts, places, monkeypatch):

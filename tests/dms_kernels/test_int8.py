@@ -117,6 +117,7 @@ def test_decode_attention_equals_the_oracle(batch, heads, group, width, page, lo
         assert (out.float() - exact).abs().max() <= max(allowed, 2 * (plain.float() - exact).abs().max()) + 2e-5
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_step_is_append_and_attention_and_numbers_are_rounded_once(dtype):
     g = torch.Generator().manual_seed(1)

@@ -217,6 +217,7 @@ def test_stage_names_are_those_of_the_workflow(finished, tmp_path):
     assert set(names) == set(stages(job.Run(get_profile("smoke"), tmp_path)))
 
 
+@pytest.mark.slow
 def test_results_of_other_sources_are_deleted_and_those_of_the_same_reused(tmp_path):
     run = job.Run(get_profile("smoke"), tmp_path)
     name = "records-traces-vanilla-cr1"

@@ -42,6 +42,7 @@ def bench(capsys, *arguments):
     return status, capsys.readouterr()
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("kind", benchmarks.KINDS)
 def test_bench_prints_the_promised_json(kind, capsys):
     status, printed = bench(capsys, kind, "--quick", "--repeats", "2", "--json")

@@ -62,6 +62,7 @@ QUESTIONS = [(p.prompt, p.trace) for p in PROBLEMS[:4]]
 COMMANDS = [(p.prompt, {"until": ["<eos>"], "do_sample": False, "max_gen_toks": 200}) for p in PROBLEMS[:4]]
 
 
+@pytest.mark.slow
 def test_disabled_gates_match_plain_model(manager):
     plain_model = AutoModelForCausalLM.from_pretrained(CR8).eval()
     plain = HFLM(plain_model, tokenizer=load_tokenizer(CR8), batch_size=2)

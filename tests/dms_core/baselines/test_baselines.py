@@ -332,6 +332,7 @@ METHODS = {
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", BASELINES)
 @settings(max_examples=20)
 @given(

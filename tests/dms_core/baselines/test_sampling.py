@@ -36,6 +36,7 @@ def sample(model, make_cache, jobs=JOBS, **settings):
         return {(c.problem, c.chain): c for c in sample_chains(model, TOKENIZER, PROMPTS, jobs, config, make_cache)}
 
 
+@pytest.mark.every(4)
 @every_method
 def test_chains_do_not_depend_on_batch_size_order_or_neighbours(model, name):
     alone = {job: sample(model, METHODS[name], [job], batch=1)[job] for job in JOBS}
@@ -44,6 +45,7 @@ def test_chains_do_not_depend_on_batch_size_order_or_neighbours(model, name):
     assert len({tuple(c.tokens) for c in alone.values()}) == 9
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"snapkv"}))
 def test_protected_chains_are_their_own_and_no_longer_than_their_prompts_allow(model, name):
     method = replace(METHODS[name], protect=True)

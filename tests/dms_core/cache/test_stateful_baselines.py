@@ -164,6 +164,7 @@ class BaselineMachine(CacheMachine):
                 assert Counter(tuple(numbers[b][h][s]) for s in slots) == wanted
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", BASELINES)
 def test_caches_hold_what_the_method_keeps(name, tiny_model):
     machine = type(f"{name} machine", (BaselineMachine,), {"name": name, "model": tiny_model(), "steps": 0})

@@ -57,6 +57,7 @@ def interrupt(monkeypatch, step: int):
     monkeypatch.setattr(module, "RetrofitTrainer", Interrupted)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("order", ["sequential", "random"])
 @pytest.mark.parametrize(
     "train, gate, more",
