@@ -336,6 +336,7 @@ def test_prefill_waits_at_most_twice_a_layer(model, cuts):
     assert len(seen) <= 2 * model.dms.layers + 2, str(seen)  # and twice for the whole: padding, and NaN logits
 
 
+@pytest.mark.slow
 def test_sampling_waits_only_to_look_at_what_has_ended(model):
     counts = []
     for length in (32, 96):

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
+@pytest.mark.slow
 def test_kernels_imported_from_the_repository_root_is_the_distribution():
     script = "import kernels, transformers, dms_kernels, dms_core; assert 'site-packages' in kernels.__file__"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)

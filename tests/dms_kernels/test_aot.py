@@ -104,6 +104,7 @@ def test_a_stored_sweep_counts_for_its_own_sources_alone():
     assert asked[1] == SAMPLED != asked[0]
 
 
+@pytest.mark.slow
 def test_command_prints_one_line_of_json(capsys):
     assert aot.main(["--json", "--targets", "90", "--only", "^dkv_merge_bf16_d64$"]) == 0
     said = capsys.readouterr().out
@@ -114,6 +115,7 @@ def test_command_prints_one_line_of_json(capsys):
     assert set(case) == {"kernel", "target", "launch", "ok", *used}
 
 
+@pytest.mark.slow
 def test_a_kernel_that_spills_or_does_not_compile_is_reported(tmp_path):
     source = tmp_path / "made.py"
     source.write_text(

@@ -59,6 +59,7 @@ def test_what_was_read_has_the_same_codes_when_it_is_stored_again(dtype):
     pages=st.integers(1, 40),
     seed=st.integers(0, 2**31),
 )
+@pytest.mark.slow
 def test_triton_stores_what_torch_stores_bit_for_bit(count, page, width, dtype, size, pages, seed):
     g = torch.Generator().manual_seed(seed)
     ours, theirs = (Rows.empty(count, pages, 4, page, 2, torch.empty(0, width, dtype=dtype), True) for _ in range(2))

@@ -30,6 +30,7 @@ def test_every_step_passes_on_a_cpu(capsys):
     assert len(results) == 8 and all(result["ok"] and result["error"] <= result["limit"] for result in results)
 
 
+@pytest.mark.slow
 def test_every_step_passes_with_interpreted_kernels(interpreted):
     for result in smoke.run("cpu"):
         assert result["ok"], result

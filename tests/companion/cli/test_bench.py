@@ -154,6 +154,7 @@ def test_rows_are_as_a_cache_leaves_them():
         assert len(slots) == 17 and min(slots) >= 0 and max(slots) < rows.length[row]
 
 
+@pytest.mark.slow
 def test_the_masked_baseline_computes_what_ours_does_with_all_gradients():
     shape = benchmarks.cases("train", "cpu", quick=True)[0].shape
     work = attention.build_train(shape, "cpu", ("sdpa_mask",))
@@ -189,6 +190,7 @@ def tensor(megabytes: int):
     return torch.empty(megabytes << 20, dtype=torch.uint8)
 
 
+@pytest.mark.slow
 def test_peak_counts_what_is_held_at_once_beyond_what_was_there():
     def four_then_two_then_three():
         first, second = tensor(4), tensor(2)

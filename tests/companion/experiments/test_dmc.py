@@ -69,6 +69,7 @@ def open_quickly(root):
     return replace(run, variants=variants)
 
 
+@pytest.mark.slow
 def test_every_arm_trains_and_is_measured_at_each_ratio(tmp_path):
     run = open_quickly(tmp_path)
     result = compare_dmc(run, report=list)

@@ -44,6 +44,7 @@ def test_scaling_moves_along_the_given_axis(summary, ax):
         plot_scaling(points, "cr", ax)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_drawn_files_are_reproducible(suffix, summary, tmp_path):
     files = [tmp_path / f"{name}.{suffix}" for name in ("a", "b")]
