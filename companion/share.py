@@ -12,9 +12,9 @@ from pathlib import Path
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
-from dms_core.checkpoint import GATES, read_settings
+from dms_core.checkpoint import SETTINGS, is_whole, read_settings
 from dms_core.hub_files import PATTERNS, TIMEOUT
-from dms_core.storage import read_json, write_text
+from dms_core.storage import read_json, update_json, write_text
 
 CARD, TAGS = "README.md", ["dms", "dynamic-memory-sparsification", "kv-cache", "kv-cache-compression"]
 PERMISSIVE = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "unlicense")
@@ -110,7 +110,7 @@ def write_card(
         raise ValueError(f"{card}: somebody else wrote it; it must be moved away first")
     check_licence(licence.lower(), base_model, (base_licence or licence_of(base_model) or "").lower() or None)
     rows = read_evaluation(evaluation, settings.get("cr")) if evaluation else []
-    whole = any(file.name != GATES for file in directory.glob("*.safetensors"))
+    whole = is_whole(directory)
     known = IDS.match(licence.lower())
     data = ModelCardData(
         license=licence.lower() if known else "other",
@@ -170,10 +170,13 @@ def _table(title: str, names: list[str], rows) -> str:
 def share_gates(directory: Path | str, repo_id: str, *, private: bool = False, token: str | None = None, **card) -> str:
     """``write_card`` with ``card``, then create the repository where there is none and upload; returns its address.
 
-    Weights, settings, tokenizer and card of the directory go, nothing below it.  Raises ValueError as ``write_card``
-    does, and where the hub refuses or is out of reach.
+    Weights, settings, tokenizer and card of the directory go, nothing below it.  Settings that name a base model, which
+    may be a path of this machine, name the card's from now on.  Raises ValueError as ``write_card`` does, and where the
+    hub refuses or is out of reach.
     """
     write_card(directory, repo_id, **card)
+    if read_settings(directory).get("base"):
+        update_json(Path(directory) / SETTINGS, base=card["base_model"])
     hub, message = HfApi(token=token), "DMS gates and their card"
     patterns = {"allow_patterns": [*PATTERNS, CARD], "ignore_patterns": ["*/*"]}
     try:

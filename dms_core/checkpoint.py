@@ -2,7 +2,8 @@
 
 A directory of ours holds ``dms.json`` (the settings and the shape of the model they belong to), for the adapter gate
 ``dms_gates.safetensors``, and for a whole model the usual transformers files, loadable without DMS as well, or in
-``dms_difference.safetensors`` how its weights differ from the base model's, in few numbers.
+``dms_difference.safetensors`` how its weights differ from the base model's, in few numbers.  Where there is no whole
+model, ``base`` in ``dms.json`` names the one that gates and difference go on: a directory or a hub id.
 ``dms.json`` is written last and holds the SHA-256 of every safetensors file, so that what was damaged later, or half
 written by a killed process, is refused.
 Checkpoints of the authors' code load too: ``dms_core.interop`` knows their names.
@@ -153,6 +154,11 @@ def is_checkpoint(directory: Path | str) -> bool:
     return (Path(directory) / SETTINGS).exists() or interop.is_foreign(directory)
 
 
+def is_whole(directory: Path | str) -> bool:
+    """Does a directory hold a model's own weights, so that no base model is needed?"""
+    return any(Path(directory).glob("model*.safetensors"))
+
+
 def load_gates(model: PreTrainedModel, directory: Path | str) -> PreTrainedModel:
     """Attach the gates saved in a directory or hub repository to ``model``, and add a difference of weights to its own.
 
@@ -204,7 +210,7 @@ def _check_gates(gates: dict[str, torch.Tensor], model: PreTrainedModel, place: 
 
 
 def load_model(name: Path | str, **from_pretrained) -> PreTrainedModel:
-    """A retrofitted model in eval mode, gates attached, from a directory or the hub.
+    """A retrofitted model in eval mode, gates attached, from a directory or the hub; of gates alone their base, too.
 
     Ours, or one of the authors' (nvidia/Qwen3-8B-DMS-8x, whose licence is non-commercial; Model-Optimizer's student
     models), told apart by the keys of config.json; of the latter no code is executed, whatever ``trust_remote_code``
@@ -218,15 +224,17 @@ def load_model(name: Path | str, **from_pretrained) -> PreTrainedModel:
     directory, options = resolve(name, from_pretrained)
     if interop.is_foreign(directory):
         interop.read_foreign_settings(directory)
-        if not any(directory.glob("model*.safetensors")):
+        if not is_whole(directory):
             how = "load_gates(load_base(NAME OF THE BASE MODEL), directory)"
             raise ValueError(f"{directory}: no model*.safetensors; if it holds adapters alone, use {how}")
         with interop.gates_expected():
             model = load_base(directory, **{**options, "trust_remote_code": False})
         interop.forget_foreign_keys(model)
     else:
-        read_settings(directory)
-        model = load_base(directory, **options)
+        base = read_settings(directory).get("base")
+        if is_whole(directory) or not base:
+            base = directory
+        model = load_base(base, **options)
     return load_gates(model, directory).eval()
 
 
@@ -254,6 +262,7 @@ def load_base(name: Path | str, **from_pretrained) -> PreTrainedModel:
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{name}: {len(missing)} weights are missing, such as {missing[:3]}; all must be there")
     _check_sums(directory, [file.name for file in files])
+    model.config.name_or_path = Path(name).resolve() if Path(name).is_dir() else name  # not its place in a cache
     return model.eval()
 
 

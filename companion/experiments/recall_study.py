@@ -30,7 +30,7 @@ from companion.experiments.recall import (
 )
 from companion.experiments.sample import load_dense
 from dms_core.budgets import bootstrap
-from dms_core.checkpoint import GATES, fingerprint, load_gates, load_model, read_settings
+from dms_core.checkpoint import GATES, fingerprint, is_whole, load_gates, load_model, read_settings
 from dms_core.config import DMSConfig
 from dms_core.hub_files import local_directory
 from dms_core.model import attach
@@ -61,7 +61,7 @@ def open_methods(
     head, methods = Head(dense), []
     for directory in map(local_directory, retrofits):
         cr, mark = float(read_settings(directory)["cr"]), fingerprint(directory)[:8]
-        if any(directory.glob("model*.safetensors")):
+        if is_whole(directory):
             theirs = load_model(directory, dtype=dense.dtype).to(dense.device)
         else:
             theirs = load_gates(load_dense(model, device)[0], directory)

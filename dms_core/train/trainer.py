@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from dms_core.checkpoint import save_model, write_difference, writing
+from dms_core.checkpoint import save_gates, save_model, write_difference, writing
 from dms_core.config import target_fraction
 from dms_core.gate import warmup_factor
 from dms_core.noise import row_keys
@@ -88,7 +88,7 @@ class RetrofitTrainer(Trainer):
 
 
 class SaveFamily(TrainerCallback):
-    """Keeps the student at each integer CR."""
+    """Keeps the student at each integer CR: whole where all weights train, else what goes on its base model."""
 
     def __init__(self, recipe, student: PreTrainedModel, tokenizer, out: Path) -> None:
         self.recipe, self.student, self.tokenizer, self.out = recipe, student, tokenizer, out
@@ -99,12 +99,19 @@ class SaveFamily(TrainerCallback):
             return
         weights = full_state(model) if args.fsdp else None  # every process takes part
         if state.is_world_process_zero:
-            place, facts = checkpoint_dir(self.out, cr), {"cr": cr, "step": state.global_step}
-            if self.recipe.train == "lora":
-                parts = lora_difference(self.student.state_dict() if weights is None else weights)
-                write_difference(self.student, parts, place, weights, **facts)
-            else:
-                save_model(self.student, place, self.tokenizer, weights, **facts)
+            self._save(checkpoint_dir(self.out, cr), weights, cr=cr, step=state.global_step)
+
+    def _save(self, place: Path, weights: dict | None, **facts) -> None:
+        base = self.student.config.name_or_path  # empty for a model that was never loaded
+        if self.recipe.train == "lora":
+            parts = lora_difference(self.student.state_dict() if weights is None else weights)
+            write_difference(self.student, parts, place, weights, base=base, **facts)
+        elif self.recipe.train == "gates" and base:
+            save_gates(self.student, place, weights, base=base, **facts)
+        else:
+            return save_model(self.student, place, self.tokenizer, weights, **facts)
+        if base:
+            self.tokenizer.save_pretrained(place)
 
 
 def full_state(distiller) -> dict:

@@ -11,7 +11,8 @@ from huggingface_hub import HfApi, ModelCard
 
 from companion import share
 from companion.cli.main import main
-from dms_core.checkpoint import load_gates, load_model, save_gates, save_model
+from dms_core.checkpoint import load_gates, load_model, read_settings, save_gates, save_model
+from dms_core.storage import update_json
 
 IDS = torch.randint(1, 40, (1, 24), generator=torch.Generator().manual_seed(3))
 CARD = {"licence": "apache-2.0", "base_model": "me/base", "base_licence": "apache-2.0"}
@@ -72,7 +73,10 @@ def test_shared_gates_load_and_their_card_says_what_they_are(run, hub, tiny_mode
     ):
         assert words in card.text
     assert 'load_gates(load_base("me/base"), "me/tiny-dms-8x")' in card.text and "tova" not in card.text
+    assert "base" not in read_settings(there)
+    update_json(run / "cr8" / "dms.json", base="/home/me/models/base")
     share.share_gates(run / "cr8", "me/tiny-dms-8x", **CARD)  # a card of ours may be written again
+    assert read_settings(there)["base"] == "me/base"
 
 
 def test_whole_model_is_shared_as_one(tmp_path, hub, tiny_model):

@@ -1,10 +1,11 @@
 import copy
+import re
 
 import pytest
 import torch
 
 from companion.tasks.reasoner import make_tokenizer
-from dms_core.checkpoint import DIFFERENCE, GATES, is_checkpoint, load_gates
+from dms_core.checkpoint import DIFFERENCE, GATES, is_checkpoint, load_base, load_gates, load_model, load_tokenizer
 from dms_core.config import DMSConfig
 from dms_core.hub_files import read_safetensors
 from dms_core.model import attach
@@ -89,6 +90,20 @@ def test_a_checkpoint_is_gates_and_a_difference_of_low_rank_on_the_frozen_base(t
         moved = name in old and not torch.equal(p, old[name])
         assert moved == (name.split(".")[-2] in LINEAR), name
     assert (logits(loaded) - logits(model)).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("train, files", [("lora", [DIFFERENCE, GATES]), ("gates", [GATES])])
+def test_a_checkpoint_names_its_base_model_and_loads_with_it(tiny_model, tmp_path, train, files):
+    tiny_model(gates=False).save_pretrained(tmp_path / "base")
+    model = trained(load_base(tmp_path / "base"), tmp_path / "run", train=train)
+    place = tmp_path / "run" / "cr3"
+    assert sorted(file.name for file in place.glob("*.safetensors")) == files
+    assert (logits(load_model(place)) - logits(model)).abs().max() < 0.01
+    assert load_tokenizer(place).get_vocab() == make_tokenizer().get_vocab()
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'base'}': neither a directory nor a hub id in reach")):
+        load_model(place)
+    assert load_gates(load_base(tmp_path / "elsewhere"), place).dms.config.window == 2
 
 
 def test_rank_and_gate_that_do_not_fit_are_refused(tiny_model, tmp_path):
