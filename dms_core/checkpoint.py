@@ -233,8 +233,9 @@ def load_model(name: Path | str, **from_pretrained) -> PreTrainedModel:
     else:
         base = read_settings(directory).get("base")
         if is_whole(directory) or not base:
-            base = directory
-        model = load_base(base, **options)
+            model = load_base(directory, **options)
+        else:  # a name in a file is no reason to run code
+            model = load_base(base, **{**options, "trust_remote_code": False})
     return load_gates(model, directory).eval()
 
 

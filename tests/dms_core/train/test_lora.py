@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from companion.tasks.reasoner import make_tokenizer
+from dms_core import checkpoint
 from dms_core.checkpoint import DIFFERENCE, GATES, is_checkpoint, load_base, load_gates, load_model, load_tokenizer
 from dms_core.config import DMSConfig
 from dms_core.hub_files import read_safetensors
@@ -93,12 +94,17 @@ def test_a_checkpoint_is_gates_and_a_difference_of_low_rank_on_the_frozen_base(t
 
 
 @pytest.mark.parametrize("train, files", [("lora", [DIFFERENCE, GATES]), ("gates", [GATES])])
-def test_a_checkpoint_names_its_base_model_and_loads_with_it(tiny_model, tmp_path, train, files):
+def test_a_checkpoint_names_its_base_model_and_loads_with_it(tiny_model, tmp_path, monkeypatch, train, files):
     tiny_model(gates=False).save_pretrained(tmp_path / "base")
     model = trained(load_base(tmp_path / "base"), tmp_path / "run", train=train)
     place = tmp_path / "run" / "cr3"
     assert sorted(file.name for file in place.glob("*.safetensors")) == files
     assert (logits(load_model(place)) - logits(model)).abs().max() < 0.01
+    loaded = []
+    monkeypatch.setattr(checkpoint, "load_base", lambda *names, **options: loaded.append(options) or load_base(*names))
+    load_model(place, trust_remote_code=True)
+    assert loaded == [{"trust_remote_code": False}]
+    monkeypatch.undo()
     assert load_tokenizer(place).get_vocab() == make_tokenizer().get_vocab()
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'base'}': neither a directory nor a hub id in reach")):
