@@ -4,6 +4,7 @@
 ratio, window and recipe, and holds the evaluation in the form that the hub understands (a model-index).
 """
 
+import json
 import re
 import warnings
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from dms_core.checkpoint import SETTINGS, is_whole, read_settings
 from dms_core.hub_files import PATTERNS, TIMEOUT
-from dms_core.storage import read_json, update_json, write_text
+from dms_core.storage import read_json, write_text
 
 CARD, TAGS = "README.md", ["dms", "dynamic-memory-sparsification", "kv-cache", "kv-cache-compression"]
 PERMISSIVE = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "unlicense")
@@ -170,18 +171,20 @@ def _table(title: str, names: list[str], rows) -> str:
 def share_gates(directory: Path | str, repo_id: str, *, private: bool = False, token: str | None = None, **card) -> str:
     """``write_card`` with ``card``, then create the repository where there is none and upload; returns its address.
 
-    Weights, settings, tokenizer and card of the directory go, nothing below it.  Settings that name a base model, which
-    may be a path of this machine, name the card's from now on.  Raises ValueError as ``write_card`` does, and where the
-    hub refuses or is out of reach.
+    Weights, settings, tokenizer and card of the directory go, nothing below it.  A base model that the settings name,
+    perhaps by a path of this machine, is the card's in what is uploaded.  Raises ValueError as ``write_card`` does, and
+    where the hub refuses or is out of reach.
     """
     write_card(directory, repo_id, **card)
-    if read_settings(directory).get("base"):
-        update_json(Path(directory) / SETTINGS, base=card["base_model"])
+    settings = read_settings(directory)
+    settings |= {"base": card["base_model"]} if settings.get("base") else {}
     hub, message = HfApi(token=token), "DMS gates and their card"
-    patterns = {"allow_patterns": [*PATTERNS, CARD], "ignore_patterns": ["*/*"]}
+    patterns = {"allow_patterns": [*PATTERNS, CARD], "ignore_patterns": ["*/*", SETTINGS]}
     try:
         address = hub.create_repo(repo_id, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repo_id, folder_path=str(directory), commit_message=message, **patterns)
+        content = (json.dumps(settings, indent=1) + "\n").encode()
+        hub.upload_file(repo_id=repo_id, path_or_fileobj=content, path_in_repo=SETTINGS, commit_message=message)
     except Exception as error:  # HTTP errors, and those of whichever HTTP client is installed
         raise ValueError(f"{repo_id}: not uploaded ({str(error).splitlines()[0]})") from None
     return str(address)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from dms_core import interop
 from dms_core.config import DMSConfig
-from dms_core.hub_files import check_references, local_directory, read_safetensors, resolve
+from dms_core.hub_files import HUB_OPTIONS, check_references, local_directory, read_safetensors, resolve
 from dms_core.model import attach, detach
 from dms_core.storage import read_json, replacing, sha256, write_json
 
@@ -146,6 +146,8 @@ def read_settings(directory: Path | str) -> dict:
         raise ValueError(f"{file}: no such file; {directory} is not a DMS checkpoint") from None
     if not {"dms", "model"} <= set(settings) or not isinstance(settings.get("sha256", {}), dict):
         raise ValueError(f"{file}: must hold an object with 'dms' and 'model', and 'sha256' must be an object")
+    if not isinstance(settings.get("base", ""), str):
+        raise ValueError(f"{file}: base {settings['base']!r} must be text, a directory or a hub id")
     return settings
 
 
@@ -231,25 +233,27 @@ def load_model(name: Path | str, **from_pretrained) -> PreTrainedModel:
             model = load_base(directory, **{**options, "trust_remote_code": False})
         interop.forget_foreign_keys(model)
     else:
-        base = read_settings(directory).get("base")
-        if is_whole(directory) or not base:
-            model = load_base(directory, **options)
-        else:  # a name in a file is no reason to run code
-            model = load_base(base, **{**options, "trust_remote_code": False})
+        read_settings(directory)
+        hub = {key: x for key, x in from_pretrained.items() if key in HUB_OPTIONS}
+        model = load_base(directory, **options, **hub)
     return load_gates(model, directory).eval()
 
 
 def load_base(name: Path | str, **from_pretrained) -> PreTrainedModel:
-    """A transformers model in eval mode from a directory or the hub.
+    """A transformers model in eval mode from a directory or the hub; of gates alone the model that they go on.
 
     Safetensors only, and no remote code unless asked for.  ``from_pretrained``: options of that method of transformers.
-    Raises ValueError for a name out of reach, and for missing or damaged files and weights.
+    Raises ValueError for a name out of reach, for missing or damaged files and weights, and for a model that gates
+    alone do not go on any more.
 
     >>> model.save_pretrained("base")
     >>> attach(load_base("base"), DMSConfig(window=16)).dms.layers
     2
     """
     directory, options = resolve(name, from_pretrained)
+    settings = {} if is_whole(directory) or not (directory / SETTINGS).exists() else read_settings(directory)
+    if settings.get("base"):
+        return _load_named(settings, directory, from_pretrained)
     check_references(directory)
     files = sorted(directory.glob("model*.safetensors"))
     for file in files:
@@ -271,6 +275,16 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     """The dtype that weights are best held in on ``device``: bf16; fp32 on a CPU without instructions for it."""
     have = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.float32 if torch.device(device).type == "cpu" and not have else torch.bfloat16
+
+
+def _load_named(settings: dict, directory: Path, from_pretrained: dict) -> PreTrainedModel:
+    """The base model that a checkpoint names; without its code, since a name in a file is no reason to run any."""
+    name = settings["base"]
+    options = {**{key: x for key, x in from_pretrained.items() if key != "revision"}, "trust_remote_code": False}
+    if settings.get("base_weights") != fingerprint(resolve(name, options)[0]):
+        how = "load_gates(load_base(NAME), directory) if it is the right one"
+        raise ValueError(f"{directory}: its base model {name} has changed since it was trained; {how}")
+    return load_base(name, **options)
 
 
 def load_tokenizer(name: Path | str, **from_pretrained) -> PreTrainedTokenizerBase:

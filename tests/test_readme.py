@@ -34,7 +34,7 @@ def test_example_of_a_retrofit_leaves_checkpoints_that_load(monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     code = examples()[1].replace("final_cr=4.0", "final_cr=2.0, steps_per_unit=1, batch=2")
     exec(code, {"NAME": REASONER, "TEXTS": ["?j;T=4-I;e=I+8;I=3;!", "?j;j=T+e;!"]})
-    assert load_model("runs/mine/cr2").dms.config.window == 256
+    assert load_model("runs/gates/cr2").dms.config.window == 256
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

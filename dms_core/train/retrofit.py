@@ -63,6 +63,10 @@ def retrofit(
 ) -> PreTrainedModel:
     """Teach ``model`` to evict, in place; checkpoints go to ``out``/cr<N>.  An interrupted run goes on by itself.
 
+    Where not all weights train a checkpoint is small and names the files that ``model`` was loaded from, which must
+    stay as they are.  Of a model that was changed since, empty ``model.config.name_or_path``: with ``train="gates"``
+    all weights are kept then.
+
     model: a transformers decoder.  dataset: documents with input_ids and labels (-100: not predicted), and position_ids
     where several are packed in a row (each starts over at 0).  ``arguments`` go to TrainingArguments, such as fsdp=True
     to shard model and teacher by layers (FSDP2); ``attach`` puts a method on the model; ``facts``, a dictionary, say

@@ -4,6 +4,7 @@ A step's result does not depend on how its rows are cut into processes and accum
 row's index in the global batch (``noise.keyed_noise``), losses are means over that batch (``losses.Totals``).
 """
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,9 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from dms_core.checkpoint import save_gates, save_model, write_difference, writing
+from dms_core.checkpoint import fingerprint, save_gates, save_model, write_difference, writing
 from dms_core.config import target_fraction
 from dms_core.gate import warmup_factor
+from dms_core.hub_files import local_directory
 from dms_core.noise import row_keys
 from dms_core.probe import decoder_of
 from dms_core.storage import seal
@@ -102,16 +104,25 @@ class SaveFamily(TrainerCallback):
             self._save(checkpoint_dir(self.out, cr), weights, cr=cr, step=state.global_step)
 
     def _save(self, place: Path, weights: dict | None, **facts) -> None:
-        base = self.student.config.name_or_path  # empty for a model that was never loaded
+        if self.recipe.train != "all" and self.base:  # dms.json comes last
+            self.tokenizer.save_pretrained(place)
         if self.recipe.train == "lora":
             parts = lora_difference(self.student.state_dict() if weights is None else weights)
-            write_difference(self.student, parts, place, weights, base=base, **facts)
-        elif self.recipe.train == "gates" and base:
-            save_gates(self.student, place, weights, base=base, **facts)
+            write_difference(self.student, parts, place, weights, **facts, **self.base)
+        elif self.recipe.train == "gates" and self.base:
+            save_gates(self.student, place, weights, **facts, **self.base)
         else:
-            return save_model(self.student, place, self.tokenizer, weights, **facts)
-        if base:
-            self.tokenizer.save_pretrained(place)
+            save_model(self.student, place, self.tokenizer, weights, **facts)
+
+    @cached_property
+    def base(self) -> dict:
+        """What dms.json says of the base model; nothing of a model that was not loaded from files in reach."""
+        name = self.student.config.name_or_path
+        name = str(Path(name).resolve()) if name and Path(name).is_dir() else name
+        try:
+            return {"base": name, "base_weights": fingerprint(local_directory(name))} if name else {}
+        except ValueError:
+            return {}
 
 
 def full_state(distiller) -> dict:

@@ -30,6 +30,10 @@ def hub(tmp_path, monkeypatch):
                 (tmp_path / "hub" / repo_id).mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, tmp_path / "hub" / repo_id / name)
 
+    def upload_file(self, *, repo_id, path_or_fileobj, path_in_repo, **_):
+        (tmp_path / "hub" / repo_id / path_in_repo).write_bytes(path_or_fileobj)
+
+    monkeypatch.setattr(HfApi, "upload_file", upload_file)
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: f"https://huggingface.co/{repo_id}")
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     return tmp_path / "hub"
@@ -77,6 +81,7 @@ def test_shared_gates_load_and_their_card_says_what_they_are(run, hub, tiny_mode
     update_json(run / "cr8" / "dms.json", base="/home/me/models/base")
     share.share_gates(run / "cr8", "me/tiny-dms-8x", **CARD)  # a card of ours may be written again
     assert read_settings(there)["base"] == "me/base"
+    assert read_settings(run / "cr8")["base"] == "/home/me/models/base"  # what lies here stays as it is
 
 
 def test_whole_model_is_shared_as_one(tmp_path, hub, tiny_model):

@@ -277,7 +277,7 @@ def test_the_same_input_gives_the_same_bits(device):
         assert torch.equal(a, b)
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("target", "width", "group"), [(90, 64, 2), (90, 128, 1), (86, 64, 1), (86, 128, 2)])
 def test_shipped_tiles_in_bf16_err_at_most_twice_as_much_as_torch(device, target, width, group, monkeypatch):
@@ -292,7 +292,7 @@ def test_shipped_tiles_in_bf16_err_at_most_twice_as_much_as_torch(device, target
 
 @pytest.mark.every(3)
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("parts", "places"), [(1, 1), (2, 4), (5, 2)])
+@pytest.mark.parametrize(("parts", "places"), [(2, 4), (1, 1), (5, 2)])
 def test_order_of_programs_and_parts_of_a_block_do_not_matter(device, parts, places, monkeypatch):
     monkeypatch.setattr(keys, "_parts", lambda *_: parts)
     for module in (forward, backward, keys):

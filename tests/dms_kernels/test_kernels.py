@@ -223,7 +223,7 @@ def test_decode_attention_equals_the_oracle_over_ragged_rows_and_empty_rows_get_
         assert (actual[empty] == 0).all()
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     "heads, group, width, page, window, lag", [(2, 2, 16, 4, 3, 1), (1, 3, 32, 8, 5, 5), (2, 4, 64, 16, 0, 1)]

@@ -282,9 +282,11 @@ def test_curves_of_damaged_files_name_the_file(file, content, message, tmp_path,
 
 
 def test_ledger_without_a_run_of_ones_own_is_that_of_the_stored_results(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("companion.cli.reproduce.FINISHED", (tmp_path / "tiny", RESULTS / "full"))
+    monkeypatch.setattr("companion.cli.reproduce.RUNS", tmp_path)
     assert main(["ledger", "--json", "--runs", str(tmp_path)]) == 0
-    claims = json.loads(capsys.readouterr().out.splitlines()[-1])["claims"]
+    said = capsys.readouterr()
+    claims = json.loads(said.out.splitlines()[-1])["claims"]
+    assert "by the stored results" in said.err
     assert "stored, mean of three retrofits" in claims[0]["measured"] and claims[0]["verdict"] == "agrees"
     assert main(["ledger", "--profile", "smoke", "--runs", str(tmp_path)]) == 2
     assert "holds no finished run" in capsys.readouterr().err

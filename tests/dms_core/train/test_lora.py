@@ -1,5 +1,6 @@
 import copy
 import re
+import shutil
 
 import pytest
 import torch
@@ -100,13 +101,18 @@ def test_a_checkpoint_names_its_base_model_and_loads_with_it(tiny_model, tmp_pat
     place = tmp_path / "run" / "cr3"
     assert sorted(file.name for file in place.glob("*.safetensors")) == files
     assert (logits(load_model(place)) - logits(model)).abs().max() < 0.01
-    loaded = []
-    monkeypatch.setattr(checkpoint, "load_base", lambda *names, **options: loaded.append(options) or load_base(*names))
-    load_model(place, trust_remote_code=True)
-    assert loaded == [{"trust_remote_code": False}]
+    assert torch.equal(logits(load_base(place)), logits(load_base(tmp_path / "base")))
+    loaded, load = [], checkpoint.load_base
+    monkeypatch.setattr(checkpoint, "load_base", lambda *names, **how: loaded.append(how) or load(*names, **how))
+    load_model(place, trust_remote_code=True, cache_dir="x")
+    assert loaded[-1] == {"trust_remote_code": False, "cache_dir": "x"}
     monkeypatch.undo()
     assert load_tokenizer(place).get_vocab() == make_tokenizer().get_vocab()
     (tmp_path / "base").rename(tmp_path / "elsewhere")
+    tiny_model(gates=False, seed=5).save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"its base model .* has changed since it was trained"):
+        load_model(place)
+    shutil.rmtree(tmp_path / "base")
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'base'}': neither a directory nor a hub id in reach")):
         load_model(place)
     assert load_gates(load_base(tmp_path / "elsewhere"), place).dms.config.window == 2
