@@ -20,7 +20,7 @@ def script(monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "TOKENS_PER_STEP", 1024)
     stages = tuple(module.Stage(name, ((0, 1e-3), (2, 0.0))) for name in ("traces", "mixture"))
-    monkeypatch.setitem(module.SIZES, "small", module.Size(128, False, stages))
+    monkeypatch.setitem(module.SIZES, "small", module.Size(128, stages))
     return module
 
 
@@ -49,7 +49,7 @@ def test_no_prompt_that_is_evaluated_is_in_a_batch_of_the_second_stage(script):
     assert script.overlap(0, problems=20, retrofits=0)["in_training"] == []
 
 
-def test_the_larger_model_has_four_times_the_weights_learns_in_bf16_and_is_stored_in_fp16(script, tmp_path):
+def test_the_larger_model_has_four_times_the_weights_and_is_stored_in_fp16(script, tmp_path):
     large = script.SIZES["large"]
     stages = tuple(replace(stage, rate=((0, 1e-3), (1, 1e-3))) for stage in large.stages[:1])
     script.SIZES["large"] = replace(large, stages=stages)

@@ -2,9 +2,8 @@
 
 Writes config.json, model.safetensors, tokenizer files, and train_log.jsonl beside this file.
 Two stages, each with an optimizer of its own: program traces, from short ones to the evaluation mix, then all three
-tasks.  ``--size large --out data/reasoner-large`` trains the one four times larger, in three stages, with products in
-bf16 where the CPU has instructions for it, and stores it in 16 bits.  ``--resume`` goes on from state.pt after an
-interruption and gives the same weights.
+tasks.  ``--size large --out data/reasoner-large`` trains the one four times larger, on the same documents, and stores
+it in 16 bits.  ``--resume`` goes on from state.pt after an interruption and gives the same weights.
 """
 
 import argparse
@@ -28,7 +27,6 @@ from companion.tasks.embedded import EMBEDDED
 from companion.tasks.mixture import MAKERS, RETROFIT_MIX, TURNS, Document, documents, size_of
 from companion.tasks.programs import make_problem
 from companion.tasks.reasoner import encode_problem, make_model, make_tokenizer
-from dms_core.checkpoint import fast_dtype
 from dms_core.train.optim import make_optimizer
 from dms_core.train.recipe import load_recipe
 
@@ -41,11 +39,10 @@ SHARES = {"traces": 0.3, "choice": 0.3, "search": 0.4}  # of the second stage's 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps at a learning rate that is piecewise linear in the step; ``draw`` numbers a mixture's documents."""
+    """Steps at a learning rate that is piecewise linear in the step."""
 
     name: str
     rate: tuple[tuple[int, float], ...]
-    draw: int = 1
 
     @property
     def steps(self) -> int:
@@ -57,7 +54,7 @@ class Stage:
     def pool(self, first: int, seed: int) -> list[Document]:
         """The documents of steps ``first`` .. ``first`` + POOL - 1."""
         if self.name != "traces":
-            return documents("train", seed + self.draw, first * 10_000, POOL * TOKENS_PER_STEP, SHARES)
+            return documents("train", seed + 1, first * 10_000, POOL * TOKENS_PER_STEP, SHARES)
         found, tokens = [], 0
         sizes = [sizes for start, sizes in CURRICULUM if first >= start][-1]
         while tokens < POOL * TOKENS_PER_STEP:
@@ -68,13 +65,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Size:
-    """A model's width, whether its products are in bf16 where the CPU has instructions for it, and its stages.
+    """A model's width, and its stages.
 
     halved: its finished weights are stored in fp16, and loaded in the float32 that config.json says.
     """
 
     width: int
-    mixed: bool
     stages: tuple[Stage, ...]
     halved: bool = False
 
@@ -82,7 +78,6 @@ class Size:
 SIZES = {
     "small": Size(
         128,
-        False,
         (  # the first with a second wind, since look-ups were still improving at step 1300
             Stage(
                 "traces", ((0, 0.0), (100, 2e-3), (750, 2e-3), (1300, 0.0), (1320, 1.5e-3), (1500, 1.5e-3), (1900, 0.0))
@@ -92,11 +87,9 @@ SIZES = {
     ),
     "large": Size(
         256,
-        True,
         (
             Stage("traces", ((0, 0.0), (100, 1.5e-3), (500, 1.5e-3), (800, 0.0))),
-            Stage("mixture", ((0, 0.0), (50, 1.2e-3), (500, 1.2e-3), (1000, 0.0))),
-            Stage("mixture again", ((0, 0.0), (50, 1.2e-3), (700, 1.2e-3), (1400, 0.0)), draw=2),
+            Stage("mixture", ((0, 0.0), (50, 1.2e-3), (1200, 1.2e-3), (2000, 0.0))),
         ),
         halved=True,
     ),
@@ -209,9 +202,8 @@ class Training:
         self.saved_optimizer = None
 
     def _step(self, optimizer, rate: float, ids: torch.Tensor, weights: torch.Tensor) -> dict:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.size.mixed and fast_dtype("cpu") == torch.bfloat16):
-            logits = self.model(input_ids=ids[:, :-1]).logits
-        losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        logits = self.model(input_ids=ids[:, :-1]).logits
+        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
         self.model.zero_grad(set_to_none=True)
         loss.backward()
