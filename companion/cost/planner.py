@@ -25,7 +25,8 @@ RETROFIT_HOURS = {  # H100-hours per unit of compression ratio (paper, Table 3)
 def find_architecture(model: str) -> Architecture:
     """A name that the companion knows, or else a directory or hub id with a transformers config.json.
 
-    Raises ValueError for a model that is neither, or whose layers cannot be counted.
+    Of a checkpoint of gates or adapters alone it is that of its base model.  Raises ValueError for a model that is
+    neither, or whose layers cannot be counted.
     """
     if model in ARCHITECTURES:
         return ARCHITECTURES[model]
@@ -35,7 +36,12 @@ def find_architecture(model: str) -> Architecture:
         return count(known(model))
     from huggingface_hub import snapshot_download
 
+    from dms_core.checkpoint import SETTINGS, is_whole, read_settings
+
     local = Path(model).is_dir()
+    alone = local and (Path(model) / SETTINGS).exists() and not is_whole(model)
+    if alone and (base := read_settings(model).get("base")):
+        return find_architecture(base)
     try:  # of a hub repository the configuration alone; without a network this fails at once
         directory = model if local else snapshot_download(model, allow_patterns=["config.json"])
         from transformers import AutoConfig

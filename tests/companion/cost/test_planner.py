@@ -8,6 +8,7 @@ from transformers import LlamaConfig, Qwen3Config
 
 from companion.cli.main import main
 from companion.cost.planner import find_architecture, lines, plan
+from companion.paths import REASONER
 
 
 def test_plan_of_llama_8b_has_the_papers_share_and_bytes(capsys):
@@ -42,6 +43,12 @@ def test_directory_with_a_config_is_planned(tmp_path):
     ).save_pretrained(tmp_path)
     same = {"retrofit_h100_hours": None, "model": None}
     assert plan(str(tmp_path), 4, 4096, 2) | same == plan("llama-3.1-8b", 4, 4096, 2) | same
+
+
+def test_gates_alone_are_planned_as_the_model_that_they_go_on(tmp_path):
+    note = {"dms": {}, "model": "llama", "base": str(REASONER)}
+    (tmp_path / "dms.json").write_text(json.dumps(note))
+    assert plan(str(tmp_path), 1, 512, 4) | {"model": None} == plan(str(REASONER), 1, 512, 4) | {"model": None}
 
 
 @pytest.mark.parametrize(
