@@ -56,8 +56,9 @@ def _log_keep(dms, layer: int, z: Tensor | None, key: Tensor, segments: Tensor |
     if z is None:
         return key.new_zeros(key.shape[:3])
     if step.soft:
-        noise = sample_noise(z) if dms.noise_keys is None else keyed_noise(z, dms.noise_keys, layer)
-        log_keep, evicted = soft_decisions(z, noise, config.temperature)
+        own = z[:, :1] if config.granularity == "layer" else z  # one decision, one draw
+        noise = sample_noise(own) if dms.noise_keys is None else keyed_noise(own, dms.noise_keys, layer)
+        log_keep, evicted = soft_decisions(z, noise.expand_as(z), config.temperature)
     else:
         evicted = hard_decisions(z)
         log_keep = torch.zeros_like(z).masked_fill(evicted, float("-inf"))

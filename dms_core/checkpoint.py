@@ -268,6 +268,7 @@ def load_base(name: Path | str, **from_pretrained) -> PreTrainedModel:
         raise ValueError(f"{name}: {len(missing)} weights are missing, such as {missing[:3]}; all must be there")
     _check_sums(directory, [file.name for file in files])
     model.config.name_or_path = Path(name).resolve() if Path(name).is_dir() else name  # not its place in a cache
+    model.base_revision = from_pretrained.get("revision")
     return model.eval()
 
 
@@ -281,6 +282,7 @@ def _load_named(settings: dict, directory: Path, from_pretrained: dict) -> PreTr
     """The base model that a checkpoint names; without its code, since a name in a file is no reason to run any."""
     name = settings["base"]
     options = {**{key: x for key, x in from_pretrained.items() if key != "revision"}, "trust_remote_code": False}
+    options |= {"revision": settings["base_revision"]} if settings.get("base_revision") else {}
     if settings.get("base_weights") != fingerprint(resolve(name, options)[0]):
         how = "load_gates(load_base(NAME), directory) if it is the right one"
         raise ValueError(f"{directory}: its base model {name} has changed since it was trained; {how}")

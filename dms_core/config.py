@@ -3,6 +3,7 @@
 import math
 import numbers
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,18 @@ class DMSConfig:
 
 
 def check_numbers(
-    config: object, *names: str, whole: bool = False, least: float = -math.inf, above: float = -math.inf
+    config: Any, *names: str, whole: bool = False, least: float = -math.inf, above: float = -math.inf
 ) -> None:
     """Raises ValueError for a field that is no finite number (``whole``: no integer) or out of its bounds.
 
-    A field that is None is left out.
+    A field that is None by default may be None.
     """
     kind, words = (numbers.Integral, "an integer") if whole else (numbers.Real, "a finite number")
     bound = f" >= {least}" if least > -math.inf else f" > {above}" if above > -math.inf else ""
+    optional = {field.name for field in fields(config) if field.default is None}
     for name in names:
         value = getattr(config, name)
-        if value is None:
+        if value is None and name in optional:
             continue
         if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
             raise ValueError(f"{name} {value!r}: must be {words}{bound}")

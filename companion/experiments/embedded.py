@@ -25,7 +25,7 @@ def train_recipe(
     def load(recipe: Recipe):
         if recipe.model == "reasoner" and not Path(recipe.model).exists():
             return load_base(base), load_tokenizer(base)
-        return load_model_and_tokenizer(recipe)
+        return load_model_and_tokenizer(recipe, cpu)
 
     def make_data(recipe: Recipe, model, tokenizer, out: Path):
         if recipe.data == "traces" and not Path(recipe.data).exists():

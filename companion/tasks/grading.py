@@ -1,6 +1,6 @@
 """Grade records, again or for the first time, and spell equal answers alike before they vote."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,8 +15,13 @@ def grade(records: Iterable[dict], task: Task, workers: int = 1, missing: bool =
     answer that several chains gave is graded once.  ValueError for a record of another task or of an unknown problem.
     """
     records = list(records)
+    return _graded(records, task, dict(_verdicts(records, task, workers, missing)), missing)
+
+
+def _verdicts(records: list[dict], task: Task, workers: int, missing: bool) -> Iterator[tuple]:
+    """((problem's identifier, answer), verdict), one by one."""
     problems = {problem.id: problem for problem in task.problems}
-    chosen = [r for r in records if not (missing and r.get("correct") is not None)]
+    chosen = [r for r in records if _is_due(r, missing)]
     for record in chosen:
         if (name := record.get("task", task.name)) != task.name:
             raise ValueError(f"a record of task {name!r}; allowed: {task.name!r}")
@@ -24,20 +29,36 @@ def grade(records: Iterable[dict], task: Task, workers: int = 1, missing: bool =
             raise ValueError(f"a record of problem {record.get('id', record['problem'])!r}, which {task.name} lacks")
     jobs = dict.fromkeys((_id(r, task), r["answer"]) for r in chosen)
     with ThreadPoolExecutor(workers) as pool:
-        verdicts = dict(zip(jobs, pool.map(lambda job: task.grade(job[1], problems[job[0]]), jobs), strict=True))
-    new = {id(r): verdicts[_id(r, task), r["answer"]] for r in chosen}
-    return [{**r, "correct": new.get(id(r), r.get("correct"))} for r in records]
+        yield from zip(jobs, pool.map(lambda job: task.grade(job[1], problems[job[0]]), jobs), strict=True)
+
+
+def _graded(records: list[dict], task: Task, verdicts: dict[tuple, bool | None], missing: bool) -> list[dict]:
+    def verdict(record: dict) -> bool | None:
+        before = record.get("correct")
+        return verdicts.get((_id(record, task), record["answer"]), before) if _is_due(record, missing) else before
+
+    return [{**record, "correct": verdict(record)} for record in records]
+
+
+def _is_due(record: dict, missing: bool) -> bool:
+    return not (missing and record.get("correct") is not None)
 
 
 def grade_file(file: Path, task: Task, workers: int = 1, missing: bool = False) -> list[dict]:
-    """``grade`` the records of a file in place; it is replaced as a whole.
+    """``grade`` the records of a file in place; it is replaced as a whole, also by what was graded before a failure.
 
-    Raises ValueError while another process is writing it.
+    So after an interruption ``missing`` goes on.  Raises ValueError while another process is writing the file.
     """
+    verdicts: dict[tuple, bool | None] = {}
     with JsonlWriter(file):
-        records = grade(read_jsonl(file), task, workers, missing)
-        write_jsonl(file, records)
-    return records
+        records = list(read_jsonl(file))
+        try:
+            verdicts.update(_verdicts(records, task, workers, missing))
+        finally:
+            graded = _graded(records, task, verdicts, missing)
+            if verdicts:
+                write_jsonl(file, graded)
+    return graded
 
 
 def canonical(records: Iterable[dict]) -> list[dict]:

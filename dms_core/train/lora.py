@@ -15,15 +15,17 @@ SCALE = 2.0  # of the product of the two, whatever the rank
 
 
 def add_lora(model: nn.Module, rank: int) -> None:
-    """Freeze the weights, and put factors of ``rank`` on all linear layers but the output layer, in place.
+    """Freeze the weights, and put fp32 factors of ``rank`` on all linear layers but the output layer, in place.
 
     At first they change nothing.  Raises ValueError if the model is quantised or has no linear layer, and
     ModuleNotFoundError without peft.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import cast_adapter_dtype
 
     settings = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), target_modules="all-linear")
     inject_adapter_in_model(settings, model)
+    cast_adapter_dtype(model, "default")  # small steps are lost in the bf16 of frozen weights
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:

@@ -26,7 +26,7 @@ LATER = {"decay": None, "neuron_zero": False, "autocast": False, "rank": 8}
 
 @dataclass(frozen=True)
 class RetrofitConfig:
-    """How a retrofit trains.  The defaults are the paper's; rests and Muon help at the embedded scale.
+    """How a retrofit trains.  Ramp, losses and rate are the paper's or its code's; rests and Muon help a small model.
 
     Raises ValueError for a value that its field may not have.
 
@@ -53,7 +53,7 @@ class RetrofitConfig:
     warmup: int = 0  # steps of learning-rate warm-up
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
-    clip: float = 1.0  # largest norm of the gradient
+    clip: float = 1.0  # largest norm of the gradient; 0: any
     checkpointing: bool = False  # compute activations twice instead of keeping them
     autocast: bool = False  # products in bf16 on a CPU, too, if it has AVX512_BF16 or AMX: pays where all weights train
     chunk: int = 4096  # tokens whose logits are held at once

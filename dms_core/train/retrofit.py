@@ -6,6 +6,7 @@ low-rank adapters on frozen weights, or the gates alone (the teacher is the same
 
 import contextlib
 import copy
+import hashlib
 import os
 import warnings
 from dataclasses import asdict
@@ -31,13 +32,14 @@ CLAIM = "recipe.json"  # what a directory of checkpoints was trained with
 def pad_collate(pad: int):
     """Documents of input_ids and labels to right-padded (B, T) tensors with an attention mask.
 
-    position_ids, which tell packed documents apart, are carried where the documents have them.
+    position_ids, which tell packed documents apart, are carried where any document has them: 0, 1, .. in the others.
     """
 
     fills = {"input_ids": pad, "labels": -100, "attention_mask": 0, "position_ids": 0}
 
     def collate(items: list[dict]) -> dict[str, torch.Tensor]:
-        items = [{**item, "attention_mask": [1] * len(item["input_ids"])} for item in items]
+        packed = any("position_ids" in item for item in items)
+        items = [_complete(item, packed) for item in items]
         width = max(len(item["input_ids"]) for item in items)
         return {
             key: torch.tensor([[*item[key], *[fill] * (width - len(item[key]))] for item in items])
@@ -46,6 +48,12 @@ def pad_collate(pad: int):
         }
 
     return collate
+
+
+def _complete(item: dict, packed: bool) -> dict:
+    count = len(item["input_ids"])
+    places = {"position_ids": range(count)} if packed else {}
+    return {**places, **item, "attention_mask": [1] * count}
 
 
 def retrofit(
@@ -70,11 +78,13 @@ def retrofit(
     model: a transformers decoder.  dataset: documents with input_ids and labels (-100: not predicted), and position_ids
     where several are packed in a row (each starts over at 0).  ``arguments`` go to TrainingArguments, such as fsdp=True
     to shard model and teacher by layers (FSDP2); ``attach`` puts a method on the model; ``facts``, a dictionary, say
-    what else ``out`` belongs to, beside the settings.  ``until``: stop after the checkpoint of this CR, where the next
-    call goes on.  Under torchrun every process calls this.
+    what else ``out`` belongs to, beside the settings (default: the model's weights and the number of documents).
+    ``until``: stop after the checkpoint of this CR, where the next call goes on.  Under torchrun every process calls
+    this.
 
-    Raises ValueError for settings that do not fit each other, an ``until`` at which the run keeps no checkpoint, and
-    if ``out`` holds a run with other settings, or another process writes there.
+    Raises ValueError for settings that do not fit each other, weights that train and are not in float32, an ``until``
+    at which the run keeps no checkpoint or that it is past, and if ``out`` holds a run with other settings, or another
+    process writes there.
 
     >>> recipe = RetrofitConfig(final_cr=2.0, steps_per_unit=2, batch=2)  # at least a few hundred steps in earnest
     >>> documents = [{"input_ids": [2, 3, 4, 5, 6], "labels": [-100, 3, 4, 5, 6]}] * 4
@@ -82,10 +92,13 @@ def retrofit(
     2
     """
     apart = _rows_apart(dms, recipe, fsdp=bool(arguments.get("fsdp")))
+    if recipe.train == "all" and (dtype := next((d for d in _dtypes(model) if d != torch.float32), None)):
+        raise ValueError(f"a model in {dtype}: all weights train in float32 alone; load_base(NAME, dtype='float32')")
     out, last = Path(out), recipe.steps if until is None else recipe.step_of(until)
     settings = _settings(model, recipe, out, arguments)
     if settings.process_index == 0:
-        claim(out, {**(facts or {}), **dms.to_dict(), **recipe.to_dict()}, CLAIM)
+        facts = {"weights": _mark(model), "documents": len(dataset)} if facts is None else facts
+        claim(out, {**facts, **dms.to_dict(), **recipe.to_dict()}, CLAIM)
     teacher = copy.deepcopy(model) if recipe.train == "all" and recipe.direction != "lm" else None
     set_seed(recipe.seed)
     _put_on(model, dms, recipe, attach)
@@ -99,8 +112,9 @@ def retrofit(
     optimizer = make_optimizer(trained, recipe.optimizer, *rates, model.dms.gate_rows())
     rows = {"train_dataset": dataset, "data_collator": pad_collate(tokenizer.pad_token_id or 0)}
     steps = {"optimizers": (optimizer, LambdaLR(optimizer, recipe.schedule.rate))}
-    callbacks = [SaveFamily(recipe, model, tokenizer, out), ProgressBar(last), StopAfter(last)]
+    callbacks = [ProgressBar(last), StopAfter(last)]
     trainer = RetrofitTrainer(recipe, model=distiller, args=settings, callbacks=callbacks, **rows, **steps)
+    trainer.add_callback(SaveFamily(recipe, model, tokenizer, out, trainer.check_finite))
     if settings.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError("fsdp True: must be under torchrun on GPUs; on CPUs or in one process, leave it out")
     with only_writer(out) if settings.process_index == 0 else contextlib.nullcontext():
@@ -126,6 +140,18 @@ def _rows_apart(dms: DMSConfig, recipe: RetrofitConfig, fsdp: bool) -> bool:
     if fsdp and recipe.optimizer != "adamw":
         raise ValueError(f"fsdp True with optimizer {recipe.optimizer!r}: must be 'adamw', whose state can be sharded")
     return apart
+
+
+def _dtypes(model: PreTrainedModel) -> dict[torch.dtype, None]:
+    return dict.fromkeys(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _mark(model: PreTrainedModel) -> str:
+    """A hash of some values of every parameter, as bf16 has them: what tells other weights from these."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        digest.update(f"{name} {tuple(p.shape)} {p.detach().flatten()[:16].bfloat16().tolist()}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _put_on(model: PreTrainedModel, dms: DMSConfig, recipe: RetrofitConfig, attach) -> None:
@@ -157,7 +183,10 @@ def _settings(model: PreTrainedModel, recipe: RetrofitConfig, out: Path, argumen
 def _train(trainer: RetrofitTrainer, last: str | None, steps: int) -> None:
     """From the checkpoint ``last`` to ``steps``; a finished run resumed, the Trainer would take one step more."""
     trainer.remove_callback(PrinterCallback)  # what disable_tqdm puts in place of the Trainer's own bar
-    if last is None or int(last.rsplit("-", 1)[1]) < steps:
+    done = 0 if last is None else int(last.rsplit("-", 1)[1])
+    if done > steps:
+        raise ValueError(f"until step {steps}: {last} is past it; load the checkpoint of that CR")
+    if done < steps:
         trainer.train(resume_from_checkpoint=last)
     else:
         trainer._load_from_checkpoint(last)

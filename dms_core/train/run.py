@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from dms_core.checkpoint import fast_dtype, load_base, load_tokenizer
+from dms_core.checkpoint import fast_dtype, is_checkpoint, load_base, load_tokenizer
 from dms_core.probe import has_states
 from dms_core.storage import claim
 from dms_core.train.data import PackedRows, prepare
@@ -50,22 +50,26 @@ def run_recipe(
     )
     arguments |= {"ddp_backend": "gloo"} if cpu and processes > 1 else {}
     arguments |= {"fsdp": True} if fsdp else {}
-    model, tokenizer = (load or load_model_and_tokenizer)(recipe)
+    model, tokenizer = load(recipe) if load else load_model_and_tokenizer(recipe, cpu)
     data, facts = (make_data or make_packed_rows)(recipe, model, tokenizer, out)
     if first and report:
         report(summary_lines(recipe, processes, facts))
     arguments |= {"facts": recipe.own(), "train_sampling_strategy": "sequential"}
     retrofit(model, tokenizer, data, recipe.dms, settings, out, until=until, **arguments)
     saves = settings.schedule.saves().items()
-    kept = {f"{cr:g}": str(checkpoint_dir(out, cr)) for step, cr in saves if step <= settings.steps}
+    places = {f"{cr:g}": checkpoint_dir(out, cr) for step, cr in saves if step <= settings.steps}
+    kept = {cr: str(place) for cr, place in places.items() if is_checkpoint(place)}  # with until not yet all
     return {"out": str(out), "steps": settings.steps, "checkpoints": kept, "documents": facts}
 
 
-def load_model_and_tokenizer(recipe: Recipe):
-    """Model (fp32, or its fast dtype if its weights stay frozen) and tokenizer of a hub id or directory."""
+def load_model_and_tokenizer(recipe: Recipe, cpu: bool = False):
+    """Model (fp32, or its fast dtype if its weights stay frozen) and tokenizer of a hub id or directory.
+
+    cpu: it will train on a CPU, although there may be a GPU.
+    """
     tokenizer = load_tokenizer(recipe.model)
     # frozen weights need no more precision; gates and low-rank factors are in fp32 by themselves
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
     dtype = torch.float32 if recipe.retrofit.train == "all" else fast_dtype(device)
     return load_base(recipe.model, dtype=dtype), tokenizer
 

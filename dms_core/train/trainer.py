@@ -4,6 +4,8 @@ A step's result does not depend on how its rows are cut into processes and accum
 row's index in the global batch (``noise.keyed_noise``), losses are means over that batch (``losses.Totals``).
 """
 
+import math
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -66,8 +68,23 @@ class RetrofitTrainer(Trainer):
         loss = outputs["loss"] * self.args.world_size  # gradients, and the losses logged, are means over processes
         return (loss, outputs) if return_outputs else loss
 
+    def check_finite(self) -> None:
+        """Before anything is saved.  Raises ValueError where a loss of this step, of any process, is not finite."""
+        bad = [name for name, value in self._values().items() if not math.isfinite(value)]
+        if bad:
+            at = f"step {self.state.global_step}: {bad[0]} is not finite"
+            raise ValueError(f"{at}; nothing of it was saved, {self.args.output_dir} holds what came before")
+
+    def _values(self) -> dict[str, float]:
+        """The parts of this step's loss, summed over processes; each of them takes part."""
+        if not self.parts:
+            return {}
+        values = self.accelerator.reduce(torch.stack([part.float() for part in self.parts.values()]))
+        return dict(zip(self.parts, values.tolist(), strict=True))
+
     def _save_checkpoint(self, *args) -> None:
         """Sealed when every process has written its part, so that a resumed run can tell a whole checkpoint."""
+        self.check_finite()
         with writing(directory := Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(*args)
         self.accelerator.wait_for_everyone()
@@ -82,8 +99,7 @@ class RetrofitTrainer(Trainer):
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         if "loss" in logs and self.parts:
-            values = self.accelerator.reduce(torch.stack([part.float() for part in self.parts.values()]))
-            logs |= dict(zip(self.parts, values.tolist(), strict=True))
+            logs |= self._values()
             logs["cr_target"] = self.recipe.schedule.cr(max(self.state.global_step - 1, 0))
             logs["cr_measured"] = 1 / (1 - min(logs["evicted"], 0.999))
         super().log(logs, *args, **kwargs)
@@ -92,13 +108,14 @@ class RetrofitTrainer(Trainer):
 class SaveFamily(TrainerCallback):
     """Keeps the student at each integer CR: whole where all weights train, else what goes on its base model."""
 
-    def __init__(self, recipe, student: PreTrainedModel, tokenizer, out: Path) -> None:
-        self.recipe, self.student, self.tokenizer, self.out = recipe, student, tokenizer, out
+    def __init__(self, recipe, student: PreTrainedModel, tokenizer, out: Path, check: Callable[[], None]) -> None:
+        self.recipe, self.student, self.tokenizer, self.out, self.check = recipe, student, tokenizer, out, check
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         cr = self.recipe.schedule.saves().get(state.global_step)
         if cr is None:
             return
+        self.check()
         weights = full_state(model) if args.fsdp else None  # every process takes part
         if state.is_world_process_zero:
             self._save(checkpoint_dir(self.out, cr), weights, cr=cr, step=state.global_step)
@@ -117,10 +134,12 @@ class SaveFamily(TrainerCallback):
     @cached_property
     def base(self) -> dict:
         """What dms.json says of the base model; nothing of a model that was not loaded from files in reach."""
-        name = self.student.config.name_or_path
+        name, revision = self.student.config.name_or_path, getattr(self.student, "base_revision", None)
         name = str(Path(name).resolve()) if name and Path(name).is_dir() else name
+        note = {"base_revision": revision} if revision else {}
         try:
-            return {"base": name, "base_weights": fingerprint(local_directory(name))} if name else {}
+            found = {"base_weights": fingerprint(local_directory(name, revision=revision))} if name else {}
+            return {"base": name, **found, **note} if name else {}
         except ValueError:
             return {}
 

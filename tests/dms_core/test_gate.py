@@ -154,6 +154,7 @@ def test_warm_up_falls_linearly_to_zero_and_stays():
         ({"window": 2.5}, "window 2.5"),
         ({"gate": "lstm"}, "gate 'lstm': must be one of .*adapter"),
         ({"granularity": "token"}, "granularity 'token'"),
+        ({"window": None}, "window None: must be an integer >= 0"),
         ({"eviction": "never"}, "eviction 'never'"),
         ({"scale": 0.0}, "scale 0.0: must be > 0"),
         ({"temperature": float("nan")}, "temperature nan: must be a finite number > 0"),

@@ -72,6 +72,9 @@ def test_granularity_layer_gives_all_heads_the_decisions_of_the_first(tiny_model
     for layer in same.dms.step.logits.values():
         assert torch.equal(layer, layer[:, :1].expand_as(layer))
     assert torch.equal(same.dms.step.logits[0][:, 0], model.dms.step.logits[0][:, 0])
+    same.train()(ids)
+    for evicted in same.dms.step.evicted.values():  # one draw of noise, too
+        assert torch.equal(evicted, evicted[:, :1].expand_as(evicted)) and 0 < evicted.mean() < 1
 
 
 @torch.no_grad()

@@ -71,6 +71,29 @@ def test_regrading_sets_correct_alone_and_asks_once_an_answer(aime, tmp_path, mo
         grade([record(0, "1", problem=9)], task)
 
 
+@needs_math_verify
+def test_what_was_graded_before_an_interruption_stays(aime, tmp_path, monkeypatch):
+    task, file = get_task("aime24", aime), tmp_path / "records.jsonl"
+    records = [record(c, a, problem=1, correct=None, gold="2") for c, a in enumerate(["2", "3", "4"])]
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    plain, asked = task.grade, []
+
+    def cut(answer, problem):
+        asked.append(answer)
+        if answer == "3":
+            raise KeyboardInterrupt
+        return plain(answer, problem)
+
+    monkeypatch.setattr(task, "grade", cut)
+    with pytest.raises(KeyboardInterrupt):
+        grade_file(file, task)
+    assert [r["correct"] for r in read_jsonl(file)] == [True, None, None]
+    monkeypatch.setattr(task, "grade", lambda answer, problem: asked.append(answer) or plain(answer, problem))
+    asked.clear()
+    assert [r["correct"] for r in grade_file(file, task, missing=True)] == [True, False, False]
+    assert asked == ["3", "4"]
+
+
 @pytest.fixture
 def programs(tmp_path):
     file = tmp_path / "programs.jsonl"

@@ -7,10 +7,20 @@ import torch
 
 from companion.tasks.reasoner import make_tokenizer
 from dms_core import checkpoint
-from dms_core.checkpoint import DIFFERENCE, GATES, is_checkpoint, load_base, load_gates, load_model, load_tokenizer
+from dms_core.checkpoint import (
+    DIFFERENCE,
+    GATES,
+    is_checkpoint,
+    load_base,
+    load_gates,
+    load_model,
+    load_tokenizer,
+    read_settings,
+)
 from dms_core.config import DMSConfig
 from dms_core.hub_files import read_safetensors
 from dms_core.model import attach
+from dms_core.train import trainer
 from dms_core.train.lora import add_lora, fold_lora, lora_layers, without_lora
 from dms_core.train.losses import Distiller
 from dms_core.train.recipe import RetrofitConfig
@@ -52,6 +62,17 @@ def test_adapters_begin_without_effect_and_are_on_every_linear_layer_but_the_out
     assert torch.equal(logits(model), before)
     assert sorted(lora_layers(model)) == sorted(names)
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+
+
+def test_adapters_and_gates_learn_in_fp32_on_frozen_weights_in_bf16(tiny_model):
+    model = tiny_model(gates=False).bfloat16()
+    add_lora(model, 3)
+    attach(model, DMSConfig(window=2))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    before = logits(model)
+    fold_lora(perturbed(model))
+    assert not torch.equal(logits(model), before) and model.dtype == torch.bfloat16
 
 
 def test_folding_keeps_the_function_and_takes_the_adapters_off(tiny_model):
@@ -116,6 +137,18 @@ def test_a_checkpoint_names_its_base_model_and_loads_with_it(tiny_model, tmp_pat
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'base'}': neither a directory nor a hub id in reach")):
         load_model(place)
     assert load_gates(load_base(tmp_path / "elsewhere"), place).dms.config.window == 2
+
+
+def test_a_checkpoint_remembers_the_revision_of_its_base_model(tiny_model, tmp_path, monkeypatch):
+    tiny_model(gates=False).save_pretrained(tmp_path / "base")
+    asked = []
+    monkeypatch.setattr(trainer, "local_directory", lambda name, **hub: asked.append(hub) or tmp_path / "base")
+    trained(load_base(tmp_path / "base", revision="v1"), tmp_path / "run", train="gates")
+    assert asked == [{"revision": "v1"}] and read_settings(tmp_path / "run" / "cr3")["base_revision"] == "v1"
+    loaded, load = [], checkpoint.load_base
+    monkeypatch.setattr(checkpoint, "load_base", lambda *names, **how: loaded.append(how) or load(*names, **how))
+    load_model(tmp_path / "run" / "cr3", revision="of the gates")
+    assert loaded[-1] == {"trust_remote_code": False, "revision": "v1"}
 
 
 def test_rank_and_gate_that_do_not_fit_are_refused(tiny_model, tmp_path):

@@ -264,6 +264,51 @@ def test_collation_pads_on_the_right_and_masks_the_padding():
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 7, 7]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    packed = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "position_ids": [0, 0, 1]}
+    for rows in ([packed, {"input_ids": [4, 5], "labels": [4, 5]}], [{"input_ids": [4, 5], "labels": [4, 5]}, packed]):
+        places = pad_collate(7)(rows)["position_ids"].tolist()
+        assert sorted(places) == [[0, 0, 1], [0, 1, 0]]
+
+
+def test_weights_that_train_must_be_in_float32(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=r"a model in torch\.bfloat16: all weights train in float32 alone"):
+        retrofit(tiny_model(gates=False).bfloat16(), make_tokenizer(), documents(), DMS, RECIPE, tmp_path, **OPTIONS)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_directory_belongs_to_one_model_and_its_documents(tiny_model, tmp_path):
+    run(tiny_model, tmp_path)
+    before = (tmp_path / "cr3" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds a run with other weights: give this one another directory"):
+        retrofit(tiny_model(gates=False, seed=5), make_tokenizer(), documents(), DMS, RECIPE, tmp_path, **OPTIONS)
+    with pytest.raises(ValueError, match="holds a run with other documents"):
+        retrofit(tiny_model(gates=False), make_tokenizer(), documents(6), DMS, RECIPE, tmp_path, **OPTIONS)
+    assert (tmp_path / "cr3" / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_whose_loss_is_not_finite_saves_nothing_of_it(tiny_model, tmp_path, monkeypatch):
+    class Spoilt(module.RetrofitTrainer):
+        def compute_loss(self, model, *args, **kwargs):
+            if self.state.global_step == 4:
+                model.student.lm_head.weight.data.fill_(float("nan"))
+            return super().compute_loss(model, *args, **kwargs)
+
+    monkeypatch.setattr(module, "RetrofitTrainer", Spoilt)
+    with pytest.raises(
+        ValueError, match=r"step 5: kd is not finite; nothing of it was saved, .* holds what came before"
+    ):
+        run(tiny_model, tmp_path)  # the step of CR 2
+    assert [d.name for d in (tmp_path / "trainer").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not is_checkpoint(tmp_path / "cr2")
+    monkeypatch.undo()
+    run(tiny_model, tmp_path)
+    assert is_checkpoint(tmp_path / "cr3")
+
+
+def test_until_behind_what_is_trained_is_refused(tiny_model, tmp_path):
+    run(tiny_model, tmp_path)
+    with pytest.raises(ValueError, match=r"until step 5: .*checkpoint-8 is past it; load the checkpoint of that CR"):
+        run(tiny_model, tmp_path, until=2.0)
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "gpt_oss", "llama4_text"])
