@@ -33,7 +33,7 @@ from dms_core.interop import is_foreign
 from dms_core.model import attach
 from dms_core.parallel import tensor_parallel
 from dms_core.sampling import SamplingConfig
-from dms_core.storage import only_writer, read_json, write_json
+from dms_core.storage import is_written, only_writer, read_json, write_json
 
 
 def load_dense(name: str, device: str | None = None):
@@ -150,7 +150,7 @@ def sample_benchmark(
     file = shard.file(whole)
     records = sample_records(model, tokenizer, task, method, chains, config, whole, baseline, shard)
     if task.grades_later and first:
-        records = _graded(records, task, file, [file] if shard.count > 1 else record_files(whole), workers, unsafe)
+        records = _graded(records, task, file, whole, workers, unsafe)
     known = [record for record in records if record["correct"] is not None] if first else []
     score = summarise(known, [longest], [1], 1)["pass_at_1"][0] if known else None
     facts = {"task": task.name, "method": method.name, "cr": method.cr, "file": str(file), "records": len(records)}
@@ -175,12 +175,24 @@ def _note(
         write_json(out / SIDECAR, note | facts)
 
 
-def _graded(records: list[dict], task: Task, file: Path, files: Sequence[Path], workers: int, unsafe: bool):
-    """The records of ``files``, graded in place; ``records`` as they are where programs cannot be run."""
+def _graded(records: list[dict], task: Task, file: Path, whole: Path, workers: int, unsafe: bool) -> list[dict]:
+    """The records with verdicts, graded in place in all files of ``whole`` but those that other shards are writing.
+
+    As they are where programs cannot be run.
+    """
     if not unsafe and (reason := sandbox.why_not()):
         print(f"not graded: {reason}; grade with dms grade {file} --task {task.name}", file=sys.stderr)
         return records
-    return [record for part in files for record in grade_file(part, task, workers, missing=True)]
+    verdicts = {}
+    for part in record_files(whole):
+        try:
+            graded = grade_file(part, task, workers, missing=True)
+        except ValueError:
+            if part == file or not is_written(part):
+                raise
+            continue
+        verdicts |= {(r["problem"], r["chain"]): r["correct"] for r in graded}
+    return [r | {"correct": verdicts.get((r["problem"], r["chain"]), r["correct"])} for r in records]
 
 
 def _process_device(name: str | None) -> str | None:

@@ -184,6 +184,9 @@ def test_programs_are_graded_after_sampling_in_the_sandbox(tmp_path, capsys, mon
     records = [r | {"answer": program, "finished_at": 4} for r, program in zip(records, programs, strict=True)]
     Path(result["file"]).write_text("".join(json.dumps(r) + "\n" for r in records))
     need_sandbox()
+    shard = command(capsys, *arguments, "--shard", "1/2")  # of chains that the whole file has already
+    assert shard["records"] == 1 and shard["pass_at_1"]["accuracy"] == 100
+    assert [r["correct"] for r in read_jsonl(Path(result["file"]))] == [True, False]
     graded = command(capsys, "grade", result["file"], "--task", "livecodebench", "--source", file, "--workers", 2)
     assert graded["files"][0]["correct"] == 1
     points = command(capsys, "curves", "--results", out, "--lengths", 4, "--widths", 1, 2)["points"]
