@@ -47,10 +47,11 @@ def read_evaluation(file: Path | str, cr: float) -> list[Evaluation]:
         for x in summary.get("pass_at_1", ())
         if (x["method"], x["cr"]) in (("dms", cr), ("vanilla", 1))
     ]
-    if not any(row.method == "dms" for row in rows):
+    ours = [row for row in rows if row.method == "dms"]
+    if not ours:
         raise ValueError(f"{file}: no results of dms at CR {cr:g}; must be a curves.json with that checkpoint's")
-    longest = {row.task: max(r.length for r in rows if (r.task, r.method) == (row.task, "dms")) for row in rows}
-    return [row for row in rows if row.length == longest[row.task]]
+    longest = {row.task: max(r.length for r in ours if r.task == row.task) for row in ours}
+    return [row for row in rows if row.length == longest.get(row.task)]
 
 
 def licence_of(base_model: str) -> str | None:
@@ -106,6 +107,10 @@ def write_card(
     """
     directory = Path(directory)
     settings, card = read_settings(directory), directory / CARD
+    if "window" not in settings["dms"]:
+        raise ValueError(f"{directory}: its settings are {settings['dms']}; must be those of DMS")
+    if evaluation and not settings.get("cr"):
+        raise ValueError(f"{directory}: does not say its compression ratio, so no results are its own")
     validate_repo_id(repo_id)
     if card.exists() and not set(TAGS) <= set(ModelCard.load(card, ignore_metadata_errors=True).data.tags or ()):
         raise ValueError(f"{card}: somebody else wrote it; it must be moved away first")
@@ -179,7 +184,7 @@ def share_gates(directory: Path | str, repo_id: str, *, private: bool = False, t
     settings = read_settings(directory)
     settings |= {"base": card["base_model"]} if settings.get("base") else {}
     hub, message = HfApi(token=token), "DMS gates and their card"
-    patterns = {"allow_patterns": [*PATTERNS, CARD], "ignore_patterns": ["*/*", SETTINGS]}
+    patterns = {"allow_patterns": [*PATTERNS, CARD], "ignore_patterns": ["*/*", SETTINGS, "held_out-*", "facts-*"]}
     try:
         address = hub.create_repo(repo_id, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repo_id, folder_path=str(directory), commit_message=message, **patterns)

@@ -28,9 +28,10 @@ def lines(settings: dict, device: str = "h100") -> list[str]:
     for task, facts in settings["tasks"].items():
         for method, crs in settings["methods"].items():
             for cr in crs:
-                held = 1 if method == "quest" else cr
+                read = 1 if method == "snapkv" else cr  # it compresses the prompt alone, Quest reads alone
+                held = 1 if method.removesuffix("-protected") == "quest" else read
                 length, chains = max(facts["lengths"]), facts["problems"] * facts["chains"]
-                hours, batch = sampling_hours(arch, DEVICES[device], gpus, length, chains, cr, held, shards)
+                hours, batch = sampling_hours(arch, DEVICES[device], gpus, length, chains, read, held, shards)
                 total += hours
                 what = f"{hours:10.1f} GPU-hours, {batch} at once" if batch else "does not fit: more GPUs"
                 text.append(f"{f'{task}, {method}, CR {cr:g}':32} {what}")

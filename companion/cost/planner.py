@@ -145,7 +145,7 @@ def _notes(kind: roofline.Layer, batch: int):
 def lines(result: dict) -> list[str]:
     """The plan as text."""
     r, hours = result, result["retrofit_h100_hours"]
-    retrofit = "not in the paper's Table 3" if hours is None else f"{hours:10.0f}      H100-hours (Table 3)"
+    ramp = "not in the paper's Table 3" if hours is None else f"{hours:10.0f}      H100-hours (Table 3: no warm-up)"
     step = f"{r['read_bytes'] / 1e9:.2f} GB read, {1e3 * r['latency_s']:.2f} ms, {r['tokens_per_s']:.0f} tokens/s"
     active = "" if r["active_parameters"] == r["parameters"] else f", {r['active_parameters'] / 1e9:.1f} G active"
     growth, weights = f"a token more {r['kv_bytes_per_token'] / 1e3:.1f} kB", f"{r['weight_bytes'] / 1e9:.2f} GB"
@@ -156,6 +156,6 @@ def lines(result: dict) -> list[str]:
         f"a step       {r['flops'] / 1e12:10.3f} TFLOP, {step}",
         f"KV share     {100 * r['kv_latency_share']:10.0f} %    of the bytes read, beside {weights} of weights",
         f"fits         {r['largest_batch']:10d}      sequences of this context",
-        f"retrofit     {retrofit}",
+        f"retrofit     {ramp}",
         *r["notes"],
     ]

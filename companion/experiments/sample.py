@@ -18,7 +18,7 @@ from companion.devices import checked_device, checked_dtype
 from companion.experiments.summaries import SIDECAR, check_limits
 from companion.method import Method
 from companion.records import records_file, sample_records
-from companion.shards import WHOLE, Shard, record_files
+from companion.shards import WHOLE, Shard
 from companion.tasks import Task
 from companion.tasks.grading import grade_file
 from companion.tasks.sandbox import sandbox
@@ -33,7 +33,7 @@ from dms_core.interop import is_foreign
 from dms_core.model import attach
 from dms_core.parallel import tensor_parallel
 from dms_core.sampling import SamplingConfig
-from dms_core.storage import is_written, only_writer, read_json, write_json
+from dms_core.storage import is_written, only_writer, read_json, read_jsonl, write_json
 
 
 def load_dense(name: str, device: str | None = None):
@@ -176,7 +176,7 @@ def _note(
 
 
 def _graded(records: list[dict], task: Task, file: Path, whole: Path, workers: int, unsafe: bool) -> list[dict]:
-    """The records with verdicts, graded in place in all files of ``whole`` but those that other shards are writing.
+    """The records with verdicts, graded in place in ``file``, and in ``whole`` where it was left ungraded.
 
     As they are where programs cannot be run.
     """
@@ -184,11 +184,12 @@ def _graded(records: list[dict], task: Task, file: Path, whole: Path, workers: i
         print(f"not graded: {reason}; grade with dms grade {file} --task {task.name}", file=sys.stderr)
         return records
     verdicts = {}
-    for part in record_files(whole):
+    left = file != whole and whole.exists() and any(r["correct"] is None for r in read_jsonl(whole))
+    for part in [file, *[whole] * left]:
         try:
             graded = grade_file(part, task, workers, missing=True)
         except ValueError:
-            if part == file or not is_written(part):
+            if part == file or not is_written(part):  # another shard grades it
                 raise
             continue
         verdicts |= {(r["problem"], r["chain"]): r["correct"] for r in graded}

@@ -97,11 +97,13 @@ def summarise_files(paths: Iterable[Path], lengths: Sequence[int], widths: Seque
     """The curves of the records in JSONL files, and in those anywhere below directories.
 
     Answers that the grader holds equal vote as one.  task: of records that do not say it.  Raises ValueError for a file
-    that is not there, and for records of several tasks.
+    that is not there, for records of several tasks, and for lengths beyond those that a run.json says were sampled.
     """
     files = [file for path in paths for file in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])]
     if missing := [str(file) for file in files if not file.exists()]:
         raise ValueError(f"no such records: {', '.join(missing)}")
+    for place in {file.parent.parent / SIDECAR for file in files if file.parent.name == "records"}:
+        check_limits(lengths, read_json(place).get("limits", {}) if place.exists() else {})
     records = canonical(_checked(record, file) for file in files for record in read_jsonl(file))
     tasks = sorted({record.get("task", task) for record in records}) or [task]
     if len(tasks) > 1:

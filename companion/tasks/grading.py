@@ -1,11 +1,14 @@
 """Grade records, again or for the first time, and spell equal answers alike before they vote."""
 
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from companion.tasks import Task, task_class
 from dms_core.storage import JsonlWriter, read_jsonl, write_jsonl
+
+EVERY = 60  # seconds after which verdicts are written
 
 
 def grade(records: Iterable[dict], task: Task, workers: int = 1, missing: bool = False) -> list[dict]:
@@ -45,15 +48,20 @@ def _is_due(record: dict, missing: bool) -> bool:
 
 
 def grade_file(file: Path, task: Task, workers: int = 1, missing: bool = False) -> list[dict]:
-    """``grade`` the records of a file in place; it is replaced as a whole, also by what was graded before a failure.
+    """``grade`` the records of a file in place; it is replaced as a whole, each minute and at a failure, too.
 
     So after an interruption ``missing`` goes on.  Raises ValueError while another process is writing the file.
     """
     verdicts: dict[tuple, bool | None] = {}
     with JsonlWriter(file):
         records = list(read_jsonl(file))
+        saved = time.monotonic()
         try:
-            verdicts.update(_verdicts(records, task, workers, missing))
+            for job, verdict in _verdicts(records, task, workers, missing):
+                verdicts[job] = verdict
+                if time.monotonic() - saved > EVERY:
+                    write_jsonl(file, _graded(records, task, verdicts, missing))
+                    saved = time.monotonic()
         finally:
             graded = _graded(records, task, verdicts, missing)
             if verdicts:

@@ -26,6 +26,7 @@ HELD_OUT = tuple(name for name, kind in KINDS.items() if kind.get("held_out"))
 SUBJECTS = ("animal", "name", "thing")
 NUMBERS = {"digits": (1000, 9999), "few": (2, 9), "hour": (6, 22), "minute": (10, 59)}
 NOTED = ("Noted.", "I will remember that.", "All right, I have noted it.", "Thank you, I will keep that in mind.")
+TRIES = 10_000  # draws in a row that give no new fact, after which there is none
 OVERHEAD = 11  # tokens of the template around an exchange, and some of its system message
 SPAN = re.compile(r"\[([^\]]*)\]")
 
@@ -100,16 +101,24 @@ def _bucket(text: str) -> int:
 
 
 def draw_facts(rng: random.Random, count: int, split: str) -> list[Fact]:
-    """``count`` facts whose questions and subjects differ, the kinds in a random order in turn."""
-    kinds, facts = kinds_of(split), []
+    """``count`` facts whose questions and subjects differ, the kinds in a random order in turn.
+
+    Raises ValueError where there are not so many.
+    """
+    kinds, facts, missed = kinds_of(split), [], 0
     order = rng.sample(kinds, len(kinds))
     while len(facts) < count:
+        if missed > TRIES or not order:
+            raise ValueError(f"{count} facts: only about {len(facts)} differ; a conversation must have fewer tokens")
         kind = order[0]
         order = [*order[1:], *([] if KINDS[kind].get("once") else [kind])]
         fact = draw_fact(rng, kind, split)
         known = {word for other in facts for word in (other.asked, *other.subjects)}
         if known.isdisjoint((fact.asked, *fact.subjects)):
             facts.append(fact)
+            missed = 0
+        else:
+            missed += 1
     return facts
 
 

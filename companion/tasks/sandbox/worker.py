@@ -69,7 +69,7 @@ class Worker:
             raise RuntimeError(f"the {self.grader} grader did not start")
 
     def _line(self, seconds: float) -> dict | None:
-        """The next line of the process, or None where it ends or takes longer."""
+        """The next line of the process, or None where it ends, takes longer, or writes something else."""
         deadline, data = time.monotonic() + seconds, bytearray()
         with selectors.DefaultSelector() as waiting:
             waiting.register(self.process.stdout, selectors.EVENT_READ)
@@ -80,7 +80,10 @@ class Worker:
                 if not piece:
                     return None
                 data += piece
-        return json.loads(data)
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError):
+            return None
 
 
 @lru_cache(maxsize=1)

@@ -76,6 +76,11 @@ def test_program_stands_between_the_last_two_lines_with_a_fence(reasoning):
     assert task.extract(reasoning + PROGRAM + "\nAgain:\n```python\nprint(") == "print(3)"
 
 
+def test_output_that_cannot_be_compared_is_wrong():
+    assert not same_output("sNaN", "1") and not same_output("1 sNaN", "1 NaN")
+    assert not same_value("[" * 100_000 + "]" * 100_000, "[]")
+
+
 def test_programs_may_write_long_integers():
     assert same_output("1" * 5001, "1" * 5001) and not same_output("1" * 5001, "1" * 5000 + "2")
     assert same_value("1" * 5001, "1" * 5001) and same_value("[1, 2.5]", "[1.0, 2.5]") and not same_value("1", '"1"')

@@ -131,6 +131,11 @@ def test_from_sampling_to_curves_with_the_embedded_model(programs, tmp_path, cap
     assert summary["pass_at_1"][2] == vanilla["pass_at_1"]
     assert main(["curves", "--results", str(out), "--lengths", "161"]) == 2
     assert "lengths 161: must be <= 160, up to which vanilla-cr1 is sampled here" in capsys.readouterr().err
+    assert (
+        main(["summarise", str(out / "records"), "--lengths", "161", "--widths", "1", "--out", str(out / "s.json")])
+        == 2
+    )
+    assert "lengths 161: must be <= 160, up to which vanilla-cr1 is sampled here" in capsys.readouterr().err
     points = command(capsys, "curves", "--results", out, "--lengths", 100, "--widths", 1)["points"]
     assert [(p["method"], p["L"], p["W"]) for p in points] == [("vanilla", 100, 1), ("dms", 100, 1)]
     assert points[1]["reads"] < points[0]["reads"]

@@ -4,7 +4,17 @@ import random
 
 import pytest
 
-from companion.tasks.memory import HELD_OUT, KINDS, OVERHEAD, compose, draw_fact, exchanges_of, kinds_of, shared
+from companion.tasks.memory import (
+    HELD_OUT,
+    KINDS,
+    OVERHEAD,
+    compose,
+    draw_fact,
+    draw_facts,
+    exchanges_of,
+    kinds_of,
+    shared,
+)
 
 EXCHANGES = [(f"What is {a} + {b}?", f"{a} + {b} = {a + b}.") for a in range(12) for b in range(12)]
 
@@ -51,6 +61,12 @@ def test_hops_are_told_in_order_and_one_chain_of_a_kind_is_in_a_conversation():
         kinds = [fact["kind"] for fact in row["asked"]]
         assert all(fact["told"] == sorted(fact["told"]) for fact in row["asked"])
         assert all(kinds.count(kind) <= 1 for kind in kinds if KINDS[kind].get("once"))
+
+
+def test_more_facts_than_there_are_is_refused():
+    assert len(draw_facts(random.Random(0), 100, "train")) == 100
+    with pytest.raises(ValueError, match=r"400 facts: only about [0-9]+ differ; a conversation must have fewer tokens"):
+        draw_facts(random.Random(0), 400, "train")
 
 
 def test_held_out_kinds_are_in_the_test_split_alone():
