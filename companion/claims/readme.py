@@ -48,25 +48,19 @@ def margins(results: Path) -> str:
     body = []
     for axis, words in EQUAL.items():
         here = [row for row in rows if row["axis"] == axis]
-        ended = [row["restricted"] or dict.fromkeys(("value", "low", "high")) for row in here]
         body.append((words, *(_bold(*_bounds(row)) for row in here)))
-        body.append(("— where half of the dense chains have ended", *(_bold(*_bounds(row)) for row in ended)))
+        body.append(("— where half of the dense chains have ended", *map(_restricted, here)))
     return wording.table(("margin (points)", *map(short_name, _tasks(rows))), body)
 
 
 def smollm2(results: Path) -> str:
     """SmolLM2's own curve: margins at equal budgets, and one chain at the largest length."""
-    found = read_json(results / "smollm2-curve.json")
-    rows = [row for row in _ours(found["margins"]) if row["scale"] == "log2"]
-    body = [
-        (f"margin, {EQUAL[axis]}", *(_bold(*_bounds(row)) for row in rows if row["axis"] == axis))
-        for axis in ("reads", "peak")
-    ]
-    pairs = _ours(found["paired"])
-    for cr in sorted({pair["cr"] for pair in pairs}):
-        here = (_bold(*_bounds(pair, "difference")) for pair in pairs if pair["cr"] == cr)
-        body.append((f"one chain, DMS minus dense, CR {cr:g}", *here))
-    return wording.table(("points", *map(short_name, _tasks(rows))), body)
+    return _study(read_json(results / "smollm2-curve.json"))
+
+
+def larger(results: Path) -> str:
+    """The same of the larger reasoner, with the margins where half of the dense chains have ended and the gains."""
+    return _study(read_json(results / "large.json"), both=True)
 
 
 def one_chain(results: Path) -> str:
@@ -95,6 +89,7 @@ def one_chain(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "budgets": budgets,
+    "larger": larger,
     "margins": margins,
     "one_chain": one_chain,
     "smollm2": smollm2,
@@ -112,6 +107,24 @@ def rewritten(text: str, results: Path = RESULTS) -> str:
     return BLOCK.sub(block, text)
 
 
+def _study(found: dict, both: bool = False) -> str:
+    """Margins and one chain of a summary with one retrofit; both: also restricted margins, and gains."""
+    rows = [row for row in _ours(found["margins"]) if row["scale"] == "log2"]
+    body = []
+    for axis in ("reads", "peak"):
+        here = [row for row in rows if row["axis"] == axis]
+        body.append((f"margin, {EQUAL[axis]}", *(_bold(*_bounds(row)) for row in here)))
+        if both:
+            body.append(("— where half of the dense chains have ended", *map(_restricted, here)))
+            gained = [row for row in _ours(found["headline"]) if row["axis"] == axis]
+            body.append(("— gain at the budget of one long dense chain", *(_bold(*_bounds(r, "gain")) for r in gained)))
+    pairs = _ours(found["paired"])
+    for cr in sorted({pair["cr"] for pair in pairs}):
+        here = (_bold(*_bounds(pair, "difference")) for pair in pairs if pair["cr"] == cr)
+        body.append((f"one chain, DMS minus dense, CR {cr:g}", *here))
+    return wording.table(("points", *map(short_name, _tasks(rows))), body)
+
+
 def _ours(rows: Iterable[dict]) -> list[dict]:
     return [row for row in rows if (row["a"], row["b"]) == ("dms", "vanilla")]
 
@@ -122,6 +135,10 @@ def _tasks(rows: Sequence[dict]) -> list[str]:
 
 def _bounds(row: dict, value: str = "value") -> tuple:
     return row[value], row["low"], row["high"]
+
+
+def _restricted(row: dict) -> str:
+    return _bold(*_bounds(row["restricted"] or dict.fromkeys(("value", "low", "high"))))
 
 
 def _seeds(pair: dict) -> str:

@@ -13,7 +13,7 @@ BASE = [ROOT / "data" / "reasoner" / name for name in ("config.json", "model.saf
 RESULTS = ROOT / "data" / "results"
 GLUE = [ROOT / "companion" / "experiments" / name for name in ("main.py", "run.py", "stages.py")]
 MODULES = {  # what a stage runs; profiles are no sources, since their values are parameters
-    "retrofit": ["dms_core.train.retrofit", "dms_core.checkpoint", "companion.tasks.mixture"],
+    "retrofit": ["companion.experiments.embedded", "dms_core.train.retrofit", "dms_core.checkpoint", "companion.tasks.mixture"],
     "held-out": ["companion.experiments.heldout", "dms_core.checkpoint", "companion.tasks.mixture"],
     "records": ["companion.records", "companion.tasks.embedded", "companion.tasks.grading", "dms_core.sampling", "dms_core.checkpoint", "dms_core.model"],
     "summary": ["dms_core.budgets.curves", "companion.experiments.summaries", "companion.tasks.grading"],
@@ -41,7 +41,7 @@ def chapter_data(chapter):
         "01_bottleneck": [], "02_gate": [], "03_delayed_eviction": BASE,
         "04_kernels": [RESULTS / "kernels-cpu.json", RESULTS / "e2e-cpu.json"],
         "05_retrofit": [*BASE, *PUBLISHED, RESULTS / "full" / "curves.json"],
-        "06_hyperscaling": [*BASE, *PUBLISHED, RESULTS / "int8.json", *sorted((RESULTS / "full").glob("*.json"))],
+        "06_hyperscaling": [*BASE, *PUBLISHED, RESULTS / "int8.json", *RESULTS.glob("large.json"), *sorted((RESULTS / "full").glob("*.json"))],
         "07_ablations": [
             *BASE, *PUBLISHED, *sorted(RESULTS.rglob("*.json")), ROOT / "companion/claims/claims.yaml",
             *sorted((ROOT / "data" / "protocols").glob("*.yaml")),

@@ -81,6 +81,7 @@ rule sample:
     shell:
         "{LAUNCH_SAMPLE} sample --model {params.weights:q} --task {wildcards.task} --method {wildcards.method}"
         " --cr {wildcards.cr} --chains {params.chains} --length {params.length} {params.options} --shard {params.shard}"
+        " --workers {threads}"
         " --out {params.out:q} > {log:q} 2>&1"
 
 

@@ -41,6 +41,7 @@ def names() -> dict:
 
 
 def run_program(settings: dict) -> None:
+    os.write(1, b"\0")  # it has started: what goes wrong from here on is the program's doing
     with open(settings["program"], encoding="utf-8") as file:
         source = file.read()
     sys.setrecursionlimit(50000)

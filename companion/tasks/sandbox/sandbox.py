@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -67,9 +67,18 @@ def run(
 
     call: a function's name: it gets one JSON value a line of ``stdin`` as arguments, and its value is returned as JSON.
     unsafe: run without bubblewrap where there is none; limits on time, memory and output hold all the same.
-    Raises SandboxError where bubblewrap cannot run and ``unsafe`` is False.
+    Raises SandboxError where bubblewrap cannot run and ``unsafe`` is False, and where the program was not even begun,
+    twice: no wrong program is to blame for that.
     """
-    limits = limits or Limits()
+    for _ in range(2):
+        result = _run(program, stdin, call, limits or Limits(), unsafe)
+        if result.stdout.startswith("\0"):
+            return replace(result, stdout=result.stdout[1:])
+    raise SandboxError(f"a program could not be started ({result.stderr.strip()[-300:] or result.status})")
+
+
+def _run(program: str, stdin: str, call: str | None, limits: Limits, unsafe: bool) -> Result:
+    """One try; what it printed stands behind a zero byte, which ``inside.py`` writes as it begins."""
     with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as given:
         for file, text in ((source, program), (given, stdin)):
             file.write(text.encode("utf-8", "surrogatepass"))
@@ -230,7 +239,7 @@ def _watch(process: subprocess.Popen, limits: Limits) -> Result:
                 if not piece:
                     waiting.unregister(key.fileobj)
             del err[:-2000]
-            if len(out) > limits.output:
+            if len(out) > limits.output + 1:
                 status = "output"
             elif time.monotonic() >= deadline:
                 status = "time"
@@ -241,4 +250,4 @@ def _watch(process: subprocess.Popen, limits: Limits) -> Result:
             status = "ok" if code == 0 else "time" if killed else "failed"
         except subprocess.TimeoutExpired:
             status = "time"
-    return Result(status, out[: limits.output].decode("utf-8", "replace"), err.decode("utf-8", "replace"))
+    return Result(status, out[: limits.output + 1].decode("utf-8", "replace"), err.decode("utf-8", "replace"))

@@ -39,6 +39,23 @@ def test_right_program_passes_and_wrong_program_fails(grader):
     assert grader(GOOD) and not grader("print(41)") and not grader("print(42); 1 / 0") and not grader("print(42")
 
 
+@confined
+def test_a_program_that_the_sandbox_did_not_start_is_tried_again_and_not_called_wrong(grader, monkeypatch):
+    assert grader(GOOD)
+    wrapped, failing = sandbox._wrapped, [True]
+
+    def broken(settings, extra):
+        command, settings = wrapped(settings, extra)
+        return ["false" if word == "bwrap" and failing.pop() else word for word in command], settings
+
+    monkeypatch.setattr(sandbox, "_wrapped", broken)
+    failing[:] = [False, True]
+    assert grader(GOOD)
+    failing[:] = [True, True]
+    with pytest.raises(SandboxError, match="a program could not be started"):
+        grader(GOOD)
+
+
 FORKS = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n"
 
 
