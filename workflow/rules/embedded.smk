@@ -41,7 +41,7 @@ def chapter_data(chapter):
         "01_bottleneck": [], "02_gate": [], "03_delayed_eviction": BASE,
         "04_kernels": [RESULTS / "kernels-cpu.json", RESULTS / "e2e-cpu.json"],
         "05_retrofit": [*BASE, *PUBLISHED, RESULTS / "full" / "curves.json"],
-        "06_hyperscaling": [*BASE, *PUBLISHED, RESULTS / "int8.json", *RESULTS.glob("large.json"), *sorted((RESULTS / "full").glob("*.json"))],
+        "06_hyperscaling": [*BASE, *PUBLISHED, RESULTS / "int8.json", *RESULTS.glob("large*.json"), *sorted((RESULTS / "full").glob("*.json"))],
         "07_ablations": [
             *BASE, *PUBLISHED, *sorted(RESULTS.rglob("*.json")), ROOT / "companion/claims/claims.yaml",
             *sorted((ROOT / "data" / "protocols").glob("*.yaml")),
