@@ -100,7 +100,7 @@ def test_each_offence_would_be_found(text, offence):
 
 def test_shell_lines_of_the_workflow_quote_what_comes_from_outside():
     """:q quotes a value; the others are commands and options of the configuration, quoted by shlex, or numbers."""
-    plain = {"DMS", "LAUNCH", "LAUNCH_SAMPLE", "OPTIONS", "RUN"}
+    plain = {"DMS", "LAUNCH", "LAUNCH_SAMPLE", "OPTIONS", "RUN", "threads"}
     plain |= {
         f"params.{name}" for name in ("arguments", "options", "names", "lengths", "widths", "chains", "length", "shard")
     }
