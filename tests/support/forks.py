@@ -30,7 +30,7 @@ def fork(call: Callable) -> tuple[int, int]:
     try:
         os.write(write, json.dumps({"value": call()}).encode())
     except BaseException:
-        os.write(write, json.dumps({"error": traceback.format_exc()[-4000:]}).encode())
+        os.write(write, json.dumps({"error": traceback.format_exc()[-20_000:]}).encode())
     finally:
         os._exit(0)
 
